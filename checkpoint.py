@@ -1,0 +1,128 @@
+"""The tasks, and the one file that holds a run: saved whole or not at all, loaded strictly.
+
+A checkpoint is a dict of tensors and plain values: format, task, model_config, train_config,
+tokenizer (its JSON text) and its hash, data (the corpus's hash), model, optimizer, step, best,
+skipped. It is read with `weights_only=True`, so a file from a stranger can hold no code.
+"""
+
+import os
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from bpe import Tokenizer
+from data.windows import Windows
+from model import GPT, GPTConfig
+
+FORMAT = 1
+
+# What `--model NAME` means: the sizes, the model, and the data with its way of making batches.
+TASKS = {
+    "gpt": (GPTConfig, GPT, Windows),
+}
+
+KEYS = {
+    "task": str,
+    "model_config": dict,
+    "train_config": dict,
+    "tokenizer": str,
+    "tokenizer_hash": str,
+    "data": str,
+    "model": dict,
+    "optimizer": dict,
+    "step": int,
+    "best": float,
+    "skipped": int,
+}
+
+
+def pack(
+    task: str, model: nn.Module, tokenizer: Tokenizer, *, train_config, data: str, **rest
+) -> dict:
+    """The dict that `save` writes. `rest` is optimizer, step, best and skipped."""
+    state = {"optimizer": {}, "step": 0, "best": float("inf"), "skipped": 0, **rest}
+    return {
+        "format": FORMAT,
+        "task": task,
+        "model_config": asdict(model.config),
+        "train_config": asdict(train_config),
+        "tokenizer": tokenizer.to_json(),
+        "tokenizer_hash": tokenizer.hash,
+        "data": data,
+        "model": model.state_dict(),
+        **state,
+    }
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Under a temporary name, flushed to the disk, then renamed: a crash leaves the old file."""
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict:
+    """The checked dict. Raises ValueError for a missing, truncated, foreign or newer file."""
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}: train first, or name one that exists")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of foreign formats; we refuse them below
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for damaged files
+        reason = str(error).partition("\n")[0][:80]
+        raise ValueError(
+            f"{path} is truncated, or no checkpoint of this project ({reason}): "
+            "use latest.pt or best.pt of a finished or interrupted run"
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
+        raise ValueError(f"{path} is no checkpoint of this project: it has no format number")
+    if checkpoint["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {checkpoint['format']}, this code reads {FORMAT}: "
+            "use the version of the project that wrote it"
+        )
+    wrong = [k for k, kind in KEYS.items() if not isinstance(checkpoint.get(k), kind)]
+    if wrong:
+        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type")
+    if checkpoint["task"] not in TASKS:
+        raise ValueError(
+            f"{path} holds the task {checkpoint['task']!r}, known are {', '.join(TASKS)}"
+        )
+    return checkpoint
+
+
+def restore(path: Path, checkpoint: dict) -> tuple[nn.Module, Tokenizer]:
+    """The model, with its weights, and the tokenizer; strictly: nothing missing, nothing left."""
+    Config, Model, _ = TASKS[checkpoint["task"]]
+    try:
+        model = Model(Config(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit the model that it names: {reason}") from error
+    tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
+    if tokenizer.hash != checkpoint["tokenizer_hash"]:
+        raise ValueError(f"{path} is damaged: its tokenizer does not have the hash that it names")
+    return model, tokenizer
+
+
+def newest(folder: Path = Path("out")) -> Path:
+    """The best.pt (else latest.pt) of the run below `folder` that was written to last."""
+    found = sorted(folder.glob("*/*.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError(
+            f"there is no checkpoint below {folder}: run python train.py first, or pass "
+            "--checkpoint PATH"
+        )
+    best = found[-1].with_name("best.pt")
+    return best if best.is_file() else found[-1]

@@ -1,0 +1,114 @@
+"""The command line of every script, made from dataclasses.
+
+A field is a flag, its type and default are the flag's, and the comment behind it is the help text:
+nothing is written twice. `--flag=false` and `--no-flag` both work for a bool.
+"""
+
+import argparse
+import difflib
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-sentence errors, no abbreviations, the nearest name for a wrong flag."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}: see python {self.prog} --help")
+
+    def parse(self, argv: list[str]) -> dict:
+        """{field: value} of the flags that were given, and only those."""
+        known = sorted(s for s in self._option_string_actions if s.startswith("--"))
+        given, unknown = self.parse_known_args([underscored(a) for a in argv])
+        for flag in unknown:
+            if not flag.startswith("-"):
+                raise ValueError(f"{flag!r} belongs to no flag: see python {self.prog} --help")
+            name = flag.partition("=")[0]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"see python {self.prog} --help"
+            raise ValueError(f"there is no flag {name}: {hint}")
+        return vars(given)
+
+
+def underscored(argument: str) -> str:
+    """--n-layer=2 -> --n_layer=2, because people type both; --no- keeps its meaning."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    prefix = "--no-" if name.startswith("--no-") else "--"
+    return prefix + name.removeprefix(prefix).replace("-", "_") + equals + value
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def comments(cls: type) -> dict[str, str]:
+    """{field: the comment behind it}, read from the source of the dataclass."""
+    found = re.findall(r"^    (\w+):[^\n]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+    return dict(found)
+
+
+def add_flags(parser: Parser, cls: type, title: str, skip: tuple[str, ...] = ()) -> None:
+    """One flag for each field of the dataclass, absent from the result unless it is given.
+
+    The types are str, int, float, bool, `bool | None` (None means: decided by the machine) and
+    list[str] (the flag may be repeated).
+    """
+    group = parser.add_argument_group(title)
+    helps, types = comments(cls), typing.get_type_hints(cls)
+    for field in fields(cls):
+        if field.name in skip:
+            continue
+        kind, flag = types[field.name], f"--{field.name}"
+        default = field.default if field.default is not MISSING else field.default_factory()
+        shown = "auto" if default is None else default
+        note = f" (default: {shown})" if shown not in ("", []) and shown is not False else ""
+        common = {
+            "dest": field.name,
+            "default": argparse.SUPPRESS,
+            "help": (helps.get(field.name, "") + note).replace("%", "%%"),
+        }
+        if kind in (bool, bool | None):
+            group.add_argument(
+                flag, nargs="?", const=True, type=true_or_false, metavar="BOOL", **common
+            )
+            hidden = {**common, "help": argparse.SUPPRESS}
+            group.add_argument(f"--no-{field.name}", action="store_false", **hidden)
+        elif kind == list[str]:
+            group.add_argument(flag, action="append", metavar="TEXT", **common)
+        else:
+            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **common)
+
+
+def run(main: Callable[[list[str] | None], None]) -> None:
+    """Calls main; what a user caused ends in one sentence, not in a traceback.
+
+    `python -X dev script.py …` shows the traceback all the same.
+    """
+    if sys.platform == "win32":  # consoles there are not UTF-8 by default
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+        sys.stderr.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        main(None)
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

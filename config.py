@@ -1,0 +1,188 @@
+"""The settings of a run: from flags, a preset and perhaps a checkpoint to one resolved TrainConfig.
+
+A flag given by hand wins over the preset, the preset over the defaults. With --resume and --init
+the model's sizes are the checkpoint's.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import checkpoint as checkpoints
+import cli
+import optim
+from presets import FIRST_HOUR, PRESETS
+from sample import pick_device
+
+TASKS = checkpoints.TASKS
+
+
+@dataclass
+class TrainConfig:
+    model: str = "gpt"  # the task: gpt
+    preset: str = ""  # a named size and recipe of presets.py; empty: a first run for this machine
+    data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .gz, .jsonl or a folder of them
+    tokenizer: str = ""  # gpt2, or a tokenizer's .json; empty: trained on the training text
+    pattern: str = "gpt2"  # how a new tokenizer splits text before it merges: gpt2, gpt4 or char
+    cache_dir: str = "data/cache"  # where downloads, tokenizers and token files are kept
+    out: str = ""  # the run's folder; empty: out/<model>, numbered where that is taken
+    init: str = ""  # a checkpoint to take weights, sizes and tokenizer from
+    resume: bool = False  # go on with the run in --out (empty: the newest below out/)
+    steps: int = 1000  # optimizer steps of the whole run
+    minutes: float = 0.0  # fit the number of steps into this time instead
+    stop_after: int = 0  # leave after this many steps as an interruption would
+    tokens_per_step: int = 8192  # tokens of one optimizer step, over all processes
+    batch_size: int = 32  # sequences in a micro-batch of one process
+    optimizer: str = "muon"  # adamw, adam, or muon (with AdamW for what is no matrix)
+    lr: float = 3e-3  # peak learning rate
+    beta1: float = 0.9  # AdamW: memory of the gradient
+    beta2: float = 0.95  # AdamW: memory of its square
+    weight_decay: float = 0.1  # of matrices, scaled by the learning rate
+    clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    schedule: str = "linear"  # cosine, linear (constant, then cooldown), inverse_sqrt, constant
+    warmup: int = 20  # steps until the peak learning rate
+    cooldown: float = 0.5  # share of the steps that the linear cooldown takes
+    floor: float = 0.0  # last learning rate, as a share of the peak
+    eval_interval: int = 250  # steps between evaluations, each of which also saves
+    eval_tokens: int = 131072  # validation tokens scored, evenly spaced over the text; 0: all
+    log_interval: int = 10  # steps between records in log.jsonl
+    seed: int = 1337  # of the weights, the order of the data and dropout
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # bf16, fp32, or auto: bf16 on GPUs that have it
+    compile: bool | None = None  # torch.compile; auto: on for CUDA on Linux
+    recompute: bool = False  # compute activations again in the backward pass, to save memory
+    dry_run: bool = False  # print the plan and the parameter table, allocate and train nothing
+
+    def __post_init__(self):
+        positive = ("steps", "tokens_per_step", "batch_size", "lr", "eval_interval", "log_interval")
+        zero = ("minutes", "stop_after", "weight_decay", "clip", "warmup", "eval_tokens", "seed")
+        shares = ("cooldown", "floor", "beta1", "beta2")
+        for name in (*positive, *zero, *shares):
+            value = getattr(self, name)
+            if not (value > 0 if name in positive else value >= 0) or value == math.inf:
+                raise ValueError(f"--{name} {value} is out of range: it must be positive")
+            if name in shares and value > 1:
+                raise ValueError(f"--{name} {value} is out of range: choose 0 to 1")
+        for name, known in (
+            ("optimizer", optim.OPTIMIZERS),
+            ("schedule", optim.SCHEDULES),
+            ("dtype", ("auto", "bf16", "fp32")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} is not known: choose {', '.join(known)}"
+                )
+
+
+# What a resumed run may change. All else decides the numbers, and so stays as it was.
+FREE_ON_RESUME = {"out", "resume", "stop_after", "batch_size", "eval_interval", "log_interval"}
+FREE_ON_RESUME |= {"cache_dir", "data", "device", "dtype", "compile", "recompute"}
+
+
+def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
+    """Flags -> (config, the model's sizes, the checkpoint to start from or None)."""
+    given = peek(argv)
+    preset = given.get("preset", "")
+    if preset and preset not in PRESETS:
+        raise ValueError(f"--preset {preset} is not known: choose {', '.join(PRESETS)}")
+    path = start_from(given)
+    checkpoint = checkpoints.load(path) if path else None
+    task = checkpoint["task"] if checkpoint else given.get("model", preset_task(preset))
+    if task not in TASKS:
+        raise ValueError(f"--model {task} is not known: choose {', '.join(TASKS)}")
+
+    Config = TASKS[task][0]
+    parser = cli.Parser("Train a Transformer. Every flag has a default.")
+    cli.add_flags(parser, TrainConfig, "training")
+    cli.add_flags(parser, Config, f"sizes of the model ({task})")
+    given = parser.parse(argv)
+
+    if given.get("resume"):
+        base = {**checkpoint["train_config"], "out": str(path.parent), "stop_after": 0}
+        refuse_changes(given, {**base, **checkpoint["model_config"]}, FREE_ON_RESUME, path)
+    else:
+        device = pick_device(given.get("device", "auto")).type
+        preset = preset or FIRST_HOUR[task, device]
+        if preset_task(preset) != task:
+            raise ValueError(f"--preset {preset} is for --model {preset_task(preset)}, not {task}")
+        base = {"model": task, "preset": preset, **PRESETS[preset]}
+    wanted = {**base, **given}
+    names = {field.name for field in fields(TrainConfig)}
+    config = TrainConfig(**{k: v for k, v in wanted.items() if k in names})
+
+    sizes = checkpoint["model_config"] if checkpoint else asdict(Config())
+    if checkpoint:
+        refuse_changes(given, sizes, {"dropout", *names}, path)
+        wanted = {"dropout": given.get("dropout", sizes["dropout"])}
+    else:
+        sizes["n_ff"] = 0  # 4 x n_embd, whatever n_embd will be
+    return config, {k: wanted.get(k, v) for k, v in sizes.items()}, checkpoint
+
+
+def peek(argv: list[str]) -> dict:
+    """The flags that decide which others exist, read before the full parser can be made."""
+    parser = cli.Parser("")
+    cli.add_flags(parser, TrainConfig, "")
+    argv = [cli.underscored(a) for a in argv if a not in ("-h", "--help")]
+    return vars(parser.parse_known_args(argv)[0])
+
+
+def preset_task(preset: str) -> str:
+    return PRESETS.get(preset, {}).get("model", "gpt")
+
+
+def start_from(given: dict) -> Path | None:
+    """The checkpoint that --resume or --init names."""
+    if given.get("resume") and given.get("init"):
+        raise ValueError("--resume goes on with a run, --init begins a new one: give one of them")
+    if given.get("init"):
+        return Path(given["init"])
+    if not given.get("resume"):
+        return None
+    if given.get("out"):
+        return Path(given["out"]) / "latest.pt"
+    found = sorted(Path("out").glob("*/latest.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError("there is no run below out/ to resume: name its folder with --out")
+    return found[-1]
+
+
+def refuse_changes(given: dict, saved: dict, free: set[str], path: Path) -> None:
+    for name, value in given.items():
+        if name not in free and value != saved.get(name):
+            raise ValueError(
+                f"--{name} {value} differs from the {saved.get(name)} of {path}: leave the flag "
+                "out, or begin a new run"
+            )
+
+
+def prepare_folder(config: TrainConfig) -> Path:
+    """Makes the folder of the run and tries to write there. Never one that holds another run."""
+    folder, number = Path(config.out or f"out/{config.model}"), 1
+    while not config.resume and any((folder / f"{n}.pt").exists() for n in ("latest", "best")):
+        if config.out:
+            raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
+        number += 1
+        folder = Path(f"out/{config.model}-{number}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / "writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose --out") from error
+    return folder
+
+
+def accumulation(config: TrainConfig, tokens_per_batch: int, world: int) -> int:
+    """Micro-batches of each process in one step; refused where they do not make it up exactly."""
+    unit = tokens_per_batch * world
+    count, rest = divmod(config.tokens_per_step, unit)
+    if rest or not count:
+        near = max(1, round(config.tokens_per_step / unit)) * unit
+        raise ValueError(
+            f"--tokens_per_step {config.tokens_per_step} is no multiple of {unit}, the tokens of "
+            f"one micro-batch on {world} process{'es' * (world > 1)}: choose {near}, or another "
+            f"--batch_size (now {config.batch_size})"
+        )
+    return count

@@ -1,0 +1,269 @@
+"""A name, a file or a folder -> training and validation text, streamed in pieces of about 1 MB.
+
+The split is by a stated rule, never by chance:
+- one text (.txt, .gz, any other UTF-8 file): its first 90% train, its last 10% validate, as in
+  nanoGPT; the cut is by bytes and moved to the next character;
+- one .jsonl file (or .jsonl.gz; one object a line, its text under "text"): the same cut, moved to
+  the next line, so that a document is never divided;
+- a folder: whole files. Sorted by name, every tenth one validates; with fewer than ten, the last;
+- stdlib, the default: the source files of Python's own standard library, as a folder.
+
+Left out: HTML, PDF and other formats that need a parser; cleaning and deduplication.
+"""
+
+import codecs
+import gzip
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+from data.download import SHAKESPEARE, fetch, file_sha256
+
+BLOCK = 1 << 20  # bytes read at a time, and about the size of a piece
+TRAIN_SHARE = 0.9
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what a folder is searched for, also with .gz
+STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+NAMES = ("stdlib", "shakespeare")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes start to end of one (decompressed) file; end None means its end."""
+
+    path: Path
+    start: int = 0
+    end: int | None = None
+
+
+@dataclass
+class Corpus:
+    """Named text in two splits. `hash` is of the files' contents and of how they are divided."""
+
+    name: str
+    hash: str
+    rule: str  # how it was split, for the plan
+    train: list[Part]
+    validation: list[Part]
+    prompts: list[str] = field(default_factory=lambda: [""])  # to show what a model has learnt
+
+    def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
+        """Yields (text, whether a document begins here) for split "train" or "validation"."""
+        for part in getattr(self, split):
+            if is_jsonl(part.path):
+                for document in jsonl_documents(part):
+                    yield document, True
+            else:
+                for i, text in enumerate(text_pieces(part)):
+                    yield text, i == 0
+
+
+def open_corpus(data: str, cache: Path) -> Corpus:
+    """data is one of NAMES or a path; downloads go to `cache`. Raises ValueError on bad input."""
+    if data == "stdlib":
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        files = [p for p in folder.rglob("*.py") if not STDLIB_SKIPS & set(p.parts[:-1])]
+        if not files:
+            raise ValueError(f"Python's standard library has no source at {folder}: pass --data")
+        prompts = ["def ", "class ", "import os\n"]
+        return folder_corpus("stdlib", folder, sorted_files(folder, files), cache, prompts)
+    if data == "shakespeare":
+        path = fetch(SHAKESPEARE, cache)
+        return file_corpus("shakespeare", path, cache, ["ROMEO:\n", "\n", "KING RICHARD III:\n"])
+    path = Path(data)
+    if path.is_dir():
+        endings = (*SUFFIXES, *(s + ".gz" for s in SUFFIXES))
+        found = [p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(endings)]
+        if not found:
+            raise ValueError(f"{data} holds no text: a file must end in {', '.join(endings)}")
+        files = sorted_files(path, found)
+        if len(files) == 1:
+            return file_corpus(path.resolve().name, files[0], cache)
+        return folder_corpus(path.resolve().name, path, files, cache)
+    if not path.is_file():
+        raise ValueError(f"--data {data} is no file or folder here, nor one of {', '.join(NAMES)}")
+    return file_corpus(path.name.partition(".")[0] or path.name, path, cache)
+
+
+def sorted_files(folder: Path, files: list[Path]) -> list[Path]:
+    """By relative name with / on every system, so that every machine splits a folder alike."""
+    return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def folder_corpus(
+    name: str, folder: Path, files: list[Path], cache: Path, prompts: list[str] | None = None
+) -> Corpus:
+    validation = files[9::10] or files[-1:]
+    train = [path for path in files if path not in set(validation)]
+    for path in files:
+        check_text(path)
+    digest = hashlib.sha256(b"folder 1")
+    for path in files:
+        digest.update(
+            f"{path.relative_to(folder).as_posix()}\0{known_sha256(path, cache)}".encode()
+        )
+    return Corpus(
+        name,
+        digest.hexdigest(),
+        f"{len(train)} files train, {len(validation)} validate (every tenth)",
+        [Part(path) for path in train],
+        [Part(path) for path in validation],
+        prompts or [""],
+    )
+
+
+def file_corpus(name: str, path: Path, cache: Path, prompts: list[str] | None = None) -> Corpus:
+    check_text(path)
+    with open_bytes(path) as file:
+        size = 0
+        while block := file.read(BLOCK):
+            size += len(block)
+    cut = next_border(path, int(size * TRAIN_SHARE), b"\n" if is_jsonl(path) else None)
+    return Corpus(
+        name,
+        hashlib.sha256(f"file 1 {cut} {known_sha256(path, cache)}".encode()).hexdigest(),
+        "the first 90% train, the last 10% validate",
+        [Part(path, 0, cut)],
+        [Part(path, cut)],
+        prompts or [""],
+    )
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def is_jsonl(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(".jsonl")
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def check_text(path: Path) -> None:
+    """Refuses an empty or binary file before any work is done, by its first 64 kB."""
+    try:
+        with open_bytes(path) as file:
+            head = file.read(1 << 16)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is no intact gzip file ({error}): compress it again") from error
+    if not head and path.name != "__init__.py":
+        raise ValueError(f"{path} is empty: give a file with text in it")
+    if b"\0" in head:
+        raise ValueError(f"{path} is binary (it has zero bytes): give a text file in UTF-8")
+    decode(codecs.getincrementaldecoder("utf-8")(), head, False, path, 0)
+
+
+def decode(decoder, block: bytes, final: bool, path: Path, offset: int) -> str:
+    try:
+        return decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 near byte {offset + error.start:,}: convert it first "
+            "(for example with iconv -f latin1 -t utf-8)"
+        ) from error
+
+
+def next_border(path: Path, cut: int, border: bytes | None) -> int:
+    """The first place from `cut` on where a character (or, given b"\\n", a line) begins."""
+    with open_bytes(path) as file:
+        skip(file, cut)
+        while block := file.read(BLOCK):
+            for i, byte in enumerate(block):
+                if border is None and byte & 0xC0 != 0x80:  # 10xxxxxx continues a character
+                    return cut + i
+                if border is not None and byte == border[0]:
+                    return cut + i + 1
+            cut += len(block)
+    return cut
+
+
+def skip(file: BinaryIO, count: int) -> None:
+    if file.seekable() and not isinstance(file, gzip.GzipFile):
+        file.seek(count)
+        return
+    while count > 0 and (block := file.read(min(count, BLOCK))):
+        count -= len(block)
+
+
+def part_blocks(part: Part) -> Iterator[bytes]:
+    left = None if part.end is None else part.end - part.start
+    with open_bytes(part.path) as file:
+        skip(file, part.start)
+        while block := file.read(BLOCK if left is None else min(BLOCK, left)):
+            left = None if left is None else left - len(block)
+            yield block
+
+
+def text_pieces(part: Part) -> Iterator[str]:
+    """The text of a part in pieces that a tokenizer may take one by one.
+
+    A piece ends after a line break that has no white space on either side. No split pattern joins
+    what such a border separates, so the tokens are those of the undivided text. Where a megabyte
+    holds no such place, it is cut anywhere; that can only make the text a few tokens longer.
+    """
+    decoder, offset, rest = codecs.getincrementaldecoder("utf-8")(), part.start, ""
+    for block in part_blocks(part):
+        rest += decode(decoder, block, False, part.path, offset)
+        offset += len(block)
+        if len(rest) >= BLOCK // 4:  # a block of four-byte characters is no longer than that
+            end = len(rest) - 1
+            while (end := rest.rfind("\n", 1, end)) > 0:
+                if not rest[end - 1].isspace() and not rest[end + 1].isspace():
+                    break
+            end = end + 1 if end > 0 else len(rest)
+            yield rest[:end]
+            rest = rest[end:]
+    rest += decode(decoder, b"", True, part.path, offset)
+    if rest:
+        yield rest
+
+
+def jsonl_documents(part: Part) -> Iterator[str]:
+    number, rest = 0, b""
+    for block in chain(part_blocks(part), [None]):
+        lines = (rest + (block or b"")).split(b"\n")
+        rest = lines.pop() if block is not None else b""
+        for line in lines:
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError) as error:
+                where = f"line {number}" + (f" from byte {part.start:,}" if part.start else "")
+                start = line[:60].decode("utf-8", "replace")
+                raise ValueError(
+                    f'{part.path}, {where}: not a JSON object with a string under "text": {start}'
+                ) from error
+            yield text
+
+
+# ---- hashes of contents --------------------------------------------------------------------------
+
+
+def known_sha256(path: Path, cache: Path) -> str:
+    """SHA-256 of a file's bytes. Those of large files are remembered by size and time of change,
+    so that a start does not read a terabyte to learn that nothing changed."""
+    stat = path.stat()
+    if stat.st_size < 1 << 28:
+        return file_sha256(path)
+    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    memo = cache / f"sha256-{key}.json"
+    state = [stat.st_size, stat.st_mtime_ns]
+    try:
+        size, changed, digest = json.loads(memo.read_text(encoding="utf-8"))
+        if [size, changed] == state:
+            return digest
+    except (OSError, ValueError, TypeError):
+        pass
+    digest = file_sha256(path)
+    cache.mkdir(parents=True, exist_ok=True)
+    memo.write_text(json.dumps([*state, digest]), encoding="utf-8")
+    return digest

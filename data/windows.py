@@ -1,0 +1,176 @@
+"""GPT's data: windows of a long stream of tokens, each one predicting the token after it.
+
+This is one of the data classes that `checkpoint.TASKS` names. What the training loop asks of each:
+
+    Data.splits(config, sizes, tokenizer) -> (train, validation)
+    .batch(i)    a pure function of (seed, split, i) -> {argument of the model's forward: tensor};
+                 every tensor whose name ends in "targets" marks "no target" with -100
+    .tokens_per_batch, .n_batches (in an epoch, or in the whole evaluation)
+    .report(sums, counts) -> {name: number}, with "loss" among them, lower is better
+    .tokenizer, .fingerprint, .prompts, .describe()
+"""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpe import PATTERNS, Tokenizer
+from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
+from data.text import Corpus, open_corpus
+from data.tokens import END_OF_TEXT, TokenFile, tokenize
+
+TOKENIZER_CHARACTERS = 100_000_000  # of training text that a new tokenizer is learnt from
+
+
+class Windows:
+    """Windows of T tokens from a token file.
+
+    Training: an epoch is a seeded permutation of all windows, each of them once. The windows of
+    each epoch start at another offset, so that a small text is not always cut at the same places.
+    Validation: in order, from the first token on; the last window is filled up with -100. If
+    max_tokens is less than the text, evenly spaced windows of it.
+    """
+
+    def __init__(
+        self,
+        file: TokenFile,
+        corpus: Corpus,
+        split: str,
+        tokenizer: Tokenizer,
+        *,
+        block_size: int,
+        batch_size: int,
+        seed: int = 0,
+        max_tokens: int = 0,
+    ):
+        self.ids, self.text_bytes, self.fingerprint = file.ids, file.text_bytes, corpus.hash
+        self.tokenizer, self.prompts, self.rule = tokenizer, corpus.prompts, corpus.rule
+        self.name, self.split, self.seed = corpus.name, split, seed
+        self.block_size, self.batch_size = block_size, batch_size
+        self.tokens_per_batch = batch_size * block_size
+        n, T = len(self.ids), block_size
+        if split == "train":
+            if n < T + 1:
+                raise ValueError(
+                    f"the training text of {corpus.name} has {n:,} tokens, fewer than the "
+                    f"{T + 1:,} of one window: choose --block_size {max(n - 1, 1)} or less, "
+                    "or give more text"
+                )
+            self.max_offset = min(T - 1, n - 1 - T)
+            self.n_windows = (n - 1 - self.max_offset) // T
+            self.n_batches = max(1, self.n_windows // batch_size)
+        else:
+            if n < 2:
+                raise ValueError(f"the validation text of {corpus.name} is empty: give more text")
+            self.n_windows = math.ceil((n - 1) / T)
+            wanted = min(self.n_windows, max(1, max_tokens // T) if max_tokens else self.n_windows)
+            self.chosen = [k * self.n_windows // wanted for k in range(wanted)]
+            self.n_batches = math.ceil(wanted / batch_size)
+        self.permutation = lru_cache(maxsize=2)(self.permutation)  # a batch may span two epochs
+
+    @classmethod
+    def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
+        """(train, validation); the tokenizer is learnt from the training text unless given."""
+        cache = Path(config.cache_dir)
+        corpus = open_corpus(config.data, cache)
+        tokenizer = tokenizer or get_tokenizer(config, sizes["vocab_size"], corpus, cache)
+        shape = {"block_size": sizes["block_size"], "batch_size": config.batch_size}
+        return tuple(
+            cls(
+                tokenize(corpus, split, tokenizer, cache),
+                corpus,
+                split,
+                tokenizer,
+                **shape,
+                seed=config.seed,
+                max_tokens=config.eval_tokens,
+            )
+            for split in ("train", "validation")
+        )
+
+    def permutation(self, epoch: int) -> tuple[int, np.ndarray]:
+        random = np.random.default_rng((self.seed, epoch))
+        return int(random.integers(self.max_offset + 1)), random.permutation(self.n_windows)
+
+    def start(self, position: int) -> int:
+        """Where the window at `position` of the endless sequence of epochs begins."""
+        epoch, i = divmod(position, self.n_windows)
+        offset, order = self.permutation(epoch)
+        return offset + int(order[i]) * self.block_size
+
+    def batch(self, i: int) -> dict[str, Tensor]:
+        """{"tokens": (B, T), "targets": (B, T)}; the last batch of an evaluation may be smaller."""
+        T = self.block_size
+        if self.split == "train":
+            positions = range(i * self.batch_size, (i + 1) * self.batch_size)
+            starts = [self.start(position) for position in positions]
+        else:
+            chosen = self.chosen[i * self.batch_size : (i + 1) * self.batch_size]
+            starts = [window * T for window in chosen]
+        rows = np.full((len(starts), T + 1), -100, dtype=np.int64)
+        for row, start in zip(rows, starts, strict=True):
+            ids = self.ids[start : start + T + 1]
+            row[: len(ids)] = ids
+        windows = torch.from_numpy(rows)
+        tokens, targets = windows[:, :-1], windows[:, 1:]
+        return {"tokens": tokens.clamp(min=0), "targets": targets.contiguous()}
+
+    @property
+    def scored_bytes(self) -> int:
+        """Bytes of text behind the evaluation's targets; <|endoftext|> stands for none."""
+        if not hasattr(self, "_scored_bytes"):
+            length = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+            for token, i in self.tokenizer.ranks.items():
+                length[i] = len(token)
+            T = self.block_size
+            self._scored_bytes = sum(
+                int(length[self.ids[w * T + 1 : w * T + T + 1]].sum()) for w in self.chosen
+            )
+        return self._scored_bytes
+
+    def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
+        """Loss in nats per token, and in bits per byte, which no choice of tokenizer changes."""
+        bits = sums["loss"] / math.log(2) / max(self.scored_bytes, 1)
+        return {"loss": sums["loss"] / max(counts["loss"], 1), "bits_per_byte": bits}
+
+    def describe(self) -> str:
+        scored = "" if self.split == "train" else f", {len(self.chosen) * self.block_size:,} scored"
+        return f"{len(self.ids):,} tokens ({self.text_bytes / 1e6:,.2f} MB of text{scored})"
+
+
+def get_tokenizer(config, vocab_size: int, corpus: Corpus, cache: Path) -> Tokenizer:
+    """GPT-2's own, one from a file, or (cached) one learnt from the training part of the corpus."""
+    if config.tokenizer == "gpt2":
+        return Tokenizer.from_gpt2_files(fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache))
+    if config.tokenizer:
+        return Tokenizer.load(Path(config.tokenizer))
+    if config.pattern not in PATTERNS:
+        raise ValueError(f"--pattern {config.pattern} is not one of {', '.join(PATTERNS)}")
+    path = cache / f"{corpus.name}-{corpus.hash[:12]}-{config.pattern}-{vocab_size}.json"
+    if path.is_file():
+        try:
+            return Tokenizer.load(path)
+        except ValueError:
+            path.unlink()
+    tokenizer = Tokenizer.train(
+        limited(corpus, TOKENIZER_CHARACTERS),
+        vocab_size,
+        PATTERNS[config.pattern],
+        (END_OF_TEXT,),
+        progress=True,
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def limited(corpus: Corpus, characters: int):
+    for text, _ in corpus.pieces("train"):
+        if characters <= 0:
+            return
+        yield text[:characters]
+        characters -= len(text)

@@ -1,0 +1,129 @@
+"""What a run leaves behind and shows: log.jsonl, curves.png, and a progress bar or plain lines."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class RunLog:
+    """log.jsonl: one JSON object a line, {"step", "split", …}. A resumed run first drops the lines
+    behind its checkpoint, so no step is missing and none is there twice.
+
+    A terminal sees a progress bar; anything else, a log file say, sees plain lines.
+    """
+
+    def __init__(self, folder: Path, first_step: int, last_step: int, tokens_per_step: int):
+        self.path, self.last_step, self.tokens_per_step = (
+            folder / "log.jsonl",
+            last_step,
+            tokens_per_step,
+        )
+        kept = [r for r in read_log(self.path) if r["step"] <= first_step] if first_step else []
+        with self.path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+        self.smooth_loss = self.step_seconds = None
+        self.last_time, self.last_line = time.perf_counter(), 0.0
+
+    def train(self, record: dict, *, write: bool) -> None:
+        """After every step; `write` says whether it is one that goes into the file."""
+        now = time.perf_counter()
+        seconds, self.last_time = now - self.last_time, now
+        self.step_seconds = mix(self.step_seconds, seconds)
+        self.smooth_loss = mix(self.smooth_loss, record["loss"])
+        rate = self.tokens_per_step / self.step_seconds
+        if write:
+            record = {**record, "tokens_per_s": round(self.tokens_per_step / seconds)}
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {self.smooth_loss:.3f}, {rate:,.0f} tokens/s", False)
+            self.bar.update()
+        elif now - self.last_line > 5 or record["step"] == self.last_step:
+            self.last_line = now
+            left = clock((self.last_step - record["step"]) * self.step_seconds)
+            self.say(
+                f"step {record['step']:,}/{self.last_step:,}  loss {self.smooth_loss:.3f}  "
+                f"lr {record['lr']:.2e}  {rate:,.0f} tokens/s  {left} left"
+            )
+
+    def evaluation(self, step: int, report: dict[str, float], best: bool) -> None:
+        self.file.write(json.dumps({"step": step, "split": "validation", **report}) + "\n")
+        self.file.flush()
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in report.items())
+        self.say(
+            f"step {step:,}/{self.last_step:,}  validation  {numbers}{'  (best)' if best else ''}"
+        )
+        self.last_time = time.perf_counter()  # an evaluation is not part of the next step's time
+
+    def say(self, line: str) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def mix(old: float | None, new: float, share: float = 0.1) -> float:
+    return new if old is None else old + share * (new - old)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of log.jsonl. A last line that a crash cut in half is passed over."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
+
+
+def draw_curves(folder: Path) -> Path | None:
+    """curves.png from log.jsonl: the losses, the learning rate, the gradient's norm.
+
+    None where matplotlib is missing: a run does not fail for want of a picture.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("curves.png is not drawn: pip install matplotlib")
+        return None
+    records = read_log(folder / "log.jsonl")
+    train = [r for r in records if r["split"] == "train"]
+    validation = [r for r in records if r["split"] == "validation"]
+    if not train:
+        return None
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    steps = [r["step"] for r in train]
+    top.plot(steps, [r["loss"] for r in train], lw=0.8, label="training")
+    if validation:
+        at = [r["step"] for r in validation]
+        top.plot(at, [r["loss"] for r in validation], "o-", label="validation")
+    top.set_ylabel("loss (nats per target)")
+    top.legend()
+    rate.plot(steps, [r["lr"] for r in train])
+    rate.set_ylabel("learning rate")
+    norm.plot(steps, [r["grad_norm"] for r in train], lw=0.8)
+    norm.set_ylabel("gradient norm")
+    norm.set_xlabel("step")
+    figure.savefig(folder / "curves.png", dpi=120)
+    return folder / "curves.png"

@@ -1,0 +1,377 @@
+"""What the three Transformer families share, and GPT.
+
+From the bottom up: masks, the key-value cache, scaled dot-product attention, the MLP, the residual
+block, then GPT, the causal decoder that is built from them. BERT and the encoder-decoder import
+the first five and write only what is their own.
+
+Left out on purpose: rotary positions, RMSNorm, gated MLPs, grouped heads. A variant that needs
+them writes its own block, in its own file, from `Attention` and `MLP`.
+
+Papers: Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762); Improving Language
+Understanding by Generative Pre-Training (Radford et al. 2018); Language Models are Unsupervised
+Multitask Learners (Radford et al. 2019); Language Models are Few-Shot Learners (Brown et al. 2020,
+arXiv:2005.14165); prefix language models: Raffel et al. 2020 (arXiv:1910.10683), section 3.2.
+
+Axes, in all files: B batch, T query positions, S key positions, C width, H heads, D head width,
+V vocabulary.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---- masks: bool tensors that broadcast to (B, H, T, S), True = may look -------------------------
+
+
+def causal_mask(T: int, S: int, device: torch.device | str | None = None) -> Tensor:
+    """(T, S) bool: query t is the t-th of the LAST T positions, and sees itself and all before it.
+
+    causal_mask(3, 5), three new positions behind two cached ones (x = may look):
+
+        x x x . .
+        x x x x .
+        x x x x x
+    """
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def padding_mask(keep: Tensor) -> Tensor:
+    """(B, S), nonzero = a real token  ->  (B, 1, 1, S) bool, the same for all heads and queries.
+
+    keep = [[1, 1, 1, 0, 0]] gives every query the row
+
+        x x x . .
+    """
+    return keep.bool()[:, None, None, :]
+
+
+def prefix_mask(prefix_len: Tensor, T: int) -> Tensor:
+    """(B,) prefix lengths -> (B, 1, T, T) bool: causal, but all see the first prefix_len positions.
+
+    prefix_mask(tensor([3]), 5):
+
+        x x x . .
+        x x x . .
+        x x x . .
+        x x x x .
+        x x x x x
+
+    Passed to GPT it makes the prefix language model; no other change is needed.
+    """
+    in_prefix = torch.arange(T, device=prefix_len.device) < prefix_len[:, None]  # (B, T)
+    return causal_mask(T, T, prefix_len.device) | in_prefix[:, None, None, :]
+
+
+# ---- the key-value cache -------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for one attention layer.
+
+    It is made outside the model and passed in, so the model itself has no state. Memory for all
+    `max_len` positions is taken at the first append: growing by concatenation would copy everything
+    at every token.
+    """
+
+    def __init__(self, max_len: int):
+        self.max_len = max_len
+        self.length = 0
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, H, T, D) keys and values; returns all so far, (B, H, length, D) each.
+
+        Raises ValueError when the positions would exceed max_len.
+        """
+        B, H, T, D = k.shape
+        if self.length + T > self.max_len:
+            raise ValueError(
+                f"the cache holds {self.max_len} positions, {self.length} are used and {T} more "
+                "were given: make a longer cache or start a new one"
+            )
+        if self.k is None:
+            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
+        self.k[:, :, self.length : self.length + T] = k
+        self.v[:, :, self.length : self.length + T] = v
+        self.length += T
+        return self.filled()
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+# ---- attention, MLP, block -----------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, dropout: float) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v for q (B, H, T, D), k and v (B, H, S, D); section 3.2.1 of 2017.
+
+    The one place where a mask becomes an argument of torch's attention, which has three traps: its
+    `is_causal` aligns the mask to the upper left, so that a cache would be hidden; it takes
+    `is_causal` beside a mask without a word; and it adds a 0/1 float mask to the scores. A query
+    that may look at nothing yields zeros (softmax of an empty set would be NaN).
+    """
+    T, S = q.size(2), k.size(2)
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise ValueError(f'mask={mask!r} is not known: pass None, "causal" or a bool tensor')
+        if T == S:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
+        # A single new position sees all that is cached: no mask, and so the fast path.
+        mask = None if T == 1 else causal_mask(T, S, q.device)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the mask is {mask.dtype}, but must be torch.bool with True = may look")
+    blind = ~mask.any(-1, keepdim=True)
+    # Blind rows look at everything and are zeroed afterwards: their gradient stays finite too.
+    y = F.scaled_dot_product_attention(q, k, v, mask | blind, dropout_p=dropout)
+    return y.masked_fill(blind, 0.0)
+
+
+class Attention(nn.Module):
+    """Multi-head attention (section 3.2.2). `config` has n_embd, n_head, dropout and bias."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_head < 1 or config.n_embd % config.n_head:
+            fits = [h for h in range(1, config.n_embd + 1) if config.n_embd % h == 0]
+            near = sorted(sorted(fits, key=lambda h: (abs(h - config.n_head), h))[:2])
+            raise ValueError(
+                f"n_head={config.n_head} does not divide n_embd={config.n_embd}: "
+                f"choose {' or '.join(map(str, near))}"
+            )
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.k = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.v = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, H, T, D)"""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        mask: Tensor | str | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x (B, T, C) attends to itself, or to memory (B, S, C) when that is given.
+
+        A cache of self-attention grows with every call. A cache of cross-attention is filled by
+        the first call and reused, because the memory does not change while one output is written.
+        """
+        q = self.split(self.q(x))
+        if memory is not None and cache is not None and cache.length:
+            k, v = cache.filled()
+        else:
+            source = x if memory is None else memory
+            k, v = self.split(self.k(source)), self.split(self.v(source))
+            if cache is not None:
+                k, v = cache.append(k, v)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """The position-wise feed-forward layer (section 3.3). `config` has n_embd, n_ff and bias."""
+
+    def __init__(self, config, act: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, config.n_ff, bias=config.bias)
+        self.act = act
+        self.proj = nn.Linear(config.n_ff, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.act(self.fc(x)))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention if asked for, MLP; each inside a residual connection.
+
+    pre_ln=True normalises what enters a sublayer, x + f(norm(x)), as GPT-2 does; False normalises
+    what leaves it, norm(x + f(x)), as the 2017 model and BERT do. `config` has, beside what
+    Attention and MLP need, ln_eps.
+    """
+
+    def __init__(self, config, *, pre_ln: bool, act: Callable[[Tensor], Tensor], cross=False):
+        super().__init__()
+        self.pre_ln = pre_ln
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(config.n_embd, config.ln_eps, bias=config.bias)
+        if cross:
+            self.cross = Attention(config)
+            self.cross_norm = nn.LayerNorm(config.n_embd, config.ln_eps, bias=config.bias)
+        self.mlp = MLP(config, act)
+        self.mlp_norm = nn.LayerNorm(config.n_embd, config.ln_eps, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def residual(self, x: Tensor, norm: nn.LayerNorm, sublayer: Callable[..., Tensor], *args):
+        if self.pre_ln:
+            return x + self.dropout(sublayer(norm(x), *args))
+        return norm(x + self.dropout(sublayer(x, *args)))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | str | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        memory_cache: KVCache | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C); memory (B, S, C) is what cross-attention looks at."""
+        x = self.residual(x, self.attention_norm, self.attention, None, mask, cache)
+        if memory is not None:
+            x = self.residual(x, self.cross_norm, self.cross, memory, memory_mask, memory_cache)
+        return self.residual(x, self.mlp_norm, self.mlp)
+
+
+# ---- GPT -----------------------------------------------------------------------------------------
+
+# GPT-2 was trained with the tanh approximation of GELU (Hendrycks and Gimpel, arXiv:1606.08415).
+tanh_gelu = partial(F.gelu, approximate="tanh")
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257  # tokens that the model can read and write
+    block_size: int = 1024  # positions it can look back, itself included
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads; must divide n_embd
+    n_embd: int = 768  # width of the residual stream
+    n_ff: int = 0  # width inside the MLP; 0 means 4 x n_embd
+    dropout: float = 0.0  # probability, in embeddings, attention and residual branches
+    bias: bool = True  # biases in the linear layers and the LayerNorms
+    ln_eps: float = 1e-5  # added to the variance in LayerNorm
+    pre_ln: bool = True  # LayerNorm before each sublayer (GPT-2 and 3); false: after it (GPT-1)
+
+    def __post_init__(self):
+        self.n_ff = self.n_ff or 4 * self.n_embd
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is too small: it must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is out of range: choose 0 <= dropout < 1")
+
+
+class GPT(nn.Module):
+    """The causal decoder of GPT-2 and GPT-3 (of GPT-1 with pre_ln=False): learned positions, tied
+    input and output embeddings."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(config, pre_ln=config.pre_ln, act=tanh_gelu) for _ in range(config.n_layer)
+        )
+        # A pre-LN stack ends without a norm of its own; post-LN blocks have already normalised.
+        self.norm = (
+            nn.LayerNorm(config.n_embd, config.ln_eps, bias=config.bias)
+            if config.pre_ln
+            else nn.Identity()
+        )
+        init_gpt(self)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | str | None = "causal",
+        caches: list[KVCache] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """tokens (B, T) -> logits (B, T, V), or, given targets (B, T), {"loss": summed loss}.
+
+        Targets of -100 do not count. With caches, one per block, the tokens continue what the
+        caches hold. Raises ValueError beyond block_size positions.
+        """
+        T = tokens.size(1)
+        past = caches[0].length if caches else 0
+        if past + T > self.config.block_size:
+            raise ValueError(
+                f"{past + T} positions are more than block_size={self.config.block_size}: "
+                "shorten the input"
+            )
+        positions = torch.arange(past, past + T, device=tokens.device)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x = block(x, mask=mask, cache=cache)
+        logits = F.linear(self.norm(x), self.token_embedding.weight)  # the tied head
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+        )
+        return {"loss": loss}
+
+    def make_caches(self, max_len: int | None = None) -> list[KVCache]:
+        return [KVCache(max_len or self.config.block_size) for _ in self.blocks]
+
+    def flops_per_token(self) -> int:
+        """Of training: 6 for each weight that multiplies, 12·L·C·T for the attention scores.
+
+        Kaplan et al. 2020 (arXiv:2001.08361), section 2.1, with the full context of T positions.
+        """
+        c = self.config
+        weights = count_parameters(self) - self.position_embedding.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def init_gpt(model: GPT) -> None:
+    """GPT-2's initialisation (section 2.3 of its paper; n is the number of residual branches).
+
+    tensor                                          law
+    token_embedding, position_embedding             N(0, 0.02)
+    attention.q, .k, .v, mlp.fc          weight     N(0, 0.02)
+    attention.proj, mlp.proj             weight     N(0, 0.02 / sqrt(n)),  n = 2 · n_layer
+    every                                bias       0
+    every LayerNorm                      weight     1
+    """
+    n = 2 * model.config.n_layer
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        else:
+            std = 0.02 / n**0.5 if name.endswith("proj.weight") else 0.02
+            nn.init.normal_(parameter, std=std)
+
+
+# ---- counting ------------------------------------------------------------------------------------
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
+    """[(component, parameters in one copy, copies)]; numbered blocks are counted as copies.
+
+    Works on the meta device too, where GPT-3's 175 billion parameters take no memory.
+    """
+    counts: dict[str, int] = {}
+    copies: dict[str, set[str]] = {}
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        component = re.sub(r"\.\d+\.", ".*.", module)
+        # Inside a block, the sublayer is the component: q, k, v and proj are one attention.
+        component = ".".join(component.split(".")[:3]) if ".*." in component else component
+        number = re.search(r"\.(\d+)\.", module)
+        counts[component] = counts.get(component, 0) + parameter.numel()
+        copies.setdefault(component, set()).add(number[1] if number else "")
+    return [(c, n // len(copies[c]), len(copies[c])) for c, n in counts.items()]

@@ -1,0 +1,267 @@
+"""Optimisers and learning-rate schedules, written out.
+
+AdamW is the readable version and the definition; `make_optimizer` hands the loop torch's fused
+kernel, which does the same in one pass over memory (tests/test_optim.py proves the two equal,
+`bench.py` times them). Muon has no fused kernel to borrow, so ours is the one that trains.
+Schedules are pure functions of the step: nothing to save, nothing to restore.
+
+Left out: second-order methods, 8-bit states, schedules that watch the loss.
+
+Papers: Adam (Kingma and Ba 2015, arXiv:1412.6980); decoupled weight decay and warm restarts
+(Loshchilov and Hutter, arXiv:1711.05101 and arXiv:1608.03983); Muon (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon), with the update scale of Moonlight (Liu et al. 2025,
+arXiv:2502.16982); linear cooldown (Hägele et al. 2024, arXiv:2405.18392).
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+# ---- optimisers ----------------------------------------------------------------------------------
+
+
+class AdamW(torch.optim.Optimizer):
+    """m and v are running means of the gradient g and of g². With t counted from 1:
+
+        θ ← θ − lr·λ·θ
+        m ← β1·m + (1−β1)·g            v ← β2·v + (1−β2)·g²
+        θ ← θ − lr · (m / (1−β1^t)) / (sqrt(v / (1−β2^t)) + ε)
+
+    m and v start at zero, so early means are too small by exactly 1−β^t: hence the division. The
+    decay λ acts on the weight before the step and is scaled by lr, as in torch.optim.AdamW. With
+    the weights, m and v make 3 numbers per parameter.
+    """
+
+    decoupled = True
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01
+    ):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, g = self.state[p], p.grad
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                state["step"] += 1
+                t, m, v = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
+                if self.decoupled:
+                    p.mul_(1 - lr * decay)
+                else:
+                    g = g + decay * p
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                rms = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+                p.addcdiv_(m, rms, value=-lr / (1 - beta1**t))
+
+
+class Adam(AdamW):
+    """The older coupled decay: λ·θ joins the gradient, and so is divided by sqrt(v) like it.
+
+    Weights with large gradients then decay less than those with small ones, which is what AdamW
+    was written to mend.
+    """
+
+    decoupled = False
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay: float = 0.0):
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+
+def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
+    """(..., R, C) matrices -> about U Vᵀ of each one's singular value decomposition U S Vᵀ.
+
+    A Newton-Schulz iteration: the odd polynomial a·x + b·x³ + c·x⁵ acts on every singular value,
+    and five rounds bring all of them near 1 (0.7 to 1.2: the coefficients trade accuracy for a
+    steep start). It needs products of matrices only, so it runs in bf16 where that is fast.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g.float()
+    tall = x.size(-2) > x.size(-1)
+    if tall:  # the smaller side first: x xᵀ is then as small as it can be
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the iteration wants singular values <= 1
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + (b * s + c * (s @ s)) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is replaced by the nearest orthogonal matrix; for matrices only.
+
+        m ← μ·m + g                       θ ← θ − lr·λ·θ
+        θ ← θ − lr · 0.2·sqrt(max(R, C)) · orthogonalize(g + μ·m)
+
+    Every direction of the matrix moves equally far, also those the gradient hardly shows. The
+    factor gives the update the size that AdamW's has (root mean square about 0.2), so that both
+    share one lr and one λ. Embeddings, norms and biases go to AdamW: see `make_optimizer`.
+    """
+
+    def __init__(self, params, lr=1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.dim() != 2:
+                raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():  # equal shapes share one batched product
+                updates = []
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    m = self.state[p]["momentum_buffer"].mul_(momentum).add_(p.grad)
+                    updates.append(p.grad.add(m, alpha=momentum))
+                scale = 0.2 * max(shape) ** 0.5
+                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                    p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
+
+
+class Together:
+    """Several optimisers behind the face of one: step, zero_grad, param_groups, state_dict."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.optimizers)}
+
+    def load_state_dict(self, state: dict) -> None:
+        if len(state) != len(self.optimizers):
+            raise ValueError(f"{len(state)} saved optimisers, {len(self.optimizers)} expected")
+        for i, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict(state[str(i)])
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Matrices decay; biases and norm weights, being vectors, do not."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+OPTIMIZERS = ("adamw", "adam", "muon")
+
+
+def make_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.1,
+) -> torch.optim.Optimizer | Together:
+    """name is one of OPTIMIZERS. "muon" takes the matrices of the hidden layers, AdamW the rest.
+
+    Every trainable parameter is in exactly one group; anything else is an AssertionError.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer={name!r} is not known: choose one of {', '.join(OPTIMIZERS)}")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    hidden: list[nn.Parameter] = []
+    if name == "muon":
+        linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        hidden = [p for p in linear if p.requires_grad and id(p) not in embeddings]
+    taken = {id(p) for p in hidden}
+    groups = decay_groups([p for p in trainable if id(p) not in taken], weight_decay)
+    grouped = [id(p) for group in groups for p in group["params"]] + [id(p) for p in hidden]
+    assert sorted(grouped) == sorted(map(id, trainable)), "the groups do not partition the model"
+    groups = [group for group in groups if group["params"]]
+    if name == "adam":
+        return Adam(groups, lr=lr, betas=betas, weight_decay=weight_decay)
+    device = trainable[0].device.type
+    adamw = torch.optim.AdamW(
+        groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=device in ("cpu", "cuda")
+    )
+    return Together(adamw, Muon(hidden, lr=lr, weight_decay=weight_decay)) if hidden else adamw
+
+
+# ---- schedules: the factor of the peak learning rate at a step, counted from 0 -------------------
+
+
+def warmup(step: int, length: int) -> float:
+    """Linear from 1/length to 1. Never 0: a first step at rate 0 would be a wasted one."""
+    return min(1.0, (step + 1) / length) if length else 1.0
+
+
+def cosine(step: float, period: float, floor: float = 0.0) -> float:
+    """Cosine annealing from 1 at step 0 to floor at `period`; past it the cosine rises again."""
+    return floor + (1 - floor) * (1 + math.cos(math.pi * step / period)) / 2
+
+
+def cosine_restarts(step: int, period: int, growth: int = 1, floor: float = 0.0) -> float:
+    """Cosine annealing that jumps back to 1 after each period; each is `growth` times longer."""
+    while step >= period:
+        step, period = step - period, period * growth
+    return cosine(step, period, floor)
+
+
+def cooldown(step: int, steps: int, length: int, floor: float = 0.0) -> float:
+    """1 for a long time, then linear over the last `length` steps to floor at step `steps`."""
+    return floor + (1 - floor) * min(1.0, max(0.0, (steps - step) / max(length, 1)))
+
+
+def inverse_sqrt(step: int, length: int) -> float:
+    """The 2017 paper's schedule (section 5.3), scaled to 1 at its peak, where warmup ends.
+
+    The paper's own peak is (d_model · length)^-0.5: give that as the learning rate.
+    """
+    t, length = step + 1, max(length, 1)
+    return length**0.5 * min(t**-0.5, t * length**-1.5)
+
+
+SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
+
+
+def schedule(
+    name: str, step: int, *, steps: int, warmup_steps: int, cooldown_steps: int, floor: float
+) -> float:
+    """The factor that the training loop applies at `step` of `steps`; name is one of SCHEDULES.
+
+    "linear" is warmup, constant, and a linear cooldown over the last cooldown_steps.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule={name!r} is not known: choose one of {', '.join(SCHEDULES)}")
+    if name == "inverse_sqrt":
+        return inverse_sqrt(step, warmup_steps)
+    if step < warmup_steps:
+        return warmup(step, warmup_steps)
+    if name == "cosine":
+        return cosine(step - warmup_steps, max(steps - warmup_steps, 1), floor)
+    if name == "linear":
+        return cooldown(step, steps, cooldown_steps, floor)
+    return 1.0

@@ -1,0 +1,113 @@
+"""Named sizes and recipes: `python train.py --preset NAME`. Any flag given beside it wins.
+
+A plain dict of flags; what a preset does not name has the default that --help shows. The sizes of
+GPT-2 and GPT-3 are those of their papers (Brown et al. 2020, table 2.1).
+"""
+
+# Recipe of GPT-3's paper, appendix B, at GPT-2's batch of half a million tokens.
+GPT_RECIPE = {
+    "model": "gpt",
+    "tokenizer": "gpt2",
+    "vocab_size": 50257,
+    "optimizer": "adamw",
+    "lr": 6e-4,
+    "warmup": 700,
+    "schedule": "cosine",
+    "floor": 0.1,
+    "tokens_per_step": 2**19,
+    "steps": 19_000,  # 10 billion tokens
+    "eval_interval": 500,
+    "eval_tokens": 2**20,
+}
+
+PRESETS = {
+    # The first hour: two minutes on two cores, or a few on one GPU.
+    "toy": {
+        "model": "gpt",
+        "vocab_size": 4096,
+        "block_size": 256,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "batch_size": 16,
+        "tokens_per_step": 4096,
+        "steps": 350,
+        "eval_interval": 100,
+    },
+    "toy-gpu": {
+        "model": "gpt",
+        "vocab_size": 8192,
+        "block_size": 512,
+        "n_layer": 8,
+        "n_head": 8,
+        "n_embd": 512,
+        "dropout": 0.1,
+        "batch_size": 64,
+        "tokens_per_step": 2**16,
+        "steps": 1500,
+        "eval_interval": 250,
+    },
+    # The sizes of the papers.
+    "gpt1": {
+        **GPT_RECIPE,
+        "vocab_size": 40478,
+        "block_size": 512,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "pre_ln": False,
+        "lr": 2.5e-4,
+        "warmup": 2000,
+        "batch_size": 64,
+    },
+    "gpt2": {**GPT_RECIPE, "n_layer": 12, "n_head": 12, "n_embd": 768, "batch_size": 32},
+    "gpt2-medium": {
+        **GPT_RECIPE,
+        "n_layer": 24,
+        "n_head": 16,
+        "n_embd": 1024,
+        "lr": 3e-4,
+        "batch_size": 16,
+    },
+    "gpt2-large": {
+        **GPT_RECIPE,
+        "n_layer": 36,
+        "n_head": 20,
+        "n_embd": 1280,
+        "lr": 2.5e-4,
+        "batch_size": 8,
+    },
+    "gpt2-xl": {
+        **GPT_RECIPE,
+        "n_layer": 48,
+        "n_head": 25,
+        "n_embd": 1600,
+        "lr": 2e-4,
+        "batch_size": 4,
+    },
+    "gpt3-6.7b": {
+        **GPT_RECIPE,
+        "block_size": 2048,
+        "n_layer": 32,
+        "n_head": 32,
+        "n_embd": 4096,
+        "lr": 1.2e-4,
+        "batch_size": 1,
+    },
+    "gpt3-175b": {
+        **GPT_RECIPE,
+        "block_size": 2048,
+        "n_layer": 96,
+        "n_head": 96,
+        "n_embd": 12288,
+        "lr": 0.6e-4,
+        "batch_size": 1,
+    },
+}
+
+# The preset of a plain `python train.py`: (task, kind of device) -> name.
+FIRST_HOUR = {
+    ("gpt", "cpu"): "toy",
+    ("gpt", "mps"): "toy",
+    ("gpt", "cuda"): "toy-gpu",
+}

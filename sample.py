@@ -1,0 +1,328 @@
+"""From a checkpoint and a prompt to printed words.
+
+    python sample.py --prompt "def "              the newest checkpoint below out/
+    python sample.py --checkpoint out/gpt/best.pt --prompt "A" --prompt "Once upon" --num_samples 2
+
+Told in small steps: tokens -> logits (`generate`, with a key-value cache), logits -> distribution,
+distribution -> token, tokens -> text (`TextStream`). Nucleus sampling: Holtzman et al. 2020
+(arXiv:1904.09751); min-p: Nguyen et al. 2024 (arXiv:2407.01082).
+"""
+
+import codecs
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoint as checkpoints
+import cli
+from bpe import Tokenizer
+from data.tokens import END_OF_TEXT
+
+
+@dataclass
+class SampleConfig:
+    checkpoint: str = ""  # the file to load; empty: the newest below out/
+    prompt: list[str] = field(default_factory=list)  # text to continue; may be repeated
+    max_new_tokens: int = 200  # tokens to write at most
+    temperature: float = 0.8  # 0 takes the likeliest token, below 1 is bolder, above 1 is wilder
+    top_k: int = 0  # keep only the k likeliest tokens; 0: all
+    top_p: float = 0.95  # keep the fewest tokens that have this probability together; 1: all
+    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
+    stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
+    num_samples: int = 1  # continuations of each prompt
+    seed: int = 1337  # equal seeds give equal samples
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        limits = {
+            "max_new_tokens": (1, None),
+            "temperature": (0, None),
+            "top_k": (0, None),
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+            "num_samples": (1, None),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not value >= low or (high is not None and value > high):
+                wanted = f"{low} or more" if high is None else f"between {low} and {high}"
+                raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
+
+
+# ---- logits -> token -----------------------------------------------------------------------------
+
+
+def distribution(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Tensor:
+    """(B, V) logits -> (B, V) probabilities. The likeliest token always stays."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    # Shifted so that the maximum is 0: dividing by a tiny temperature then cannot overflow to NaN.
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if min_p > 0:
+        floor = min_p * probabilities.max(-1, keepdim=True).values
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    if top_p < 1:
+        ranked, order = probabilities.sort(-1, descending=True)
+        before = ranked.cumsum(-1) - ranked  # what the likelier tokens have together
+        cut = before >= top_p * ranked.sum(-1, keepdim=True)
+        cut[:, 0] = False
+        probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def choose(probabilities: Tensor, u: Tensor) -> Tensor:
+    """(B, V) and one uniform number in [0, 1) for each row, (B,) -> (B,) tokens.
+
+    The token in whose stretch of the cumulated distribution u falls. With one number for each row,
+    a row's sample does not depend on its neighbours in the batch.
+    """
+    cumulated = probabilities.double().cumsum(-1)
+    target = u[:, None].to(cumulated) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+
+
+# ---- tokens -> logits -> tokens ------------------------------------------------------------------
+
+
+def context_start(n: int, block_size: int) -> int:
+    """Where the context of the model begins when n tokens are there.
+
+    At 0 while they fit. When they no longer do, half a block is dropped at once: positions are
+    learned, so dropping one token moves all others, and the cache would be worthless at each step.
+    """
+    if n <= block_size:
+        return 0
+    half = max(1, block_size // 2)
+    return -(-(n - block_size) // half) * half
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: list[list[int]],
+    pick: Callable[[Tensor, list[int]], Tensor],
+    max_new_tokens: int,
+    *,
+    use_cache: bool = True,
+) -> Iterator[list[int | None]]:
+    """Yields, for each step, the new token of every row, None for a row that has none.
+
+    `pick` takes (B, V) logits and the rows that want a token, and returns (B,) tokens. Prompts may
+    differ in length: the shortest is read at once, and the longer ones go on reading their own
+    tokens while the shorter ones already write. So all rows share positions, no padding is needed,
+    and each row is what it would be alone. The caller may stop at any time. use_cache=False reads
+    the whole context anew for every token; it is the oracle in the tests.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    lengths = torch.tensor([len(p) for p in prompts])
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    tokens, caches, cache_start = tokens.to(device), None, -1
+    for n in range(shortest, longest + max_new_tokens):
+        start = context_start(n, block_size)
+        if not use_cache:
+            logits = model(tokens[:, start:n])
+        elif caches is None or start != cache_start:  # prefill, at first and after each drop
+            caches, cache_start = model.make_caches(), start
+            logits = model(tokens[:, start:n], caches=caches)
+        else:  # decode one token
+            logits = model(tokens[:, n - 1 : n], caches=caches)
+        writing = [r for r, k in enumerate(lengths.tolist()) if k <= n < k + max_new_tokens]
+        if writing:
+            picked = pick(logits[:, -1].float(), writing)
+            tokens[writing, n] = picked[writing]
+            values = picked.tolist()
+            yield [values[r] if r in set(writing) else None for r in range(len(prompts))]
+
+
+# ---- tokens -> text ------------------------------------------------------------------------------
+
+
+class TextStream:
+    """Turns a row's tokens into text that can be shown at once.
+
+    Half a character stays back until its other bytes arrive, and so does what may turn out to be
+    the beginning of a stop string. `done` is set by a stop string or by <|endoftext|>.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
+        self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
+        self.end = tokenizer.special_tokens.get(END_OF_TEXT)
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.held, self.done = "", "", False
+
+    def feed(self, token: int) -> str:
+        if self.done:
+            return ""
+        if token == self.end:
+            return self.finish()
+        return self.release(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+
+    def release(self, new: str, last: bool = False) -> str:
+        self.held += new
+        found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
+        keep = 0
+        if found:
+            self.held, self.done = self.held[: min(found)], True
+        elif not last:
+            ends = (k for s in self.stop for k in range(1, len(s)) if self.held.endswith(s[:k]))
+            keep = max(ends, default=0)
+        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        self.text += shown
+        return shown
+
+    def finish(self) -> str:
+        """What was still held back, when no more tokens come."""
+        shown = "" if self.done else self.release(self.decoder.decode(b"", final=True), last=True)
+        self.done = True
+        return shown
+
+
+# ---- GPT: continue a text ------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
+    """(tokens, bytes that the first new token must begin with).
+
+    An empty prompt is the beginning of a document. A space at the end of the prompt is taken off
+    and asked of the first new token instead: in training a space belongs to the word behind it, so
+    after a lone one the model would expect anything but a word.
+    """
+    for name in re.findall(r"<\|[^|<>\s]+\|>", prompt):
+        if name not in tokenizer.special_tokens:
+            known = ", ".join(tokenizer.special_tokens) or "none"
+            raise ValueError(f"the prompt's {name} is no special token here: known are {known}")
+    lead = b""
+    if prompt.endswith(" ") and not prompt[:-1].endswith((" ", "\n")) and len(prompt) > 1:
+        prompt, lead = prompt[:-1], b" "
+    return tokenizer.encode(prompt or END_OF_TEXT, allowed_special="all"), lead
+
+
+def make_pick(tokenizer: Tokenizer, config: SampleConfig, leads: list[bytes]) -> Callable:
+    """The function that `generate` asks for tokens: one random stream for each row.
+
+    Row r is sample r % num_samples of its prompt, and its stream depends on that number and the
+    seed alone: a prompt gets the same samples in any batch. Ids beyond the tokenizer's vocabulary
+    (the model's may be padded) cannot be chosen.
+    """
+    samples = config.num_samples
+    streams = [torch.Generator().manual_seed(config.seed + r % samples) for r in range(len(leads))]
+    leads = list(leads)
+
+    def pick(logits: Tensor, writing: list[int]) -> Tensor:
+        logits = logits[:, : tokenizer.vocab_size].cpu()
+        for row in writing:
+            if leads[row]:
+                fits = [i for token, i in tokenizer.ranks.items() if token.startswith(leads[row])]
+                allowed = torch.zeros_like(logits[row], dtype=torch.bool)
+                allowed[fits] = True
+                logits[row] = logits[row].masked_fill(~allowed, -torch.inf)
+                leads[row] = b""
+        p = distribution(logits, config.temperature, config.top_k, config.top_p, config.min_p)
+        u = torch.zeros(len(p), dtype=torch.double)
+        for row in writing:
+            u[row] = torch.rand((), generator=streams[row], dtype=torch.double)
+        return choose(p, u)
+
+    return pick
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    config: SampleConfig,
+    show: Callable[[int, str], None] = lambda row, text: None,
+) -> list[str]:
+    """num_samples continuations of each prompt, in order; show(row, text) as they are written."""
+    model.eval()
+    encoded = [encode_prompt(tokenizer, p) for p in prompts for _ in range(config.num_samples)]
+    streams = [TextStream(tokenizer, config.stop) for _ in encoded]
+    pick = make_pick(tokenizer, config, [lead for _, lead in encoded])
+    # A space that was taken off the prompt comes back with the first token: do not show it twice.
+    strip = [bool(lead) for _, lead in encoded]
+    for step in generate(model, [ids for ids, _ in encoded], pick, config.max_new_tokens):
+        for row, token in enumerate(step):
+            if token is None:
+                continue
+            text = streams[row].feed(token)
+            if strip[row] and text:
+                text, strip[row] = text.removeprefix(" "), False
+            if text:
+                show(row, text)
+        if all(stream.done for stream in streams):
+            break
+    for row, stream in enumerate(streams):
+        if text := stream.finish():
+            show(row, text)
+    return [
+        stream.text.removeprefix(" ") if lead else stream.text
+        for stream, (_, lead) in zip(streams, encoded, strict=True)
+    ]
+
+
+# What each task does with prompts: (model, tokenizer, prompts, config, show) -> texts.
+RESPOND = {"gpt": complete}
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}): try cpu") from error
+    return device
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser("Continue a text with a trained model.")
+    cli.add_flags(parser, SampleConfig, "sampling")
+    config = SampleConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
+    path = Path(config.checkpoint) if config.checkpoint else checkpoints.newest()
+    device = pick_device(config.device)
+    checkpoint = checkpoints.load(path)
+    model, tokenizer = checkpoints.restore(path, checkpoint)
+    model.to(device)
+    prompts = config.prompt or [""]
+    print(f"{path}: {checkpoint['task']}, step {checkpoint['step']:,}", file=sys.stderr)
+    longest = max(len(encode_prompt(tokenizer, p)[0]) for p in prompts)
+    if longest + config.max_new_tokens > model.config.block_size:
+        print(
+            f"note: prompt and new tokens may reach {longest + config.max_new_tokens} tokens, the "
+            f"model sees {model.config.block_size}: the oldest are dropped, half a block at a time",
+            file=sys.stderr,
+        )
+    respond = RESPOND[checkpoint["task"]]
+    if len(prompts) * config.num_samples == 1:
+        print(prompts[0], end="", flush=True)
+        respond(model, tokenizer, prompts, config, lambda _, text: print(text, end="", flush=True))
+        print()
+        return
+    texts = respond(model, tokenizer, prompts, config)
+    for row, text in enumerate(texts):
+        prompt, number = divmod(row, config.num_samples)
+        print(f"--- prompt {prompt + 1}, sample {number + 1}\n{prompts[prompt]}{text}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,468 @@
+"""One training loop for every task, on one processor or many.
+
+    python train.py                                   a small GPT on Python's own source
+    python train.py --data my.txt --n_layer 6         anybody's text, another size
+    python train.py --resume                          go on with an interrupted run
+    torchrun --standalone --nproc_per_node=8 train.py --preset gpt2 --data folder
+
+The loop knows of a task only what `checkpoint.TASKS` names: data whose batches are arguments of
+the model's forward, and a model that returns one summed loss for each "…targets" among them.
+Micro-batch number (step · accumulation + micro) · world + rank is a pure function of the seed, so
+any number of processes sees the same examples and resuming needs the step alone.
+
+Left out: fp16 with loss scaling (bf16 needs none), sharded models, learning-rate search.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
+
+import checkpoint as checkpoints
+import cli
+import optim
+import processes
+import sample
+from config import TASKS, TrainConfig, accumulation, prepare_folder, resolve
+from logs import RunLog, clock, draw_curves
+from model import Block, count_parameters, parameter_table
+from processes import Processes
+
+# ---- gradients of one step, and evaluation: all that is particular about them is counting -------
+
+
+def loss_name(key: str) -> str:
+    """The batch's "mlm_targets" belong to the loss "mlm", plain "targets" to "loss"."""
+    return key.removesuffix("targets").removesuffix("_") or "loss"
+
+
+def count_targets(batch: dict[str, Tensor]) -> dict[str, int]:
+    return {loss_name(k): int((v != -100).sum()) for k, v in batch.items() if k.endswith("targets")}
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    if device.type != "cuda":
+        return {k: v.to(device) for k, v in batch.items()}
+    return {k: v.pin_memory().to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def gradients(
+    model: nn.Module, batches: list[dict], group: Processes, autocast, stop: bool = False
+) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+    """Adds up the gradient of one step: (summed losses of this process, counts of all).
+
+    The step's loss is Σ losses / counts over all micro-batches of all processes, so that each
+    target weighs the same; a mean of means would not. DDP averages over processes, hence the
+    factor `world`. The wish to stop travels with the counts: one small message, all agree, and
+    None is returned.
+    """
+    names = sorted(count_targets(batches[0]))
+    local = [sum(count_targets(batch)[name] for batch in batches) for name in names]
+    *total, stops = group.sum([*local, int(stop)], torch.int64)
+    if stops:
+        return None
+    counts = dict(zip(names, total, strict=True))
+    sums: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        # Gradients are exchanged once, after the last micro-batch. The switch must cover forward.
+        silent = group.world > 1 and i < len(batches) - 1
+        with model.no_sync() if silent else nullcontext():
+            with autocast():
+                losses = model(**to_device(batch, group.device))
+            loss = sum(losses[name] / max(counts[name], 1) for name in names) * group.world
+            loss.backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+    return sums, counts
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data, group: Processes, autocast) -> dict[str, float]:
+    """data.report of the sums over the whole evaluation, of which each process does a slice.
+
+    Float64 sums over fixed examples: neither the batch size nor the number of processes changes
+    the result beyond rounding.
+    """
+    model.eval()
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    mine = range(group.rank, data.n_batches, group.world)
+    for i in mine or [0]:  # with less batches than processes, the idle ones still learn the names
+        batch = data.batch(i)
+        with autocast():
+            losses = model(**to_device(batch, group.device))
+        for into, found in ((sums, losses), (counts, count_targets(batch))):
+            for name, value in found.items():
+                into[name] = into.get(name, 0.0) + (float(value) if mine else 0.0)
+    model.train()
+    total = group.sum([*sums.values(), *counts.values()])
+    return data.report(
+        dict(zip(sums, total, strict=False)), dict(zip(counts, total[len(sums) :], strict=True))
+    )
+
+
+# ---- how the model is run ------------------------------------------------------------------------
+
+
+def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Every Block forgets its activations and computes them again when the gradient needs them."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+
+
+def compiled(model: nn.Module, batch: dict[str, Tensor], autocast) -> nn.Module:
+    """The compiled model, tried on a batch; the model as it is, and one line, where that fails."""
+    try:
+        fast = torch.compile(model)
+        with autocast():
+            losses = fast(**batch)
+        sum(losses.values()).backward()
+    except Exception as error:  # compilers fail in ways that cannot be listed
+        reason = str(error).strip().partition("\n")[0][:120]
+        print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it")
+        fast = model
+    model.zero_grad(set_to_none=True)
+    return fast
+
+
+def padded(vocab_size: int) -> int:
+    """The next multiple of 64: GPUs multiply such matrices faster. Padded ids are never sampled."""
+    return math.ceil(vocab_size / 64) * 64
+
+
+class Interruption:
+    """SIGINT and SIGTERM ask the loop to end after the step; a second one ends at once."""
+
+    def __enter__(self) -> "Interruption":
+        self.asked = False
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number: int, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+class Run:
+    """Data, model, optimizer and their state: made from a config, gone on with from a checkpoint."""
+
+    def __init__(self, config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes):
+        self.begin = time.perf_counter()
+        self.config, self.group, self.out = config, group, Path(config.out)
+        Config, Model, Data = TASKS[config.model]
+
+        # The first process prepares the data, the others then find everything in the cache.
+        tokenizer = checkpoints.Tokenizer.from_json(checkpoint["tokenizer"]) if checkpoint else None
+        if not group.main:
+            group.wait()
+        self.data, self.validation = Data.splits(config, sizes, tokenizer)
+        if group.main:
+            group.wait()
+        if config.resume and self.data.fingerprint != checkpoint["data"]:
+            raise ValueError(
+                f"the text of --data {config.data} is not the one that {self.out} was trained on: "
+                "restore it, or begin a new run with --init"
+            )
+        self.accumulate = accumulation(config, self.data.tokens_per_batch, group.world)
+
+        torch.manual_seed(config.seed)
+        if checkpoint:
+            path = self.out / "latest.pt" if config.resume else Path(config.init)
+            self.model, _ = checkpoints.restore(path, {**checkpoint, "model_config": sizes})
+        else:
+            vocab_size = padded(self.data.tokenizer.vocab_size)
+            self.model = Model(Config(**{**sizes, "vocab_size": vocab_size}))
+        self.model.to(group.device).train()
+        if config.recompute:
+            recompute_blocks(self.model)
+
+        self.step, self.best, self.skipped = 0, math.inf, 0
+        self.optimizer = self.new_optimizer()
+        if config.resume:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.step, self.best = checkpoint["step"], checkpoint["best"]
+            self.skipped = checkpoint["skipped"]
+        self.prepare_forward()
+
+    def new_optimizer(self):
+        config = self.config
+        return optim.make_optimizer(
+            self.model,
+            config.optimizer,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def prepare_forward(self) -> None:
+        """self.eager_or_compiled evaluates; self.forward, the same behind DDP, trains."""
+        config, group = self.config, self.group
+        device = group.device
+        self.dtype = precision(config, device)
+        enabled = self.dtype == torch.bfloat16
+        self.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=enabled)
+        want = config.compile
+        if want is None:
+            want = device.type == "cuda" and sys.platform == "linux"
+        self.eager_or_compiled = self.model
+        if want:
+            self.say("compiling the model; that takes a minute")
+            batch = to_device(self.data.batch(0), device)
+            self.eager_or_compiled = compiled(self.model, batch, self.autocast)
+        self.forward = self.eager_or_compiled
+        if group.world > 1:
+            ids = [device] if device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.eager_or_compiled, device_ids=ids)
+
+    def say(self, line: str) -> None:
+        if self.group.main:
+            print(line, flush=True)
+
+    def rate(self, step: int) -> float:
+        """The factor of the peak learning rate."""
+        config = self.config
+        return optim.schedule(
+            config.schedule,
+            step,
+            steps=config.steps,
+            warmup_steps=config.warmup,
+            cooldown_steps=round(config.cooldown * config.steps),
+            floor=config.floor,
+        )
+
+    def train_step(self, factor: float, stop: bool = False) -> dict | None:
+        """One optimizer step at `factor` of the peak rate: a record for the log, None to stop."""
+        config, group, step = self.config, self.group, self.step
+        # Dropout: the same whether the run was interrupted before this step or not.
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 65_537 + group.rank) % 2**63)
+        micro = (step * self.accumulate + m for m in range(self.accumulate))
+        batches = [self.data.batch(m * group.world + group.rank) for m in micro]
+        result = gradients(self.forward, batches, group, self.autocast, stop)
+        if result is None:
+            return None
+        sums, counts = result
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf))
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = config.lr * factor
+        if math.isfinite(norm):  # the same everywhere, because DDP has averaged the gradients
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        total = group.sum([float(sums[name]) for name in counts])
+        losses = {n: s / max(counts[n], 1) for n, s in zip(counts, total, strict=True)}
+        record = {"step": step + 1, "split": "train", "loss": sum(losses.values()), **losses}
+        return {**record, "lr": config.lr * factor, "grad_norm": norm, "skipped": self.skipped}
+
+    def evaluate(self) -> dict[str, float]:
+        return evaluate(self.eager_or_compiled, self.validation, self.group, self.autocast)
+
+    def fit_steps(self) -> None:
+        """Sets config.steps to what --minutes has room for after what is already spent.
+
+        Measured on steps at rate 0, which leave the weights as they are; the optimizer is then
+        made anew, so that `--steps N` with the printed number repeats the run exactly.
+        """
+        budget, interval = 60 * self.config.minutes, self.config.eval_interval
+        self.train_step(0.0)  # warms up
+        start, count, done = time.perf_counter(), 0, False
+        while not done:
+            self.train_step(0.0)
+            count, spent = count + 1, time.perf_counter() - start
+            done = bool(self.group.first(count >= 3 and spent >= 0.02 * budget))
+        step_seconds = spent / count
+        start = time.perf_counter()
+        self.evaluate()
+        eval_seconds = time.perf_counter() - start
+        left = budget - (time.perf_counter() - self.begin) - eval_seconds
+        steps = int(self.group.first(left // (step_seconds + eval_seconds / interval)))
+        if steps < 1:
+            raise ValueError(
+                f"--minutes {self.config.minutes:g} is too short: the preparation took "
+                f"{budget - left:.0f} s and a step takes {step_seconds:.2f} s"
+            )
+        self.config.steps = steps
+        self.optimizer, self.skipped = self.new_optimizer(), 0
+        self.say(f"{step_seconds * 1000:.0f} ms a step: --steps {steps} fit into the time")
+
+    def print_plan(self) -> None:
+        config, data, group = self.config, self.data, self.group
+        tokens = config.tokens_per_step * config.steps
+        epochs = tokens / (data.n_batches * data.tokens_per_batch)
+        interval = config.eval_interval
+        next_stop = min(config.steps, (self.step // interval + 1) * interval)
+        device = group.device
+        name = f"{torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        how = "eager" if self.eager_or_compiled is self.model else "compiled"
+        plan = {
+            "data": f"{config.data}: {data.rule}",
+            "training": data.describe(),
+            "validation": self.validation.describe(),
+            "tokenizer": f"{data.tokenizer.vocab_size:,} tokens, {data.tokenizer.hash[:12]}",
+            "model": f"{config.model}, preset {config.preset or 'none'}, "
+            f"{count_parameters(self.model):,} parameters",
+            "step": f"{config.tokens_per_step:,} tokens = {data.tokens_per_batch:,} in a "
+            f"micro-batch x {self.accumulate} accumulated x {group.world} processes",
+            "steps": f"{config.steps:,} ({tokens / 1e6:,.1f}M tokens, {epochs:,.1f} epochs)"
+            + (f", {self.step:,} of them done" if self.step else ""),
+            "optimizer": f"{config.optimizer}, peak lr {config.lr:g}, {config.schedule} schedule",
+            "device": f"{device.type} ({name}), {str(self.dtype).removeprefix('torch.')}, {how}",
+            "run": f"{self.out}: latest.pt, best.pt, log.jsonl, curves.png, config.json",
+            "next": f"evaluation and checkpoint after step {next_stop:,}",
+        }
+        self.say("\n".join(f"{title:>10}  {text}" for title, text in plan.items()))
+
+    def save(self, name: str) -> None:
+        """Into the run's folder. best.pt is for use, not for resuming: it has no optimizer state."""
+        resumable = name == "latest.pt"
+        state = checkpoints.pack(
+            self.config.model,
+            self.model,
+            self.data.tokenizer,
+            train_config=self.config,
+            data=self.data.fingerprint,
+            optimizer=self.optimizer.state_dict() if resumable else {},
+            step=self.step,
+            best=self.best,
+            skipped=self.skipped,
+        )
+        checkpoints.save(self.out / name, state)
+
+    def fit(self) -> bool:
+        """Trains to the end, True, or until interrupted, False; saves either way."""
+        config, group = self.config, self.group
+        if group.main:
+            settings = json.dumps({**asdict(config), **asdict(self.model.config)}, indent=1)
+            (self.out / "config.json").write_text(settings, encoding="utf-8")
+            self.log = RunLog(self.out, self.step, config.steps, config.tokens_per_step)
+            self.say = self.log.say
+        try:
+            with Interruption() as interruption:
+                return self.loop(interruption)
+        finally:
+            if group.main:
+                self.log.close()
+
+    def loop(self, interruption: Interruption) -> bool:
+        config, group = self.config, self.group
+        first, in_a_row = self.step, 0
+        while self.step < config.steps:
+            enough = bool(config.stop_after) and self.step - first >= config.stop_after
+            skipped = self.skipped
+            record = self.train_step(self.rate(self.step), interruption.asked or enough)
+            if record is None:
+                if group.main:
+                    self.save("latest.pt")
+                self.say(
+                    f"stopped after step {self.step:,} and saved; go on with: "
+                    f"python train.py --resume --out {self.out}"
+                )
+                return False
+            self.step += 1
+            if group.main:
+                last = self.step == config.steps
+                self.log.train(record, write=self.step % config.log_interval == 0 or last)
+            in_a_row = in_a_row + 1 if self.skipped > skipped else 0
+            if in_a_row:
+                self.say(f"step {self.step:,} skipped: its gradient is not finite")
+            if in_a_row == 5:
+                raise ValueError(
+                    f"5 steps in a row, up to {self.step:,}, had gradients that are not finite: "
+                    f"lower --lr (now {config.lr:g}) or use --dtype fp32; the last good "
+                    f"checkpoint in {self.out} is kept"
+                )
+            if self.step % config.eval_interval == 0 or self.step == config.steps:
+                report = self.evaluate()
+                better = report["loss"] < self.best
+                self.best = min(self.best, report["loss"])
+                if group.main:
+                    self.log.evaluation(self.step, report, better)
+                    self.save("latest.pt")
+                    if better:
+                        self.save("best.pt")
+        return True
+
+    def show(self) -> None:
+        """After the run: its curves, a few outputs of its best model, how to ask for more."""
+        seconds = time.perf_counter() - self.begin
+        picture = draw_curves(self.out)
+        print(f"{clock(seconds)} minutes, best validation loss {self.best:.4f}")
+        if picture:
+            print(f"curves: {picture}")
+        path = self.out / "best.pt"
+        checkpoint = checkpoints.load(path)
+        model, tokenizer = checkpoints.restore(path, checkpoint)
+        model.to(self.group.device)
+        respond, prompts = sample.RESPOND[self.config.model], self.data.prompts
+        settings = sample.SampleConfig(max_new_tokens=100)
+        for prompt, text in zip(prompts, respond(model, tokenizer, prompts, settings), strict=True):
+            print(f"{'-' * 80}\n{prompt}{text}")
+        print(
+            f"{'-' * 80}\ngo on with: python sample.py --checkpoint {path} --prompt {prompts[0]!r}"
+        )
+
+
+def dry_run(config: TrainConfig, sizes: dict) -> None:
+    """The parameters by component and the settings; on the meta device, which takes no memory."""
+    Config, Model, _ = TASKS[config.model]
+    with torch.device("meta"):
+        model = Model(Config(**sizes))
+    print(f"{'component':<28}{'in one copy':>16}{'copies':>8}{'parameters':>20}")
+    for component, count, copies in parameter_table(model):
+        print(f"{component:<28}{count:>16,}{copies:>8}{count * copies:>20,}")
+    print(f"{'total':<52}{count_parameters(model):>20,}")
+    print(f"training takes {model.flops_per_token():.4g} floating-point operations a token")
+    print(json.dumps({**asdict(config), **asdict(model.config)}, indent=1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, sizes, checkpoint = resolve(sys.argv[1:] if argv is None else argv)
+    if config.dry_run:
+        dry_run(config, sizes)
+        return
+    group = processes.start(config.device)
+    try:
+        if group.main:
+            config.out = str(prepare_folder(config))
+        run = Run(config, sizes, checkpoint, group)
+        if config.minutes and not config.resume:
+            run.fit_steps()
+        if group.main:
+            run.print_plan()
+        if run.fit() and group.main:
+            run.show()
+    finally:
+        processes.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main)
