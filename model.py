@@ -144,7 +144,8 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_head < 1 or config.n_embd % config.n_head:
             fits = [h for h in range(1, config.n_embd + 1) if config.n_embd % h == 0]
-            near = sorted(sorted(fits, key=lambda h: (abs(h - config.n_head), h))[:2])
+            near = [h for h in fits if h < config.n_head][-1:]
+            near += [h for h in fits if h > config.n_head][:1]
             raise ValueError(
                 f"n_head={config.n_head} does not divide n_embd={config.n_embd}: "
                 f"choose {' or '.join(map(str, near))}"

@@ -171,7 +171,7 @@ class Interruption:
 
 
 class Run:
-    """Data, model, optimizer and their state: made from a config, gone on with from a checkpoint."""
+    """Data, model, optimizer and their state: from a config, or gone on with from a checkpoint."""
 
     def __init__(self, config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes):
         self.begin = time.perf_counter()

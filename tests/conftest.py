@@ -1,0 +1,46 @@
+"""What the tests share: where optional data lies, optional peers, toy text and toy sizes."""
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+# A model that trains in a second; sizes that are all different, so that swapped axes show.
+TOY = (
+    "--vocab_size=300 --block_size=16 --n_layer=2 --n_head=2 --n_embd=24 --batch_size=4 "
+    "--tokens_per_step=128 --warmup=2 --eval_interval=2 --log_interval=1 --device=cpu "
+    "--data=toy.txt"
+).split()
+
+
+def peer(name: str):
+    """An optional package to compare with. Absent, it skips the test; under CI it fails it."""
+    if os.environ.get("REQUIRE_PEERS"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
+
+
+def shared(name: str) -> Path:
+    """Real data beside the project, if this machine has it."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"no {name} beside the project")
+    return SHARED / name
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Path:
+    """An empty working folder with a small text in it; caches and runs land there too."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{n} times {m} is {n * m}.\n" for n in range(30) for m in range(12)]
+    (tmp_path / "toy.txt").write_text("".join(lines), encoding="utf-8")
+    return tmp_path
