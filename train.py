@@ -342,7 +342,7 @@ class Run:
         self.say("\n".join(f"{title:>10}  {text}" for title, text in plan.items()))
 
     def save(self, name: str) -> None:
-        """Into the run's folder. best.pt is for use, not for resuming: it has no optimizer state."""
+        """Into the run's folder. best.pt is for use, not for resuming: no optimizer state."""
         resumable = name == "latest.pt"
         state = checkpoints.pack(
             self.config.model,

@@ -26,6 +26,7 @@ from data.download import SHAKESPEARE, fetch, file_sha256
 
 BLOCK = 1 << 20  # bytes read at a time, and about the size of a piece
 TRAIN_SHARE = 0.9
+REMEMBERED = 1 << 28  # bytes from which on the hash of a file is worth remembering
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what a folder is searched for, also with .gz
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 NAMES = ("stdlib", "shakespeare")
@@ -203,18 +204,18 @@ def text_pieces(part: Part) -> Iterator[str]:
     """The text of a part in pieces that a tokenizer may take one by one.
 
     A piece ends after a line break that has no white space on either side. No split pattern joins
-    what such a border separates, so the tokens are those of the undivided text. Where a megabyte
-    holds no such place, it is cut anywhere; that can only make the text a few tokens longer.
+    what such a border separates, so the tokens are those of the undivided text. Where several
+    megabytes hold no such place, they are cut anywhere: that costs a token or two, and no text.
     """
     decoder, offset, rest = codecs.getincrementaldecoder("utf-8")(), part.start, ""
     for block in part_blocks(part):
         rest += decode(decoder, block, False, part.path, offset)
         offset += len(block)
-        if len(rest) >= BLOCK // 4:  # a block of four-byte characters is no longer than that
-            end = len(rest) - 1
-            while (end := rest.rfind("\n", 1, end)) > 0:
-                if not rest[end - 1].isspace() and not rest[end + 1].isspace():
-                    break
+        end = len(rest) - 1
+        while (end := rest.rfind("\n", 1, max(end, 1))) > 0:
+            if not rest[end - 1].isspace() and not rest[end + 1].isspace():
+                break
+        if end > 0 or len(rest) > 4 * BLOCK:
             end = end + 1 if end > 0 else len(rest)
             yield rest[:end]
             rest = rest[end:]
@@ -252,7 +253,7 @@ def known_sha256(path: Path, cache: Path) -> str:
     """SHA-256 of a file's bytes. Those of large files are remembered by size and time of change,
     so that a start does not read a terabyte to learn that nothing changed."""
     stat = path.stat()
-    if stat.st_size < 1 << 28:
+    if stat.st_size < REMEMBERED:
         return file_sha256(path)
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     memo = cache / f"sha256-{key}.json"

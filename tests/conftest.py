@@ -11,11 +11,20 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 # A model that trains in a second; sizes that are all different, so that swapped axes show.
-TOY = (
-    "--vocab_size=300 --block_size=16 --n_layer=2 --n_head=2 --n_embd=24 --batch_size=4 "
-    "--tokens_per_step=128 --warmup=2 --eval_interval=2 --log_interval=1 --device=cpu "
-    "--data=toy.txt"
-).split()
+TOY = [
+    "--data=toy.txt",
+    "--vocab_size=300",
+    "--block_size=16",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=24",
+    "--batch_size=4",
+    "--tokens_per_step=128",
+    "--warmup=2",
+    "--eval_interval=2",
+    "--log_interval=1",
+    "--device=cpu",
+]
 
 
 def peer(name: str):

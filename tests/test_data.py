@@ -1,0 +1,424 @@
+"""data/: how text is found, split, streamed, tokenized once, and cut into windows."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import json
+import math
+import sysconfig
+import threading
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import shared
+
+import data.text
+import data.tokens
+from bpe import GPT2_PATTERN, GPT4_PATTERN, Tokenizer
+from data.download import SHAKESPEARE, Remote, fetch
+from data.text import Part, open_corpus, text_pieces
+from data.tokens import END_OF_TEXT, open_tokens, tokenize
+from data.windows import Windows
+
+POEM = "".join(f"Line {i} – ein Vers, 第{i}行 😀.\n" for i in range(400))
+
+
+def joined(corpus, split: str) -> str:
+    return "".join(text for text, _ in corpus.pieces(split))
+
+
+def windows(path, *, block_size=8, batch_size=3, vocab_size=300, seed=0, **options):
+    config = SimpleNamespace(
+        data=str(path),
+        cache_dir="cache",
+        tokenizer=options.pop("tokenizer", ""),
+        pattern="gpt2",
+        batch_size=batch_size,
+        seed=seed,
+        eval_tokens=options.pop("eval_tokens", 0),
+    )
+    return Windows.splits(config, {"vocab_size": vocab_size, "block_size": block_size})
+
+
+# ---- finding and splitting -----------------------------------------------------------------------
+
+
+def test_one_text_is_cut_at_90_percent_on_a_character(toy):
+    text = "ä" * 1001  # 2,002 bytes: 90% is in the middle of a character
+    (toy / "a.txt").write_text(text, encoding="utf-8")
+    corpus = open_corpus("a.txt", toy)
+    train, validation = joined(corpus, "train"), joined(corpus, "validation")
+    assert train + validation == text
+    assert len(train) == 901  # byte 1,801 is the second half of a character, so byte 1,802
+
+
+def test_split_of_ascii_is_that_of_nanogpt(toy):
+    text = "".join(chr(97 + i % 26) for i in range(12345))
+    (toy / "a.txt").write_text(text, encoding="utf-8")
+    assert joined(open_corpus("a.txt", toy), "train") == text[: int(12345 * 0.9)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_jsonl_is_cut_between_documents(toy, name):
+    documents = [f"document {i}\nwith two lines" for i in range(57)]
+    lines = "\n".join(json.dumps({"text": d, "other": 1}) for d in documents)
+    raw = lines.encode()  # and no newline at the end
+    (toy / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    corpus = open_corpus(name, toy)
+    train, validation = list(corpus.pieces("train")), list(corpus.pieces("validation"))
+    assert [d for d, _ in train + validation] == documents
+    assert all(begins for _, begins in train + validation)
+    assert 3 <= len(validation) <= 6
+
+
+def test_gz_reads_like_the_plain_file(toy):
+    (toy / "a.txt").write_text(POEM, encoding="utf-8", newline="")
+    (toy / "b.txt.gz").write_bytes(gzip.compress(POEM.encode()))
+    one, two = open_corpus("a.txt", toy), open_corpus("b.txt.gz", toy)
+    for split in ("train", "validation"):
+        assert joined(one, split) == joined(two, split) != ""
+
+
+def test_a_folder_is_split_by_whole_files_in_order_of_name(toy):
+    for i in range(25):
+        path = toy / "folder" / f"{i % 3}" / f"{i:02}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"file {i}\n", encoding="utf-8")
+    (toy / "folder" / "picture.png").write_bytes(b"\0\1")  # not a text suffix: passed over
+    corpus = open_corpus("folder", toy)
+    names = [p.path.relative_to("folder").as_posix() for p in corpus.validation]
+    assert names == ["1/01.txt", "2/08.txt"]  # the 10th and the 20th of 0/00, 0/03, …
+    assert len(corpus.train) == 23 and not set(corpus.train) & set(corpus.validation)
+    assert [begins for _, begins in corpus.pieces("validation")] == [True, True]
+
+
+def test_the_default_is_the_standard_library_without_its_tests(toy):
+    corpus = open_corpus("stdlib", toy)
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    names = {p.path.relative_to(folder).as_posix() for p in corpus.train + corpus.validation}
+    assert {"ast.py", "json/decoder.py"} <= names
+    assert not any(name.startswith(("test/", "site-packages/")) for name in names)
+    assert sum(p.path.stat().st_size for p in corpus.train) > 5e6
+
+
+def test_hash_follows_content_and_not_place(toy):
+    for folder in ("one", "two"):
+        (toy / folder).mkdir()
+        (toy / folder / "a.txt").write_text("some text", encoding="utf-8")
+    first = open_corpus("one/a.txt", toy).hash
+    assert open_corpus("two/a.txt", toy).hash == first
+    (toy / "two" / "a.txt").write_text("some tent", encoding="utf-8")
+    assert open_corpus("two/a.txt", toy).hash != first
+
+
+def test_hashes_of_large_files_are_remembered_until_they_change(toy, monkeypatch):
+    path = toy / "a.txt"
+    path.write_text("large", encoding="utf-8")
+    calls = []
+    monkeypatch.setattr(data.text, "REMEMBERED", 0)
+    monkeypatch.setattr(data.text, "file_sha256", lambda p: calls.append(p) or "digest")
+    for _ in range(3):
+        assert data.text.known_sha256(path, toy) == "digest"
+        assert len(calls) == 1
+    path.write_text("larger", encoding="utf-8")
+    data.text.known_sha256(path, toy)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("missing.txt", None, "is no file or folder here, nor one of stdlib, shakespeare"),
+        ("empty.txt", b"", "is empty"),
+        ("binary.txt", b"abc\0def", "is binary"),
+        ("latin.txt", "Gr\xfc\xdfe".encode("latin-1"), "is not UTF-8 near byte 2"),
+        ("a.txt.gz", b"no gzip", "no intact gzip file"),
+        ("cut.txt.gz", gzip.compress(POEM.encode())[:40], "no intact gzip file"),
+        ("a.jsonl", b'{"text": "fine"}\n{"words": 1}\n', 'line 2: not a JSON object.*"text"'),
+        ("b.jsonl", b'{"text": 7}\n', "line 1: not a JSON object"),
+        ("c.jsonl", b"nonsense\n", "line 1: .*nonsense"),
+    ],
+)
+def test_bad_text_is_refused_in_one_sentence(toy, name, content, message):
+    if content is not None:
+        (toy / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        corpus = open_corpus(name, toy)
+        joined(corpus, "train"), joined(corpus, "validation")
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_bytes_far_inside_a_file_are_named(toy, monkeypatch):
+    monkeypatch.setattr(data.text, "BLOCK", 1000)
+    (toy / "a.txt").write_bytes(b"x" * 100_000 + b"\xff" + b"y" * 100_000)
+    with pytest.raises(ValueError, match="not UTF-8 near byte 100,000"):
+        joined(open_corpus("a.txt", toy), "train")
+
+
+def test_empty_folder_is_refused(toy):
+    (toy / "folder").mkdir()
+    with pytest.raises(ValueError, match="holds no text"):
+        open_corpus("folder", toy)
+
+
+# ---- streaming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_pieces_give_the_tokens_of_the_undivided_text(toy, monkeypatch, pattern):
+    monkeypatch.setattr(data.text, "BLOCK", 256)
+    random = np.random.default_rng(0)
+    parts = ["word", " ", "\n", "\n\n", ".", "!\n", "  ", "\t", "12345", "'s", "ü", "😀", "\r\n"]
+    text = "".join(random.choice(parts, 4000, p=[0.3, 0.2, 0.1, *[0.04] * 10]))
+    (toy / "a.txt").write_bytes(text.encode())
+    options = {"pattern": GPT4_PATTERN} if pattern == "gpt4" else {}
+    tokenizer = Tokenizer.train([text], 350, **options)
+    pieces = list(text_pieces(Part(toy / "a.txt")))
+    assert "".join(pieces) == text and len(pieces) > 10
+    assert [i for p in pieces for i in tokenizer.encode(p)] == tokenizer.encode(text)
+
+
+def test_text_without_line_breaks_streams_too(toy, monkeypatch):
+    monkeypatch.setattr(data.text, "BLOCK", 64)
+    (toy / "a.txt").write_text("ab😀" * 1000, encoding="utf-8")
+    pieces = list(text_pieces(Part(toy / "a.txt")))
+    assert "".join(pieces) == "ab😀" * 1000 and max(map(len, pieces)) < 600
+
+
+# ---- token files ---------------------------------------------------------------------------------
+
+
+def test_token_file_holds_every_document_behind_its_border(toy):
+    (toy / "folder").mkdir()
+    for i in range(12):
+        (toy / "folder" / f"{i:02}.txt").write_text(f"text {i}\n", encoding="utf-8")
+    corpus = open_corpus("folder", toy)
+    tokenizer = Tokenizer.train([joined(corpus, "train")], 270)
+    file = tokenize(corpus, "train", tokenizer, toy)
+    border = tokenizer.special_tokens[END_OF_TEXT]
+    want = [[border, *tokenizer.encode(text)] for text, _ in corpus.pieces("train")]
+    assert file.ids.tolist() == [i for document in want for i in document]
+    assert file.text_bytes == len(joined(corpus, "train").encode())
+    assert isinstance(file.ids, np.memmap) and file.ids.dtype == np.uint16
+    header = file.path.read_bytes()[:128]
+    assert header.startswith(b"TOKENS\0\1") and bytes.fromhex(tokenizer.hash) in header
+
+
+def test_large_vocabularies_take_four_bytes(toy):
+    (toy / "a.txt").write_text(POEM, encoding="utf-8")
+    ranks = {bytes([i]): i for i in range(256)}
+    tokenizer = Tokenizer(ranks, GPT2_PATTERN, {END_OF_TEXT: 70_000})
+    file = tokenize(open_corpus("a.txt", toy), "train", tokenizer, toy)
+    assert file.ids.dtype == np.uint32 and file.ids[0] == 70_000
+
+
+def test_tokens_are_made_once_and_again_when_anything_changes(toy, monkeypatch):
+    made = []
+    real = data.tokens.write_tokens
+    monkeypatch.setattr(data.tokens, "write_tokens", lambda *a: made.append(a[0].name) or real(*a))
+    windows("toy.txt")
+    assert len(made) == 2
+    windows("toy.txt")
+    assert len(made) == 2
+    windows("toy.txt", vocab_size=310)
+    assert len(made) == 4
+    text = (toy / "toy.txt").read_text(encoding="utf-8")
+    (toy / "toy.txt").write_text("X" + text[1:], encoding="utf-8")  # same length
+    windows("toy.txt")
+    assert len(made) == 6
+
+
+@pytest.mark.parametrize("damage", ["truncate", "foreign", "version", "tokenizer"])
+def test_damaged_token_files_are_refused_and_made_again(toy, damage):
+    train, _ = windows("toy.txt")
+    want = train.ids.tolist()
+    path = next((toy / "cache").glob("toy-train-*.tokens"))
+    raw = bytearray(path.read_bytes())
+    if damage == "truncate":
+        raw = raw[:-10]
+    elif damage == "foreign":
+        raw[:6] = b"PICKLE"
+    elif damage == "version":
+        raw[8] = 99
+    else:
+        raw[40] ^= 1
+    del train
+    path.write_bytes(raw)
+    corpus = open_corpus("toy.txt", toy)
+    with pytest.raises(ValueError, match="delete it"):
+        open_tokens(path, Tokenizer.load(next((toy / "cache").glob("*.json"))), corpus.hash)
+    assert windows("toy.txt")[0].ids.tolist() == want
+
+
+def test_an_interrupted_tokenization_leaves_nothing_behind(toy, monkeypatch):
+    def fails(self, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tokenizer, "encode_numpy", fails)
+    with pytest.raises(KeyboardInterrupt):
+        windows("toy.txt")
+    assert not [p for p in (toy / "cache").iterdir() if p.suffix != ".json"]
+
+
+def test_the_tokenizer_is_trained_on_the_training_part_only(toy):
+    text = "abab " * 900 + "xyxy " * 100
+    (toy / "a.txt").write_text(text, encoding="utf-8")
+    train, _ = windows("a.txt", vocab_size=262)
+    assert b"abab" in train.tokenizer.ranks
+    assert not any(b"x" in token for token in train.tokenizer.ranks if len(token) > 1)
+
+
+# ---- windows -------------------------------------------------------------------------------------
+
+
+def test_an_epoch_shows_each_window_once_and_the_next_one_is_shifted():
+    """Sampling with replacement would leave a third of the text unseen in an epoch."""
+    ids = np.arange(1000, dtype=np.uint16)
+    data_ = train_windows(ids, block_size=10, batch_size=7)
+    n = data_.n_windows
+    assert n == 99
+    for epoch in range(3):
+        starts = sorted(data_.start(epoch * n + i) for i in range(n))
+        assert [b - a for a, b in pairwise(starts)] == [10] * (n - 1)
+    assert len({min(data_.start(e * n + i) for i in range(n)) for e in range(8)}) > 3
+
+
+def train_windows(ids, **options):
+    file = SimpleNamespace(ids=ids, text_bytes=len(ids))
+    corpus = SimpleNamespace(hash="", prompts=[""], rule="", name="numbers")
+    return Windows(file, corpus, "train", None, **options)
+
+
+def test_targets_are_the_tokens_that_follow():
+    data_ = train_windows(np.arange(1000, dtype=np.uint16), block_size=10, batch_size=7)
+    batch = data_.batch(3)
+    assert batch["tokens"].shape == batch["targets"].shape == (7, 10)
+    assert (batch["targets"] == batch["tokens"] + 1).all()
+
+
+def test_batches_are_a_pure_function_of_seed_and_index():
+    ids = np.random.default_rng(0).integers(0, 1000, 500).astype(np.uint16)
+    one, two = (train_windows(ids, block_size=10, batch_size=7) for _ in range(2))
+    [one.batch(i) for i in range(20)]  # epochs behind it and the cache full
+    for i in (0, 5, 6, 7, 31):  # 7 batches of 7 are an epoch of 49: some span two
+        assert (one.batch(i)["tokens"] == two.batch(i)["tokens"]).all()
+    other = train_windows(ids, block_size=10, batch_size=7, seed=1)
+    assert (one.batch(0)["tokens"] != other.batch(0)["tokens"]).any()
+
+
+def test_batch_size_regroups_the_same_windows():
+    """Windows of two batches of 4 are those of one batch of 8: so accumulation is exact."""
+    ids = np.arange(1000, dtype=np.uint16)
+    small = train_windows(ids, block_size=10, batch_size=4)
+    large = train_windows(ids, block_size=10, batch_size=8)
+    halves = [*small.batch(6)["tokens"].tolist(), *small.batch(7)["tokens"].tolist()]
+    assert large.batch(3)["tokens"].tolist() == halves
+
+
+@pytest.mark.parametrize("n", [9, 10, 16, 17])
+def test_texts_of_about_one_window(n):
+    data_ = train_windows(np.arange(n, dtype=np.uint16), block_size=8, batch_size=2)
+    assert data_.batch(5)["tokens"].shape == (2, 8)
+    with pytest.raises(ValueError, match=rf"has {n} tokens, fewer.*--block_size {n - 1} or less"):
+        train_windows(np.arange(n, dtype=np.uint16), block_size=n, batch_size=2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_validation_scores_every_token_once(toy, batch_size):
+    _, validation = windows("toy.txt", batch_size=batch_size)
+    targets = [validation.batch(i)["targets"] for i in range(validation.n_batches)]
+    scored = [t for batch in targets for t in batch.flatten().tolist() if t != -100]
+    assert scored == validation.ids[1:].tolist()
+    text = (toy / "toy.txt").read_bytes()
+    assert validation.scored_bytes == len(text) - int(len(text) * 0.9)
+    report = validation.report({"loss": 7.0 * math.log(2)}, {"loss": 2})
+    assert report["bits_per_byte"] == pytest.approx(7.0 / validation.scored_bytes)
+    assert report["loss"] == pytest.approx(3.5 * math.log(2))
+
+
+def test_a_limited_evaluation_is_spread_over_the_text(toy):
+    _, validation = windows("toy.txt", eval_tokens=40)
+    assert len(validation.chosen) == 5 and validation.chosen[0] == 0
+    gaps = np.diff([*validation.chosen, validation.n_windows])
+    assert gaps.max() - gaps.min() <= 1
+    batches = [validation.batch(i) for i in range(validation.n_batches)]
+    kept = [t for b in batches for t in b["targets"].flatten().tolist() if t != -100]
+    assert validation.scored_bytes == len(validation.tokenizer.decode_bytes(kept))
+
+
+def test_shakespeare_is_the_file_that_is_known(toy):
+    raw = shared("shakespeare.txt").read_bytes()
+    assert len(raw) == SHAKESPEARE.size
+    assert hashlib.sha256(raw).hexdigest() == SHAKESPEARE.sha256
+
+
+# ---- downloads, from a server on this machine ----------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+
+
+def remote(content: bytes, *urls: str) -> Remote:
+    return Remote("a.txt", urls, len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_download_checks_keeps_and_repairs(toy, server):
+    folder, address = server
+    (folder / "good.txt").write_bytes(b"good content")
+    file = remote(b"good content", f"{address}/missing.txt", f"{address}/good.txt")
+    path = fetch(file, toy / "cache")
+    assert path.read_bytes() == b"good content"
+    (folder / "good.txt").unlink()
+    assert fetch(file, toy / "cache") == path  # from the cache now
+    path.write_bytes(b"good CONTENT")
+    with pytest.raises(ValueError, match="cannot download"):
+        fetch(file, toy / "cache")  # damaged, and the server has it no more
+    (folder / "good.txt").write_bytes(b"good content")
+    assert fetch(file, toy / "cache").read_bytes() == b"good content"
+
+
+@pytest.mark.parametrize(
+    "served,reason",
+    [(b"evil content", "SHA-256"), (b"short", "5 bytes arrived"), (b"x" * 99, "more")],
+)
+def test_download_never_keeps_what_does_not_match(toy, server, served, reason):
+    folder, address = server
+    (folder / "a.txt").write_bytes(served)
+    with pytest.raises(ValueError, match=f"{reason}.*put a copy of that file at"):
+        fetch(remote(b"good content", f"{address}/a.txt"), toy / "cache")
+    assert list((toy / "cache").iterdir()) == []
+
+
+def test_shakespeare_by_name_downloads(toy, server, monkeypatch):
+    folder, address = server
+    raw = shared("shakespeare.txt").read_bytes()
+    (folder / "input.txt").write_bytes(raw)
+    here = Remote(SHAKESPEARE.name, (f"{address}/input.txt",), SHAKESPEARE.size, SHAKESPEARE.sha256)
+    monkeypatch.setattr(data.text, "SHAKESPEARE", here)
+    corpus = open_corpus("shakespeare", toy / "cache")
+    assert joined(corpus, "train").encode() == raw[:1003854]
+    assert joined(corpus, "validation").encode() == raw[1003854:]
+
+
+def test_a_download_without_network_says_what_to_do(toy, monkeypatch):
+    nowhere = Remote("a.txt", ("http://127.0.0.1:9/a.txt",), 1, "0" * 64)
+    monkeypatch.setattr(data.text, "SHAKESPEARE", nowhere)
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1:9.*pass your own text with --data"):
+        open_corpus("shakespeare", toy)
