@@ -1,0 +1,411 @@
+"""Byte-level byte-pair encoding (BPE): text to token ids and back.
+
+A text is cut into chunks (roughly: words with the space before them) by a regular expression, a
+chunk starts as its UTF-8 bytes, and the most frequent pair of neighbours inside chunks becomes a
+new token, again and again. Because all 256 bytes are tokens, nothing is ever "unknown".
+
+Worked example: learn three merges from the text "banana bandana", chunks "banana" and " bandana".
+
+    count the pairs     a+n 4, n+a 3, b+a 2, others 1   merge a+n      -> id 256 "an"
+    b an an a | _ b an d an a
+    count again         b+an 2, an+a 2, others 1        a tie: the lower pair of ids wins;
+                        (98, 256) < (256, 97)           merge b+an     -> id 257 "ban"
+    ban an a | _ ban d an a
+    count again         an+a 2, others 1                merge an+a     -> id 258 "ana"
+    ban ana | _ ban d ana                               14 bytes have become 6 tokens:
+                                                        [257, 258, 32, 257, 100, 258]
+
+Two special cases need no code of their own: CHAR_PATTERN makes each character its own chunk, which
+gives one token per character; and a vocabulary of 256 plus the special tokens is plain bytes.
+
+Left out: normalisation (NFC, lower case), merges across chunks, WordPiece and Unigram, dropout.
+
+Papers: Sennrich, Haddow and Birch 2016, "Neural Machine Translation of Rare Words with Subword
+Units" (arXiv:1508.07909); Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners" (GPT-2, section 2.2: bytes, and no merges across character categories).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from heapq import heapify, heappop, heappush
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+import tiktoken
+from tqdm import tqdm
+
+from merges import count_chunks, learn_merges
+
+# The splits of GPT-2 and GPT-4, equal to tiktoken's. `++` never gives back what it took, and
+# `\s+(?!\S)` leaves the last space of a run to the word behind it.
+GPT2_PATTERN = r"'(?:[dmst]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+GPT4_PATTERN = (
+    r"'(?i:[dmst]|ll|re|ve)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+CHAR_PATTERN = r"(?s:.)"
+PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "char": CHAR_PATTERN}
+
+FORMAT = 1  # of the JSON file
+LONG_RUN = 200_000  # white-space characters; see Tokenizer._rust_can_split
+CACHED_CHUNKS = 1 << 16  # chunks whose ids the Python path remembers
+
+
+class Tokenizer:
+    """Its state is three plain values; everything else follows from them.
+
+    ranks           token bytes -> id. A lower id is merged earlier, as tiktoken keeps it. The pair
+                    of a merge need not be stored: as long as no token reaches across its borders,
+                    a byte string goes through the same merges wherever it stands, so training
+                    cannot make the same bytes from two different pairs.
+    pattern         the regular expression that cuts text into chunks. It must match every
+                    character: what lies between two matches is lost.
+    special_tokens  text -> id; encode() produces them only where the caller allows it by name.
+    """
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]):
+        """ValueError for a state that could not encode every text or decode every id."""
+        _check_state(ranks, pattern, special_tokens)
+        self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
+        self.bytes_of = {i: token for token, i in ranks.items()}
+        self.bytes_of |= {i: text.encode("utf-8") for text, i in special_tokens.items()}
+        self.vocab_size = max(self.bytes_of) + 1  # cl100k_base, for one, has unused ids below this
+        self._split = regex.compile(pattern).findall
+        self._cache: dict[str, list[int]] = {}
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        pattern: str = GPT2_PATTERN,
+        special_tokens: Collection[str] = ("<|endoftext|>",),
+        progress: bool = False,
+    ) -> Tokenizer:
+        """Learns vocab_size - 256 - len(special_tokens) merges; special tokens get the last ids.
+
+        The most frequent pair is merged first; of equally frequent ones, the lowest pair of ids.
+        `texts` is streamed. When no pair is left the vocabulary stays smaller than asked for. The
+        text of a special token inside `texts` is text like any other.
+        """
+        for name, value in (("texts", texts), ("special_tokens", special_tokens)):
+            if isinstance(value, str):
+                raise ValueError(f"{name} is one str, not several: pass a list of them")
+        n_special = len(special_tokens)
+        if len(set(special_tokens)) < n_special:
+            raise ValueError(f"special_tokens={special_tokens}: name each only once")
+        n_merges = vocab_size - 256 - n_special
+        if n_merges < 0:
+            raise ValueError(
+                f"vocab_size={vocab_size} cannot hold 256 bytes and {n_special} special tokens: "
+                f"choose at least {256 + n_special}"
+            )
+        tokens = [bytes([i]) for i in range(256)]
+        special = {text: 256 + n_merges + i for i, text in enumerate(special_tokens)}
+        _check_state(dict(zip(tokens, range(256), strict=True)), pattern, special)  # now, not after
+        if n_merges:
+            texts = tqdm(texts, desc="splitting", unit=" texts", disable=not progress)
+            tokens += learn_merges(count_chunks(texts, pattern), n_merges, progress)
+        special = {text: len(tokens) + i for i, text in enumerate(special_tokens)}
+        return cls({token: i for i, token in enumerate(tokens)}, pattern, special)
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """Ids of `text`. decode(encode(text)) == text for every str, lone surrogates included.
+
+        allowed_special names the special tokens whose text becomes their id ("all": all of them);
+        the text of the others is encoded as ordinary text. ValueError for an unknown name.
+        """
+        return self._encode(text, allowed_special, self._encode_rust)
+
+    def encode_python(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """The same ids as encode(), without tiktoken: what to read to see how it works."""
+        return self._encode(text, allowed_special, self._encode_chunks)
+
+    def encode_batch(
+        self, texts: Iterable[str], allowed_special: Collection[str] = ()
+    ) -> list[list[int]]:
+        """encode() of each text, in threads: the Rust core works outside Python's lock."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda text: self.encode(text, allowed_special), texts))
+
+    def encode_numpy(self, text: str) -> np.ndarray:
+        """Ids of `text`, special tokens not allowed, as a uint32 array that may be read-only."""
+        if self._rust_can_split(text):
+            return self._rust.encode_to_numpy(text, disallowed_special=())
+        return np.array(self._encode_chunks(text), dtype=np.uint32)
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any bytes. decode_bytes(encode_bytes(data)) == data.
+
+        What is valid UTF-8 is encoded as text; each run of bytes that is not makes one chunk.
+        """
+        ids = []
+        # surrogateescape turns each invalid byte, and nothing else, into one of U+DC80..U+DCFF.
+        text = data.decode("utf-8", "surrogateescape")
+        for i, part in enumerate(re.split("([\udc80-\udcff]+)", text)):
+            invalid = part.encode("utf-8", "surrogateescape") if i % 2 else b""
+            ids += self._merge(invalid) if invalid else self.encode(part)
+        return ids
+
+    def _encode(
+        self, text: str, allowed_special: Collection[str], ordinary: Callable[[str], list[int]]
+    ) -> list[int]:
+        if isinstance(allowed_special, str):
+            every = allowed_special == "all"
+            allowed_special = self.special_tokens if every else [allowed_special]
+        for name in allowed_special:
+            if name not in self.special_tokens:
+                known = list(self.special_tokens)
+                raise ValueError(
+                    f"allowed_special: {name!r} is unknown, this tokenizer has {known}"
+                )
+        if not allowed_special:
+            return ordinary(text)
+        # The longest first: of "<|a|>" and "<|a|>b", the first must not hide the second.
+        names = sorted(allowed_special, key=len, reverse=True)
+        ids = []
+        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
+            ids += [self.special_tokens[part]] if i % 2 else ordinary(part)
+        return ids
+
+    def _encode_rust(self, text: str) -> list[int]:
+        can = self._rust_can_split(text)
+        return self._rust.encode_ordinary(text) if can else self._encode_chunks(text)
+
+    def _rust_can_split(self, text: str) -> bool:
+        r"""Whether tiktoken takes this text and cuts it where the `regex` module does.
+
+        Three kinds of text stay in Python. Lone surrogates are not UTF-8. Characters newer than
+        this Python's Unicode may be letters to one engine and unassigned to the other (17,480 are,
+        with regex 2026.11 and tiktoken 0.14). And the backtracking of `\s+(?!\S)` ends in a Rust
+        panic somewhere between 600,000 and 1,000,000 white-space characters in a row.
+        """
+        for i in range(0, len(text) - LONG_RUN, LONG_RUN):  # twice LONG_RUN always fill one slice
+            if text[i : i + LONG_RUN].isspace():
+                return False
+        if text.isascii():
+            return True
+        return not any(unicodedata.category(c) in ("Cn", "Cs") for c in set(text))
+
+    def _encode_chunks(self, text: str) -> list[int]:
+        ids, cache = [], self._cache
+        for chunk in self._split(text):
+            merged = cache.get(chunk)
+            if merged is None:
+                merged = self._merge(chunk.encode("utf-8", "surrogatepass"))
+                if len(cache) >= CACHED_CHUNKS:
+                    cache.clear()
+                if len(chunk) <= 64:
+                    cache[chunk] = merged
+            ids += merged
+        return ids
+
+    def _merge(self, data: bytes, below: float = float("inf")) -> list[int]:
+        """Ids of one chunk: merge the pair of lowest rank, the leftmost of equals, until none is.
+
+        A heap holds every mergeable pair as (rank, start, end), a linked list the tokens, so a
+        chunk of n bytes takes O(n log n). With `below`, only tokens of a lower rank are used.
+        """
+        ranks, n = self.ranks, len(data)
+        if ranks.get(data, below) < below:
+            return [ranks[data]]
+        following = list(range(1, n + 1))  # where the token that starts here ends; n for dead ones
+        before = list(range(-1, n - 1))
+        ranked = [(ranks.get(data[i : i + 2], below), i, i + 2) for i in range(n - 1)]
+        heap = [pair for pair in ranked if pair[0] < below]
+        heapify(heap)
+
+        def offer(start: int, end: int) -> None:
+            rank = ranks.get(data[start:end], below)
+            if rank < below:
+                heappush(heap, (rank, start, end))
+
+        while heap:
+            _, start, end = heappop(heap)
+            middle = following[start]
+            if middle == n or following[middle] != end:
+                continue  # one of the two has been merged with its other neighbour since
+            following[start], following[middle] = end, n
+            if start > 0:
+                offer(before[start], end)
+            if end < n:
+                before[end] = start
+                offer(start, following[end])
+        ids, start = [], 0
+        while start < n:
+            ids.append(ranks[data[start : following[start]]])
+            start = following[start]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; surrogates come back, other bytes that are not UTF-8 become U+FFFD."""
+        data = self.decode_bytes(ids)
+        # The bytes of a surrogate occur in no valid UTF-8, so cutting there splits nothing.
+        parts = re.split(rb"(\xed[\xa0-\xbf][\x80-\xbf])", data)
+        how = ("replace", "surrogatepass")
+        return "".join([part.decode("utf-8", how[i % 2]) for i, part in enumerate(parts)])
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of `ids`: integers of any kind, numpy's and torch's too. ValueError if unknown."""
+        try:
+            return b"".join([self.bytes_of[operator.index(i)] for i in ids])
+        except KeyError as e:
+            raise ValueError(
+                f"id {e} is no token: the vocabulary ends at {self.vocab_size - 1}; "
+                "mask the ids that only pad the model's vocabulary before sampling"
+            ) from None
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pair behind each merge, in order: what the token's bytes are without the token."""
+        pairs = []
+        for token, rank in _by_id(self.ranks):
+            if len(token) > 1:
+                parts = [self.bytes_of[i] for i in self._merge(token, below=rank)]
+                if len(parts) != 2:
+                    raise ValueError(f"token {token!r} (id {rank}) is not a pair of earlier tokens")
+                pairs.append((parts[0], parts[1]))
+        return pairs
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the state: data sets and checkpoints carry it, so that none are mixed up."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Equal tokenizers give equal text. Bytes are written as Latin-1 characters."""
+        state = {
+            "format": FORMAT,
+            "pattern": self.pattern,
+            "special_tokens": dict(_by_id(self.special_tokens)),
+            "ranks": {token.decode("latin-1"): i for token, i in _by_id(self.ranks)},
+        }
+        return json.dumps(state)
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """ValueError, in one sentence, for everything that to_json() cannot have written."""
+        try:
+            state = json.loads(text, object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"not a tokenizer: no JSON ({e})") from None
+        keys = ["format", "pattern", "special_tokens", "ranks"]
+        if not isinstance(state, dict) or not state.keys() >= set(keys):
+            raise ValueError(f"not a tokenizer: the keys {keys} are needed")
+        if state["format"] != FORMAT:
+            raise ValueError(
+                f"tokenizer format {state['format']!r} is not {FORMAT}, the only one known here: "
+                "update the code, or train the tokenizer again"
+            )
+        if not isinstance(state["ranks"], dict):
+            raise ValueError("not a tokenizer: ranks is no mapping of tokens to ids")
+        try:
+            ranks = {token.encode("latin-1"): i for token, i in state["ranks"].items()}
+        except UnicodeEncodeError as e:
+            raise ValueError(f"token {e.object!r} is not written as Latin-1 characters") from None
+        return cls(ranks, state["pattern"], state["special_tokens"])
+
+    def save(self, path: str | Path) -> None:
+        """Writes beside `path`, then renames: an interruption leaves the old file whole."""
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """What save() wrote; ValueError that names the path for any other file."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+
+    def to_tiktoken(self) -> tiktoken.Encoding:
+        return self._rust
+
+    @cached_property
+    def _rust(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            f"bpe-{self.hash[:8]}",
+            pat_str=self.pattern,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special_tokens,
+        )
+
+    @classmethod
+    def from_tiktoken(cls, encoding: tiktoken.Encoding) -> Tokenizer:
+        # tiktoken has no public names for these three.
+        ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
+        return cls(dict(ranks), encoding._pat_str, dict(special_tokens))
+
+    @classmethod
+    def from_gpt2_files(cls, vocab_bpe: str | Path, encoder_json: str | Path) -> Tokenizer:
+        """GPT-2's own two files, checked against each other. The ids are tiktoken's.
+
+        vocab.bpe lists the merges in order, encoder.json the ids; both write bytes as printable
+        characters: one that is printable in Latin-1 as itself, the others as U+0100 and up.
+        """
+        byte_of = {chr(b): b for b in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]}
+        n_printable = len(byte_of)
+        for b in sorted(set(range(256)) - set(byte_of.values())):
+            byte_of[chr(256 + len(byte_of) - n_printable)] = b
+        try:
+            lines = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:]  # a version first
+            names = [*byte_of, *(line.replace(" ", "") for line in lines if line)]
+            ranks = {bytes([byte_of[c] for c in name]): i for i, name in enumerate(names)}
+            ids = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
+        except (KeyError, ValueError) as e:
+            raise ValueError(f"{vocab_bpe}, {encoder_json}: not GPT-2's files ({e!r})") from None
+        special_tokens = {"<|endoftext|>": len(names)}
+        if ids != {name: i for i, name in enumerate(names)} | special_tokens:
+            raise ValueError(f"{vocab_bpe} and {encoder_json} do not belong together: ids differ")
+        return cls(ranks, GPT2_PATTERN, special_tokens)
+
+
+def _by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:
+    return sorted(ids.items(), key=operator.itemgetter(1))
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+def _check_state(ranks: Any, pattern: Any, special_tokens: Any) -> None:
+    try:
+        split = regex.compile(pattern)
+    except (regex.error, TypeError) as e:
+        raise ValueError(f"pattern={pattern!r} is not a regular expression: {e}") from None
+    # findall() returns the groups where there are any, and a chunk has at least one byte.
+    if not isinstance(pattern, str) or split.groups or split.fullmatch(""):
+        raise ValueError(f"pattern={pattern!r} has a group, write (?:...), or matches nothing")
+    if not isinstance(special_tokens, dict):
+        raise ValueError(f"special_tokens={special_tokens!r} is no mapping of text to id")
+    for text in special_tokens:
+        if not isinstance(text, str) or not text or re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"special token {text!r} is empty or not text")
+    ids = [*ranks.values(), *special_tokens.values()]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < 2**32:
+            raise ValueError(f"id {i!r} is not an integer from 0 to 2**32 - 1")
+    twice, n = Counter(ids).most_common(1)[0]
+    if n > 1:
+        raise ValueError(f"id {twice} stands for {n} tokens: ids must differ")
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing or b"" in ranks:
+        raise ValueError(f"{len(missing)} of the 256 bytes are no tokens, or the empty string is")

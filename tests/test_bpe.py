@@ -1,0 +1,567 @@
+"""The tokenizer against naive versions of itself, against tiktoken, and against odd input."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bpe
+import merges
+from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, PATTERNS, Tokenizer
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not (DATA / "gpt2").exists(), reason="shared data is absent")
+
+ALPHABETS = {
+    "few": "ab",
+    "ascii": "".join(map(chr, range(32, 127))),
+    "greek": "αβγδε ζηθ ς",
+    "cjk": "的一是不了人我在有他 。中国",
+    "emoji": "😀👍🏽👨‍👩‍👧❤️ 🇬🇷",
+    "combining": "e\u0301a\u0300o\u0302n\u0303 x",
+    "space": "a  \t\n\r\u00a0\u3000\u2028b",
+    "mixed": "aé的😀 \n'sll12!\x00",
+}
+ENGLISH = (
+    "It's the tokenizer's job: we'll split 12345 words, they'd said.\n\n  The end,  isn't it?  "
+)
+
+
+def random_text(rng: random.Random, alphabet: str, n: int) -> str:
+    """Half fresh characters, half copies of earlier stretches, so that there is much to merge."""
+    text = ""
+    while len(text) < n:
+        if text and rng.random() < 0.5:
+            start = rng.randrange(len(text))
+            text += text[start : start + rng.randrange(1, 9)]
+        else:
+            text += rng.choice(alphabet)
+    return text[:n]
+
+
+def naive_train(texts: list[str], n_merges: int, pattern: str) -> list[tuple[int, int]]:
+    """Counts all pairs anew for each merge."""
+    pieces = [chunk for text in texts for chunk in regex.findall(pattern, text)]
+    chunks = [list(piece.encode("utf-8", "surrogatepass")) for piece in pieces]
+    merges = []
+    while len(merges) < n_merges:
+        counts = Counter(pair for chunk in chunks for pair in pairwise(chunk))
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        chunks = [naive_merge(chunk, best, 256 + len(merges)) for chunk in chunks]
+        merges.append(best)
+    return merges
+
+
+def naive_merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    out, i = [], 0
+    while i < len(ids):
+        if tuple(ids[i : i + 2]) == pair:
+            out.append(new)
+            i += 2
+        else:
+            out.append(ids[i])
+            i += 1
+    return out
+
+
+def naive_encode(text: str, merges: list[tuple[int, int]], pattern: str) -> list[int]:
+    """Applies each merge in order to each chunk: by pairs of ids, not by ranks of bytes."""
+    out = []
+    for chunk in regex.findall(pattern, text):
+        ids = list(chunk.encode("utf-8", "surrogatepass"))
+        for i, pair in enumerate(merges):
+            ids = naive_merge(ids, pair, 256 + i)
+        out += ids
+    return out
+
+
+def merges_as_ids(tok: Tokenizer) -> list[tuple[int, int]]:
+    return [(tok.ranks[a], tok.ranks[b]) for a, b in tok.merges()]
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    rng = random.Random(0)
+    texts = [random_text(rng, alphabet, 600) for alphabet in ALPHABETS.values()] + [ENGLISH * 3]
+    return Tokenizer.train(texts, 900, special_tokens=("<|endoftext|>", "<|pad|>"))
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return Tokenizer.from_gpt2_files(DATA / "gpt2/vocab.bpe", DATA / "gpt2/encoder.json")
+
+
+# ---- training
+
+
+def test_worked_example_of_the_docstring():
+    tok = Tokenizer.train(["banana bandana"], 256 + 3, special_tokens=())
+    assert tok.merges() == [(b"a", b"n"), (b"b", b"an"), (b"an", b"a")]
+    assert tok.encode("banana bandana") == [257, 258, 32, 257, 100, 258]
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "whole"])
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_training_and_encoding_equal_the_naive_versions(alphabet, pattern):
+    pattern = PATTERNS.get(pattern, r"(?s:.+)")
+    rng = random.Random(f"{alphabet} {pattern}")
+    for n in (0, 1, 7, 37, 300):
+        texts = [random_text(rng, ALPHABETS[alphabet], n), random_text(rng, ALPHABETS[alphabet], n)]
+        n_merges = rng.randrange(120)
+        expected = naive_train(texts, n_merges, pattern)
+        tok = Tokenizer.train(texts, 256 + n_merges, pattern, special_tokens=())
+        assert merges_as_ids(tok) == expected
+        assert tok.vocab_size == 256 + len(expected)
+        for text in (texts[0], random_text(rng, ALPHABETS[alphabet], 100)):
+            ids = naive_encode(text, expected, pattern)
+            assert tok.encode_python(text) == ids
+            assert tok.encode(text) == ids
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text("ab", max_size=30), max_size=4), st.integers(0, 30))
+def test_overlapping_pairs(texts, n_merges):
+    """In "aaaa" and "abab" a merge changes the count of the pairs that it has itself made."""
+    pattern = r"(?s:.+)"
+    tok = Tokenizer.train(texts, 256 + n_merges, pattern, special_tokens=())
+    assert merges_as_ids(tok) == naive_train(texts, n_merges, pattern)
+
+
+def test_ties_go_to_the_lowest_pair_of_ids():
+    tok = Tokenizer.train(["zy zx ab"], 258, pattern=r"\w+", special_tokens=())
+    assert tok.merges() == [(b"a", b"b"), (b"z", b"x")]
+
+
+def test_training_stops_when_no_pair_is_left():
+    tok = Tokenizer.train(["ab"], 1000)
+    assert tok.merges() == [(b"a", b"b")]
+    assert tok.special_tokens == {"<|endoftext|>": 257}
+    assert tok.vocab_size == 258
+    assert Tokenizer.train([], 1000).vocab_size == 257
+
+
+def test_bytes_only_and_characters_only():
+    text = "naïve 的 😀😀\n"
+    in_bytes = Tokenizer.train([text], 256, special_tokens=())
+    assert in_bytes.encode(text) == list(text.encode())
+    in_chars = Tokenizer.train([text], 1000, CHAR_PATTERN)
+    ids = in_chars.encode(text)
+    assert [in_chars.decode([i]) for i in ids] == list(text)
+
+
+def test_texts_are_streamed_and_chunks_do_not_span_them():
+    tok = Tokenizer.train((t for t in ["a", "b"]), 300)
+    assert tok.merges() == []
+
+
+def test_special_text_in_the_training_text_is_text():
+    tok = Tokenizer.train(["<|endoftext|>" * 9], 300, r"(?s:.+)")
+    assert b"<|endoftext|>" in tok.ranks
+    assert tok.encode("<|endoftext|>") == [tok.ranks[b"<|endoftext|>"]]
+
+
+def test_worker_processes_count_the_same(monkeypatch):
+    rng = random.Random(1)
+    texts = [random_text(rng, ALPHABETS["mixed"], 5000) for _ in range(20)]
+    expected = merges._count_batch(texts, GPT2_PATTERN)
+    monkeypatch.setattr(merges, "BATCH", 9_000)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    started = []
+
+    class Pool(bpe.ProcessPoolExecutor):
+        def __init__(self, workers):
+            started.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr(merges, "ProcessPoolExecutor", Pool)
+    assert merges.count_chunks(iter(texts), GPT2_PATTERN) == expected
+    assert started == [2]
+
+
+def test_workers_that_die_lose_nothing(tmp_path):
+    """Spawned children of a script without a main guard die at once; its counts must be whole."""
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import bpe, merges\nmultiprocessing.set_start_method('spawn', force=True)\n"
+        "merges.BATCH, merges.os.cpu_count = 1000, lambda: 2\n"
+        "print(merges.count_chunks(['word ' * 300] * 9, bpe.GPT2_PATTERN)[' word'])\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(9 * 299)]
+
+
+def test_an_error_in_the_texts_is_not_swallowed(monkeypatch):
+    """An OSError while reading must not pass for a worker that cannot be started."""
+
+    def texts():
+        yield from ["some words " * 200] * 9
+        raise OSError("disk")
+
+    monkeypatch.setattr(merges, "BATCH", 1000)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(OSError, match="disk"):
+        merges.count_chunks(texts(), GPT2_PATTERN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": "one str"}, "texts is one str"),
+        ({"vocab_size": 256}, "vocab_size=256 .* at least 257"),
+        ({"special_tokens": ("a", "a")}, "only once"),
+        ({"special_tokens": ("",)}, "empty"),
+        ({"special_tokens": "<|end|>"}, "special_tokens is one str"),
+        ({"pattern": "("}, "not a regular expression"),
+        ({"pattern": "(a)|b"}, "group"),
+        ({"pattern": "a*"}, "matches nothing"),
+    ],
+)
+def test_training_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.train(**{"texts": ["a text"], "vocab_size": 300} | arguments)
+
+
+# ---- encoding and decoding
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text()
+    | st.text("ab \n'sé的😀1")
+    | st.text(st.characters(categories=["Zs", "Cs", "Cn", "L"]))
+)
+def test_both_paths_agree_and_round_trip(tok, text):
+    ids = tok.encode(text)
+    assert ids == tok.encode_python(text) == tok.encode_numpy(text).tolist()
+    assert tok.decode(ids) == text
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_code_point(tok, pattern):
+    """Rust's Unicode tables are older than those of `regex`; neither may show in the ids.
+
+    Each character stands between letters, digits and spaces, so that it matters how it is classed.
+    """
+    around = [f"a{chr(c)}a {chr(c)}1" for c in range(0x110000)]
+    trained = Tokenizer.train([ENGLISH, "".join(around[:0x800])], 3000, PATTERNS[pattern])
+    # A block that has characters of doubtful class takes the Python path, so check blocks of 256.
+    for start in range(0, 0x110000, 256):
+        if start % 0x1000 and start >= 0x20000:
+            continue  # beyond plane 1 all is alike in long stretches: one block in 16
+        text = "".join(around[start : start + 256])
+        ids = trained.encode(text)
+        assert ids == trained.encode_python(text)
+        assert trained.decode(ids) == text
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    data=st.binary()
+    | st.lists(st.sampled_from(["é".encode(), b"\xed\xb2\x80", b"\xff", b"\xf0\x9f", b"a "])).map(
+        b"".join
+    )
+)
+def test_raw_bytes_round_trip(tok, data):
+    ids = tok.encode_bytes(data)
+    assert tok.decode_bytes(ids) == data
+    assert isinstance(tok.decode(ids), str)
+
+
+def test_encode_bytes_is_encode_where_the_bytes_are_text(tok):
+    assert tok.encode_bytes(ENGLISH.encode()) == tok.encode(ENGLISH)
+
+
+def test_decode_replaces_what_is_not_utf8(tok):
+    ids = tok.encode_bytes(b"a\xff\xe2\x82 b")
+    assert tok.decode(ids) == "a\ufffd\ufffd b"
+    assert tok.decode(tok.encode("\ud800 é \ude00")) == "\ud800 é \ude00"
+    assert tok.decode(tok.encode_bytes(b"\xe2\xed\xa0\x80\x80")) == "\ufffd\ud800\ufffd"
+
+
+MILLION = 1_000_000
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * MILLION, " " * MILLION, "\n" * MILLION], ids=["a", "space", "newline"]
+)
+def test_a_million_equal_characters(text):
+    """A merge that looks at all pairs each time would take hours."""
+    tok = Tokenizer.train(["a" * 40, " " * 40, "\n" * 40], 270)
+    ids = tok.encode_python(text)
+    assert len(ids) < len(text) / 4
+    assert tok.decode_bytes(ids) == text.encode()
+    assert tok.to_tiktoken().encode_ordinary(text) == ids
+    if text[0] == "a":  # white space of this length goes the Python way in encode() too
+        assert tok.encode(text) == ids
+
+
+def test_a_million_spaces_before_a_word():
+    """Here tiktoken itself panics: "called `Result::unwrap()` on an `Err` value: StackOverflow"."""
+    tok = Tokenizer.train([" " * 40], 258, GPT4_PATTERN)
+    assert tok.decode(tok.encode(" " * MILLION + "x")) == " " * MILLION + "x"
+
+
+def test_long_runs_of_white_space_do_not_reach_rust(tok, monkeypatch):
+    monkeypatch.setattr(bpe, "LONG_RUN", 50)
+    for before in range(50):
+        assert not tok._rust_can_split("x" * before + " " * 101 + "x" * 51)
+    assert tok._rust_can_split("x " * 500)
+
+
+def test_batch(tok):
+    texts = [ENGLISH, "", "\ud800", "<|pad|>"] * 3
+    assert tok.encode_batch(texts) == [tok.encode_python(t) for t in texts]
+    assert tok.encode_batch(["<|pad|>"], {"<|pad|>"}) == [[tok.special_tokens["<|pad|>"]]]
+
+
+def test_the_cache_is_bounded(tok, monkeypatch):
+    monkeypatch.setattr(bpe, "CACHED_CHUNKS", 5)
+    fresh = Tokenizer(tok.ranks, tok.pattern, {})
+    text = "one two three four five six seven " + "e" * 100
+    assert fresh.encode_python(text) == fresh.encode(text)
+    assert 0 < len(fresh._cache) <= 5
+    assert max(map(len, fresh._cache)) < 100
+
+
+@pytest.mark.parametrize("ids", [[902], [-1], [10**9]])
+def test_unknown_ids_are_refused(tok, ids):
+    assert tok.vocab_size == 900
+    with pytest.raises(ValueError, match=rf"id {ids[0]} is no token: .* 899"):
+        tok.decode([65, *ids])
+
+
+def test_ids_of_numpy_and_torch_decode(tok):
+    ids = tok.encode(ENGLISH)
+    assert tok.decode(np.array(ids)) == tok.decode(torch.tensor(ids)) == ENGLISH
+    assert tok.encode_numpy(ENGLISH).dtype == np.uint32
+
+
+# ---- special tokens
+
+
+@settings(deadline=None)
+@given(
+    text=st.lists(
+        st.sampled_from(["<|endoftext|>", "<|pad|>", "<|", "|>", "a ", "\n", "\ud800"])
+    ).map("".join)
+)
+def test_special_tokens_only_where_allowed(tok, text):
+    end, pad = tok.special_tokens["<|endoftext|>"], tok.special_tokens["<|pad|>"]
+    for encode in (tok.encode, tok.encode_python):
+        assert not {end, pad} & {*encode(text)}
+        ids = encode(text, {"<|pad|>"})
+        assert end not in ids
+        assert ids.count(pad) == text.count("<|pad|>")
+        ids = encode(text, "all")
+        assert (ids.count(end), ids.count(pad)) == (
+            text.count("<|endoftext|>"),
+            text.count("<|pad|>"),
+        )
+        assert tok.decode(ids) == text
+    assert not {end, pad} & {*tok.encode_numpy(text).tolist()}
+
+
+def test_special_tokens_agree_with_tiktoken(tok):
+    text = "one<|pad|> two <|endoftext|><|endoftext|>\n"
+    assert tok.encode(text, "all") == tok.to_tiktoken().encode(text, allowed_special="all")
+
+
+def test_the_longest_special_token_wins():
+    tok = Tokenizer.train([], 258, special_tokens=("<a>", "<a>b"))
+    assert tok.encode("<a>b<a>", "all") == tok.encode_python("<a>b<a>", "all") == [257, 256]
+
+
+@pytest.mark.parametrize("allowed", [{"<|nope|>"}, "<|nope|>"])
+def test_unknown_special_tokens_are_refused(tok, allowed):
+    with pytest.raises(ValueError, match=r"'<\|nope\|>' is unknown.*<\|pad\|>"):
+        tok.encode("text", allowed)
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_save_and_load(tmp_path, pattern):
+    tok = Tokenizer.train([ENGLISH], 300, PATTERNS[pattern], ("<|x|>", "é"))
+    tok.save(tmp_path / "tok.json")
+    loaded = Tokenizer.load(tmp_path / "tok.json")
+    for name in ("ranks", "pattern", "special_tokens", "vocab_size", "hash"):
+        assert getattr(loaded, name) == getattr(tok, name)
+    assert loaded.encode("é" + ENGLISH, "all") == tok.encode("é" + ENGLISH, "all")
+    assert [p.name for p in tmp_path.iterdir()] == ["tok.json"]
+
+
+def test_the_hash_depends_on_the_state_alone(tok):
+    def reverse(ids):
+        return dict(reversed(ids.items()))
+
+    shuffled = Tokenizer(reverse(tok.ranks), tok.pattern, reverse(tok.special_tokens))
+    assert shuffled.hash == tok.hash
+    others = [
+        Tokenizer(tok.ranks, GPT4_PATTERN, tok.special_tokens),
+        Tokenizer(tok.ranks, tok.pattern, {}),
+        Tokenizer(tok.ranks | {b"qqqq": 5000}, tok.pattern, tok.special_tokens),
+    ]
+    assert len({tok.hash, *(other.hash for other in others)}) == 4
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, tok, monkeypatch):
+    path = tmp_path / "tok.json"
+    tok.save(path)
+
+    def interrupted(self, target):
+        raise OSError("interrupted")
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(OSError, match="interrupted"):
+        Tokenizer.train(["other"], 258).save(path)
+    assert Tokenizer.load(path).hash == tok.hash
+    assert [p.name for p in tmp_path.iterdir()] == ["tok.json"]
+
+
+def corrupt(change):
+    state = json.loads(Tokenizer.train(["abab"], 258).to_json())
+    change(state)
+    return json.dumps(state).encode()
+
+
+BYTE_MISSING = "1 of the 256 bytes"
+CORRUPT = {
+    "empty": (b"", "no JSON"),
+    "binary": (b"\x80\x04\xff\x00", "utf-8"),
+    "truncated": (corrupt(lambda s: None)[:-9], "no JSON"),
+    "deep": (b"[" * 100_000, "no JSON"),
+    "list": (b"[]", "keys"),
+    "missing key": (corrupt(lambda s: s.pop("ranks")), "keys"),
+    "twice": (corrupt(lambda s: None).replace(b'"a": 97', b'"a": 97, "a": 97'), "twice"),
+    "newer": (corrupt(lambda s: s.update(format=2)), "format 2"),
+    "format": (corrupt(lambda s: s.update(format="1")), "format '1'"),
+    "ranks": (corrupt(lambda s: s.update(ranks=[1])), "mapping"),
+    "special": (corrupt(lambda s: s.update(special_tokens=["a"])), "mapping"),
+    "special empty": (corrupt(lambda s: s.update(special_tokens={"": 999})), "empty"),
+    "special surrogate": (corrupt(lambda s: s.update(special_tokens={"\ud800": 999})), "not text"),
+    "id type": (corrupt(lambda s: s["ranks"].update(ab="256")), "'256' is not an integer"),
+    "id bool": (corrupt(lambda s: s["ranks"].update(zz=True)), "True is not an integer"),
+    "id negative": (corrupt(lambda s: s["ranks"].update(zz=-1)), "-1 is not"),
+    "id list": (corrupt(lambda s: s["ranks"].update(zz=[1])), "not an integer"),
+    "id too large": (corrupt(lambda s: s["ranks"].update(zz=2**32)), "not an integer"),
+    "same id": (corrupt(lambda s: s["ranks"].update(zz=97)), "id 97 stands for 2"),
+    "special id": (corrupt(lambda s: s["special_tokens"].update(zz=97)), "id 97 stands for 2"),
+    "byte missing": (corrupt(lambda s: s["ranks"].pop("a")), BYTE_MISSING),
+    "empty token": (corrupt(lambda s: s["ranks"].update({"": 999})), "empty string"),
+    "not latin": (corrupt(lambda s: s["ranks"].update({"的": 999})), "Latin-1"),
+    "pattern": (corrupt(lambda s: s.update(pattern="(")), "regular expression"),
+    "pattern type": (corrupt(lambda s: s.update(pattern=7)), "pattern=7"),
+    "pattern list": (corrupt(lambda s: s.update(pattern=["a"])), "pattern="),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPT)
+def test_corrupt_files_are_refused_in_one_sentence(tmp_path, name):
+    content, message = CORRUPT[name]
+    path = tmp_path / "tok.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as e:
+        Tokenizer.load(path)
+    assert str(e.value).startswith(str(path))
+    assert "\n" not in str(e.value)
+
+
+# ---- tiktoken and GPT-2
+
+
+def test_there_and_back_through_tiktoken(tok):
+    assert Tokenizer.from_tiktoken(tok.to_tiktoken()).to_json() == tok.to_json()
+    assert tok.to_tiktoken().n_vocab == tok.vocab_size
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.text("abé的😀1٣ \t\n\r'sSTLVREdm!_/.-\u00a0\u3000\u0301ſ", max_size=40)
+    | st.text(max_size=40)
+)
+def test_patterns_split_as_those_of_tiktoken(text):
+    source = pytest.importorskip("tiktoken_ext.openai_public")
+    with pytest.MonkeyPatch.context() as patch:  # only the patterns: no file, no network
+        patch.setattr(source, "load_tiktoken_bpe", lambda *a, **k: {})
+        patch.setattr(source, "data_gym_to_mergeable_bpe_ranks", lambda *a, **k: {})
+        theirs = source.gpt2()["pat_str"], source.cl100k_base()["pat_str"]
+    for pattern, other in zip((GPT2_PATTERN, GPT4_PATTERN), theirs, strict=True):
+        chunks = regex.findall(pattern, text)
+        assert chunks == regex.findall(other, text)
+        assert "".join(chunks) == text
+
+
+@needs_data
+def test_gpt2_files_give_the_ids_of_tiktoken(gpt2, tmp_path, monkeypatch):
+    for name in ("vocab.bpe", "encoder.json"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        shutil.copy(DATA / "gpt2" / name, tmp_path / hashlib.sha1(url.encode()).hexdigest())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    theirs = tiktoken.get_encoding("gpt2")
+    assert gpt2.ranks == theirs._mergeable_ranks
+    assert gpt2.special_tokens == theirs._special_tokens
+    assert gpt2.vocab_size == theirs.n_vocab == 50257
+    shakespeare = (DATA / "shakespeare.txt").read_text(encoding="utf-8")
+    ids = theirs.encode_ordinary(shakespeare)
+    assert gpt2.encode(shakespeare) == ids
+    assert gpt2.encode_python(shakespeare) == ids
+    assert gpt2.decode(ids) == shakespeare
+    rng = random.Random(2)
+    for _ in range(300):
+        text = random_text(rng, rng.choice([*ALPHABETS.values()]), rng.randrange(60))
+        assert gpt2.encode(text) == gpt2.encode_python(text) == theirs.encode_ordinary(text)
+    assert gpt2.encode("<|endoftext|>", "all") == [50256]
+
+
+@needs_data
+def test_gpt2_merges_are_those_of_its_file(gpt2):
+    lines = (DATA / "gpt2/vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    merges = gpt2.merges()
+    assert len(merges) == len(lines) == 50_000
+    ascii_only = [
+        (m, line) for m, line in zip(merges, lines, strict=True) if (m[0] + m[1]).isalnum()
+    ]
+    assert len(ascii_only) > 10_000
+    for (a, b), line in ascii_only:
+        assert f"{a.decode()} {b.decode()}" == line
+
+
+@needs_data
+def test_gpt2_files_that_do_not_belong_together_are_refused(tmp_path):
+    vocab, ids = DATA / "gpt2/vocab.bpe", DATA / "gpt2/encoder.json"
+    lines = vocab.read_text(encoding="utf-8").split("\n")
+    lines[5], lines[6] = lines[6], lines[5]
+    swapped = tmp_path / "vocab.bpe"
+    swapped.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match="do not belong together"):
+        Tokenizer.from_gpt2_files(swapped, ids)
+    with pytest.raises(ValueError, match="not GPT-2's files"):
+        Tokenizer.from_gpt2_files(ids, vocab)
+
+
+def test_merges_refuses_a_vocabulary_that_is_not_bpe():
+    ranks = {bytes([i]): i for i in range(256)}
+    tok = Tokenizer(ranks | {b"abc": 256}, GPT2_PATTERN, {})
+    with pytest.raises(ValueError, match="not a pair"):
+        tok.merges()
+    assert tok.encode("abc abc") == tok.encode_python("abc abc")

@@ -1,0 +1,291 @@
+"""sample.py: cached beside uncached, batched beside one by one, text that streams, bad input."""
+
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT, TOY
+
+import sample
+import train
+from bpe import GPT2_PATTERN, Tokenizer
+from data.tokens import END_OF_TEXT
+from model import GPT, GPTConfig
+from sample import SampleConfig, TextStream, choose, complete, context_start, distribution, generate
+
+BYTES = Tokenizer({bytes([i]): i for i in range(256)}, GPT2_PATTERN, {END_OF_TEXT: 256})
+WORDS = Tokenizer.train(["to be or not to be that is the question " * 20], 300)
+
+
+def gpt(block_size=13, vocab_size=320) -> GPT:
+    """Untrained, with weights large enough that its choices depend on all of the context."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 24}
+    model = GPT(GPTConfig(vocab_size=vocab_size, block_size=block_size, **sizes)).eval()
+    for name, p in model.named_parameters():
+        if p.dim() == 2:  # the head is tied to the token embeddings: large ones repeat themselves
+            nn.init.normal_(p, std=0.1 if name.startswith("token") else 0.5)
+    return model
+
+
+def greedy(logits, writing):
+    return logits.argmax(-1)
+
+
+def tokens_of(steps) -> list[list[int]]:
+    return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
+
+
+# ---- the loop over tokens ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_cached_equals_uncached_for_every_cut_and_past_the_context(cut):
+    """Caches that are wrong still print fluent text."""
+    model, prompt = gpt(), torch.randint(256, (40,)).tolist()[:cut]
+    cached = tokens_of(generate(model, [prompt], greedy, 40))
+    uncached = tokens_of(generate(model, [prompt], greedy, 40, use_cache=False))
+    assert cached == uncached and len(cached[0]) == 40
+    assert len(set(cached[0])) > 3
+
+
+def test_a_prompt_longer_than_the_context_is_seen_from_its_end():
+    model, prompt = gpt(), torch.randint(256, (31,)).tolist()
+    cached = tokens_of(generate(model, [prompt], greedy, 9))
+    assert cached == tokens_of(generate(model, [prompt], greedy, 9, use_cache=False))
+    start = context_start(31, 13)
+    with torch.no_grad():
+        assert cached[0][0] == model(torch.tensor([prompt[start:]]))[0, -1].argmax().item()
+
+
+def test_context_drops_half_a_block_at_a_time():
+    starts = [context_start(n, 8) for n in range(1, 21)]
+    assert starts == [0] * 8 + [4] * 4 + [8] * 4 + [12] * 4
+    for block_size in (1, 2, 3, 7, 8):
+        for n in range(1, 50):
+            assert 1 <= n - context_start(n, block_size) <= block_size
+
+
+def test_unequal_prompts_in_one_batch_equal_one_by_one():
+    model = gpt()
+    prompts = [torch.randint(256, (n,)).tolist() for n in (3, 1, 17, 9)]
+    together = tokens_of(generate(model, prompts, greedy, 20))
+    assert together == [tokens_of(generate(model, [p], greedy, 20))[0] for p in prompts]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_of_a_batch_equal_one_by_one(temperature):
+    model, prompts = gpt(), ["to be", "t", "or not to be that is", ""]
+    config = SampleConfig(temperature=temperature, max_new_tokens=20, num_samples=3, top_p=0.9)
+    together = complete(model, WORDS, prompts, config)
+    assert together == [t for p in prompts for t in complete(model, WORDS, [p], config)]
+    assert len(set(together)) == (4 if temperature == 0 else 12)
+
+
+def test_equal_seeds_give_equal_samples_and_others_do_not():
+    model = gpt()
+    one, two, three = (
+        complete(model, WORDS, ["to"], SampleConfig(seed=s, max_new_tokens=20)) for s in (1, 1, 2)
+    )
+    assert one == two != three
+
+
+def test_padded_ids_are_never_chosen():
+    """The model's vocabulary may be padded; such an id once crashed the decoder."""
+    model = gpt(vocab_size=320)
+    with torch.no_grad():
+        model.token_embedding.weight[WORDS.vocab_size :] = 5.0  # they would win every time
+    for temperature in (0.0, 2.0):
+        config = SampleConfig(temperature=temperature, max_new_tokens=30, top_p=1.0)
+        assert complete(model, WORDS, ["to"], config)[0] != ""
+
+
+def test_empty_prompts_are_refused_by_the_loop():
+    with pytest.raises(ValueError, match="has no tokens"):
+        list(generate(gpt(), [[1], []], greedy, 3))
+
+
+# ---- logits -> token -----------------------------------------------------------------------------
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, -9.0]])
+
+
+def test_distribution_without_filters_is_softmax():
+    torch.testing.assert_close(distribution(LOGITS), LOGITS.softmax(-1))
+    torch.testing.assert_close(distribution(LOGITS, 0.5), (LOGITS / 0.5).softmax(-1))
+
+
+def test_temperature_zero_is_argmax_and_a_tiny_one_is_finite():
+    assert distribution(LOGITS, 0.0).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
+    assert distribution(LOGITS, 1e-30)[0].tolist() == [1, 0, 0, 0]
+
+
+def test_top_k_keeps_k_and_renormalises():
+    p = distribution(LOGITS, top_k=2)
+    torch.testing.assert_close(p[0, :2], LOGITS[0, :2].softmax(-1))
+    assert p[0, 2:].tolist() == [0, 0] and p[1].tolist() == [0, 0.5, 0.5, 0]
+    torch.testing.assert_close(distribution(LOGITS, top_k=99), LOGITS.softmax(-1))
+
+
+def test_top_p_keeps_the_fewest_that_reach_it():
+    p = LOGITS.softmax(-1)[0]  # 0.644, 0.237, 0.087, 0.032
+    for top_p, kept in ((0.6, 1), (0.65, 2), (0.88, 2), (0.9, 3), (0.99, 4), (0.0, 1)):
+        got = distribution(LOGITS, top_p=top_p)[0]
+        assert int((got > 0).sum()) == kept, top_p
+        torch.testing.assert_close(got[:kept], p[:kept] / p[:kept].sum())
+
+
+def test_min_p_is_a_share_of_the_likeliest():
+    p = LOGITS.softmax(-1)[0]
+    got = distribution(LOGITS, min_p=float(p[1] / p[0]) - 1e-4)[0]
+    assert int((got > 0).sum()) == 2 and got.sum().item() == pytest.approx(1)
+
+
+def test_choose_inverts_the_cumulated_distribution():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75]])
+    for u, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (1 - 1e-12, 3)):
+        assert choose(p, torch.tensor([u], dtype=torch.double)).tolist() == [token]
+    u = torch.rand(40_000, dtype=torch.double)
+    share = (choose(p.expand(40_000, -1), u) == 1).double().mean().item()
+    assert share == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 40_000))
+
+
+# ---- tokens -> text ------------------------------------------------------------------------------
+
+
+def feed(text: str, stop: list[str]) -> tuple[list[str], TextStream]:
+    stream = TextStream(BYTES, stop)
+    return [stream.feed(b) for b in text.encode()] + [stream.finish()], stream
+
+
+def test_stream_waits_for_whole_characters():
+    shown, stream = feed("aé😀b", [])
+    assert shown == ["a", "", "é", "", "", "", "😀", "b", ""] and stream.text == "aé😀b"
+    stream = TextStream(BYTES, [])
+    assert [stream.feed(0xF0), stream.feed(0x9F), stream.finish()] == ["", "", "�"]
+
+
+@pytest.mark.parametrize(
+    "stop,want",
+    [
+        (["END"], "one EN two "),
+        (["zzz"], "one EN two END three"),
+        (["three", "two"], "one EN "),
+        ([""], "one EN two END three"),
+        (["o"], ""),
+        (["e", "ne E"], "on"),
+    ],
+)
+def test_stop_strings_end_the_text_and_are_not_shown(stop, want):
+    shown, stream = feed("one EN two END three", stop)
+    assert "".join(shown) == stream.text == want
+    assert all(part in want for part in shown)
+
+
+def test_text_held_back_as_half_a_stop_string_is_shown_in_the_end():
+    shown, _ = feed("abcEN", ["END"])
+    assert shown[-1] == "EN" and "".join(shown) == "abcEN"
+
+
+def test_end_of_text_ends_the_text():
+    stream = TextStream(BYTES, [])
+    assert stream.feed(97) == "a" and stream.feed(256) == "" and stream.done
+    assert stream.feed(98) == "" and stream.text == "a"
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def test_special_tokens_in_a_prompt():
+    ids, _ = sample.encode_prompt(WORDS, f"to{END_OF_TEXT}be")
+    assert WORDS.special_tokens[END_OF_TEXT] in ids
+    assert sample.encode_prompt(WORDS, "")[0] == [WORDS.special_tokens[END_OF_TEXT]]
+    with pytest.raises(ValueError, match=r"<\|im_start\|> is no special token.*<\|endoftext\|>"):
+        sample.encode_prompt(WORDS, "to <|im_start|> be")
+
+
+def test_a_space_at_the_end_belongs_to_the_next_word():
+    """After a lone space a model expects anything but a word: training never shows it one."""
+    ids, lead = sample.encode_prompt(WORDS, "to be ")
+    assert (ids, lead) == (WORDS.encode("to be"), b" ")
+    model = gpt()
+    config = SampleConfig(max_new_tokens=8, num_samples=20, temperature=2.0, top_p=1.0)
+    shown = {}
+    texts = complete(
+        model, WORDS, ["to be "], config, lambda r, t: shown.update({r: shown.get(r, "") + t})
+    )
+    ids = [list(WORDS.encode("to be" + " " + text)) for text in texts]
+    assert [shown.get(r, "") for r in range(20)] == texts and len(set(texts)) == 20
+    assert all(WORDS.decode(i) == "to be " + t for i, t in zip(ids, texts, strict=True))
+    assert sample.encode_prompt(WORDS, "to  ")[1] == sample.encode_prompt(WORDS, "\n ")[1] == b""
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(toy) -> Path:
+    train.main([*TOY, "--steps=30", "--lr=0.01", "--eval_interval=15"])
+    return toy
+
+
+def test_sample_finds_the_newest_checkpoint_and_streams(run, capsys):
+    sample.main(["--prompt=3 times", "--max_new_tokens=30", "--device=cpu"])
+    out = capsys.readouterr()
+    assert out.out.startswith("3 times") and len(out.out) > 20
+    assert "out/gpt/best.pt: gpt, step" in out.err.replace("\\", "/")
+    assert "may reach 3" in out.err and "sees 16: the oldest are dropped" in out.err
+    again = io.StringIO()
+    sys.stdout, old = again, sys.stdout
+    try:
+        sample.main(["--prompt=3 times", "--max_new_tokens=30", "--device=cpu"])
+    finally:
+        sys.stdout = old
+    assert again.getvalue() == out.out
+
+
+def test_several_prompts_and_samples_are_printed_in_order(run, capsys):
+    flags = ["--prompt=1 times", "--prompt=22 times 3 is", "--num_samples=2", "--device=cpu"]
+    sample.main([*flags, "--max_new_tokens=12", "--stop=."])
+    out = capsys.readouterr().out
+    heads = [line for line in out.splitlines() if line.startswith("---")]
+    assert heads == [f"--- prompt {p}, sample {s}" for p in (1, 2) for s in (1, 2)]
+    assert out.count("22 times 3 is") >= 2 and ".\n" not in out
+
+
+def test_a_shown_sample_is_the_one_that_a_single_call_gives(run, capsys):
+    sample.main(["--prompt=1 times", "--prompt=2 times", "--max_new_tokens=9", "--device=cpu"])
+    both = capsys.readouterr().out
+    sample.main(["--prompt=2 times", "--max_new_tokens=9", "--device=cpu"])
+    assert both.endswith(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--temperature=-1"], "--temperature -1.0 is out of range: choose 0 or more"),
+        (["--temperature=nan"], "--temperature nan is out of range"),
+        (["--top_p=1.5"], "--top_p 1.5 is out of range: choose between 0 and 1"),
+        (["--max_new_tokens=0"], "--max_new_tokens 0 is out of range: choose 1 or more"),
+        (["--prompt=<|user|>"], "is no special token here"),
+        (["--checkpoint=missing.pt"], "there is no checkpoint missing.pt"),
+        (["--checkpoint=toy.txt"], "is truncated, or no checkpoint"),
+        (["--promt=x"], "there is no flag --promt: did you mean --prompt?"),
+    ],
+)
+def test_bad_input_is_one_sentence(run, flags, message):
+    with pytest.raises(ValueError) as error:
+        sample.main(flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_any_run_the_remedy_is_named(toy):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py")], capture_output=True, encoding="utf-8", cwd=toy
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no checkpoint below out: run python train.py")
