@@ -185,7 +185,7 @@ def test_worker_processes_count_the_same(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     started = []
 
-    class Pool(bpe.ProcessPoolExecutor):
+    class Pool(merges.ProcessPoolExecutor):
         def __init__(self, workers):
             started.append(workers)
             super().__init__(workers)
