@@ -297,8 +297,26 @@ class GPT(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """tokens (B, T) -> logits (B, T, V), or, given targets (B, T), {"loss": summed loss}.
 
-        Targets of -100 do not count. With caches, one per block, the tokens continue what the
-        caches hold. Raises ValueError beyond block_size positions.
+        Targets of -100 do not count.
+        """
+        logits = self.head(self.features(tokens, mask, caches))
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+        )
+        return {"loss": loss}
+
+    def features(
+        self,
+        tokens: Tensor,
+        mask: Tensor | str | None = "causal",
+        caches: list[KVCache] | None = None,
+    ) -> Tensor:
+        """tokens (B, T) -> (B, T, C), what the head turns into logits.
+
+        With caches, one per block, the tokens continue what the caches hold. Raises ValueError
+        beyond block_size positions.
         """
         T = tokens.size(1)
         past = caches[0].length if caches else 0
@@ -311,13 +329,11 @@ class GPT(nn.Module):
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, mask=mask, cache=cache)
-        logits = F.linear(self.norm(x), self.token_embedding.weight)  # the tied head
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
-        )
-        return {"loss": loss}
+        return self.norm(x)
+
+    def head(self, features: Tensor) -> Tensor:
+        """(..., C) -> (..., V) logits: the products with all token embeddings."""
+        return F.linear(features, self.token_embedding.weight)
 
     def make_caches(self, max_len: int | None = None) -> list[KVCache]:
         return [KVCache(max_len or self.config.block_size) for _ in self.blocks]

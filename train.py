@@ -419,9 +419,7 @@ class Run:
         if picture:
             print(f"curves: {picture}")
         path = self.out / "best.pt"
-        checkpoint = checkpoints.load(path)
-        model, tokenizer = checkpoints.restore(path, checkpoint)
-        model.to(self.group.device)
+        model, tokenizer, _ = sample.load_model(path, self.group.device)
         respond, prompts = sample.RESPOND[self.config.model], self.data.prompts
         settings = sample.SampleConfig(max_new_tokens=100)
         for prompt, text in zip(prompts, respond(model, tokenizer, prompts, settings), strict=True):

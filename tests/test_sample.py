@@ -104,6 +104,15 @@ def test_padded_ids_are_never_chosen():
         assert complete(model, WORDS, ["to"], config)[0] != ""
 
 
+def test_the_layout_for_decoding_changes_no_value():
+    model, prompt = gpt(), torch.randint(256, (1, 9))
+    before, weights = model(prompt), {k: v.clone() for k, v in model.state_dict().items()}
+    sample.lay_out_for_decoding(model)
+    torch.testing.assert_close(model(prompt), before)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert model.blocks[0].mlp.fc.weight.stride() == (1, 96)
+
+
 def test_empty_prompts_are_refused_by_the_loop():
     with pytest.raises(ValueError, match="has no tokens"):
         list(generate(gpt(), [[1], []], greedy, 3))

@@ -1,0 +1,312 @@
+"""Speed beside the peers that are installed, in one interleaved run.
+
+    python bench.py                    everything, about five minutes on two cores
+    python bench.py --only train       bpe, encode, optim, train or sample
+
+Every contestant of a comparison is warmed up, then they take turns, so that what else the machine
+does hits all of them; the table shows the median time, the spread (the middle half of the times)
+and the ratio to the first peer. Random weights and tokens, never zeros.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import cli
+import optim
+from bpe import Tokenizer
+from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
+from data.text import open_corpus
+from model import GPT, GPTConfig
+from processes import Processes
+from sample import SampleConfig, generate, lay_out_for_decoding, make_pick, pick_device
+from train import compiled, gradients
+
+
+@dataclass
+class BenchConfig:
+    only: str = ""  # one comparison: bpe, encode, optim, train or sample; empty: all
+    repeats: int = 7  # turns of each contestant
+    device: str = "cpu"  # cpu, cuda or mps
+    dtype: str = "fp32"  # fp32 or bf16 (autocast in training, bf16 weights in sampling)
+    compile: bool = False  # torch.compile ours and the peer's model for the training step
+    out: str = "out/bench.json"  # where the figures go, beside the table
+    cache_dir: str = "data/cache"  # GPT-2's vocabulary is taken from here or downloaded
+
+
+def peer(name: str):
+    """The module, or None and a line that says what is missing."""
+    try:
+        return __import__(name)
+    except ImportError:
+        print(f"({name} is not installed: its column is missing; pip install {name})")
+        return None
+
+
+def take_turns(
+    contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """{name: seconds of each turn}; one untimed round first."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def show(title: str, times: dict[str, list[float]], work: float, unit: str) -> dict:
+    """Prints the table; `work` is how many `unit` one turn does. Returns the figures."""
+    print(f"\n{title}")
+    names = list(times)
+    base = statistics.median(times[names[-1]])
+    figures = {}
+    for name in names:
+        middle = statistics.median(times[name])
+        low, _, high = statistics.quantiles(times[name], n=4)
+        figures[name] = {"seconds": middle, "rate": work / middle, "ratio": base / middle}
+        print(
+            f"  {name:<28}{middle:>9.3f} s  ({low:.3f} to {high:.3f}){work / middle:>14,.1f} "
+            f"{unit}/s{base / middle:>8.2f} x"
+        )
+    return {"title": title, "unit": unit, "contestants": figures}
+
+
+# ---- the comparisons: the last contestant is the one that ratios refer to ------------------------
+
+
+def stdlib_texts(config: BenchConfig) -> list[str]:
+    return [text for text, _ in open_corpus("stdlib", Path(config.cache_dir)).pieces("train")]
+
+
+def bench_bpe(config: BenchConfig, device: torch.device) -> list[dict]:
+    texts = stdlib_texts(config)
+    size = sum(len(t.encode()) for t in texts) / 1e6
+    results, tokenizers = [], peer("tokenizers")
+    for chosen, megabytes, vocab_size in ((texts[:60], None, 1024), (texts, size, 32768)):
+        megabytes = megabytes or sum(len(t.encode()) for t in chosen) / 1e6
+
+        def ours(chosen=chosen, vocab_size=vocab_size):
+            Tokenizer.train(chosen, vocab_size)
+
+        def theirs(chosen=chosen, vocab_size=vocab_size):
+            trainer = tokenizers.trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=["<|endoftext|>"],
+                initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+            tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+            tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.train_from_iterator(chosen, trainer)
+
+        contestants = {"ours (Python)": ours}
+        if tokenizers:
+            contestants["tokenizers (Rust)"] = theirs
+        times = take_turns(contestants, min(config.repeats, 3), device)
+        title = f"BPE training, {megabytes:.1f} MB of Python source to {vocab_size:,} tokens"
+        results.append(show(title, times, megabytes, "MB"))
+    return results
+
+
+def bench_encode(config: BenchConfig, device: torch.device) -> list[dict]:
+    import tiktoken
+
+    texts = stdlib_texts(config)
+    text = "".join(texts)[:4_000_000]
+    ours = Tokenizer.train(texts, 32768)
+    contestants = {
+        "ours, Python": lambda: ours.encode_python(text),
+        "ours, tiktoken's core": lambda: ours.encode(text),
+    }
+    try:
+        cache = Path(config.cache_dir)
+        gpt2 = Tokenizer.from_gpt2_files(fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache))
+    except ValueError as error:
+        print(f"(no GPT-2 vocabulary to compare with: {error})")
+    else:
+        theirs = tiktoken.Encoding(
+            "gpt2",
+            pat_str=gpt2.pattern,
+            mergeable_ranks=gpt2.ranks,
+            special_tokens=gpt2.special_tokens,
+        )
+        contestants["tiktoken, gpt2"] = lambda: theirs.encode_ordinary(text)
+    times = take_turns(contestants, config.repeats, device)
+    return [show("encoding Python source", times, len(text.encode()) / 1e6, "MB")]
+
+
+def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
+    """What reading AdamW in optim.py costs beside torch's kernel, which the loop uses."""
+    shapes = [(384, 384)] * 24 + [(1536, 384), (384, 1536)] * 6 + [(8192, 384)]
+    contestants = {}
+    for name, make in (
+        ("ours, written out", optim.AdamW),
+        ("ours, Muon", optim.Muon),
+        ("torch AdamW, foreach", lambda p: torch.optim.AdamW(p, foreach=True)),
+        ("torch AdamW, fused", lambda p: torch.optim.AdamW(p, fused=True)),
+    ):
+        parameters = [nn.Parameter(torch.randn(s, device=device)) for s in shapes]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        contestants[name] = make(parameters).step
+    work = sum(a * b for a, b in shapes) / 1e6
+    times = take_turns(contestants, 3 * config.repeats, device)
+    return [show("optimizer step, 13.8 million parameters", times, work, "M parameters")]
+
+
+def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=sizes.vocab_size,
+            n_positions=sizes.block_size,
+            n_embd=sizes.n_embd,
+            n_layer=sizes.n_layer,
+            n_head=sizes.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def bench_train(config: BenchConfig, device: torch.device) -> list[dict]:
+    """A whole step of each: forward, loss, backward, clipping, AdamW (torch's fused for both)."""
+    if device.type == "cuda":
+        sizes, batch_size = GPTConfig(vocab_size=50304), 32
+    else:
+        sizes, batch_size = GPTConfig(8192, 256, 6, 6, 384), 8
+    tokens = torch.randint(sizes.vocab_size, (batch_size, sizes.block_size + 1), device=device)
+    batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+    group = Processes(0, 1, device)
+    bf16 = config.dtype == "bf16"
+
+    def autocast():
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    raw = GPT(sizes).to(device)
+    ours = compiled(raw, batch, autocast) if config.compile else raw
+    optimizer = optim.make_optimizer(raw, "adamw", lr=1e-4)
+
+    def our_step():
+        gradients(ours, [batch], group, autocast)
+        nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    contestants = {"ours": our_step}
+    if transformers := peer("transformers"):
+        theirs = hugging_face_gpt2(transformers, sizes).to(device).train()
+        their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
+        their_model = torch.compile(theirs) if config.compile else theirs
+
+        def their_step():
+            with autocast():
+                loss = their_model(batch["tokens"], labels=batch["tokens"]).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            their_optimizer.step()
+            their_optimizer.zero_grad(set_to_none=True)
+
+        contestants["Hugging Face GPT-2"] = their_step
+    times = take_turns(contestants, config.repeats, device)
+    title = (
+        f"training step, GPT {sizes.n_layer} layers, width {sizes.n_embd}, vocabulary "
+        f"{sizes.vocab_size:,}, T {sizes.block_size}, batch {batch_size}, {config.dtype}"
+    )
+    return [show(title, times, batch_size * sizes.block_size, "tokens")]
+
+
+@torch.no_grad()
+def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
+    """Greedy, one sequence, GPT-2's smallest size; below it the products that no model can save."""
+    sizes, prompt, count = GPTConfig(), torch.randint(50257, (1, 32), device=device), 32
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    ours = GPT(sizes).to(device, dtype).eval()
+    if device.type == "cpu":
+        lay_out_for_decoding(ours)
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)}, "(?s:.)", {"<|endoftext|>": 50256})
+    settings = SampleConfig(temperature=0)
+
+    def our_sample():
+        pick = make_pick(tokenizer, settings, [b""])
+        for _ in generate(ours, prompt.tolist(), pick, count):
+            pass
+
+    # Of a second model, whose matrices lie in memory as torch makes them.
+    bare = GPT(sizes).to(device, dtype)
+    weights = [m.weight for m in bare.modules() if isinstance(m, nn.Linear)]
+    weights.append(bare.token_embedding.weight)
+    inputs = {w.size(1): torch.randn(1, w.size(1), device=device, dtype=dtype) for w in weights}
+
+    def bare_products():
+        for _ in range(count):
+            for w in weights:
+                F.linear(inputs[w.size(1)], w)
+
+    contestants = {"ours": our_sample, "bare matrix-vector products": bare_products}
+    if transformers := peer("transformers"):
+        theirs = hugging_face_gpt2(transformers, sizes).to(device, dtype).eval()
+
+        def their_sample():
+            theirs.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+        contestants["Hugging Face generate"] = their_sample
+    times = take_turns(contestants, config.repeats, device)
+    return [show(f"sampling, GPT-2 124M, batch 1, {config.dtype}", times, count, "tokens")]
+
+
+BENCHES = {
+    "bpe": bench_bpe,
+    "encode": bench_encode,
+    "optim": bench_optim,
+    "train": bench_train,
+    "sample": bench_sample,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser("Measure speed beside the peers that are installed.")
+    cli.add_flags(parser, BenchConfig, "benchmark")
+    config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
+    if config.only and config.only not in BENCHES:
+        raise ValueError(f"--only {config.only} is not known: choose {', '.join(BENCHES)}")
+    if config.repeats < 2:
+        raise ValueError(f"--repeats {config.repeats} gives no median: choose 2 or more")
+    device = pick_device(config.device)
+    torch.manual_seed(0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads")
+    results = []
+    for key in [config.only] if config.only else BENCHES:
+        results += BENCHES[key](config, device)
+    path = Path(config.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"torch": torch.__version__, "device": name, "results": results}
+    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    print(f"\nthe same as JSON: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
