@@ -116,7 +116,8 @@ class Tokenizer:
         special = {text: 256 + n_merges + i for i, text in enumerate(special_tokens)}
         _check_state(dict(zip(tokens, range(256), strict=True)), pattern, special)  # now, not after
         if n_merges:
-            texts = tqdm(texts, desc="splitting", unit=" texts", disable=not progress)
+            quiet = None if progress else True  # None: no bar where there is no terminal
+            texts = tqdm(texts, desc="splitting", unit=" texts", disable=quiet)
             tokens += learn_merges(count_chunks(texts, pattern), n_merges, progress)
         special = {text: len(tokens) + i for i, text in enumerate(special_tokens)}
         return cls({token: i for i, token in enumerate(tokens)}, pattern, special)

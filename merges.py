@@ -103,7 +103,7 @@ def learn_merges(chunks: dict[str, int], n_merges: int, progress: bool = False) 
     heap = [(-n, pair) for pair, n in count.items()]
     heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
-    bar = tqdm(total=n_merges, desc="merges", disable=not progress)
+    bar = tqdm(total=n_merges, desc="merges", disable=None if progress else True)
     while heap and len(tokens) < 256 + n_merges:
         n, pair = heappop(heap)
         if -n != count[pair]:

@@ -119,11 +119,7 @@ def folder_corpus(
 
 def file_corpus(name: str, path: Path, cache: Path, prompts: list[str] | None = None) -> Corpus:
     check_text(path)
-    with open_bytes(path) as file:
-        size = 0
-        while block := file.read(BLOCK):
-            size += len(block)
-    cut = next_border(path, int(size * TRAIN_SHARE), b"\n" if is_jsonl(path) else None)
+    cut = next_border(path, int(text_size(path) * TRAIN_SHARE), b"\n" if is_jsonl(path) else None)
     return Corpus(
         name,
         hashlib.sha256(f"file 1 {cut} {known_sha256(path, cache)}".encode()).hexdigest(),
@@ -181,6 +177,14 @@ def next_border(path: Path, cut: int, border: bytes | None) -> int:
                     return cut + i + 1
             cut += len(block)
     return cut
+
+
+def text_size(path: Path) -> int:
+    """Bytes of the text; those of a .gz are known only after reading it all."""
+    if not path.name.lower().endswith(".gz"):
+        return path.stat().st_size
+    with open_bytes(path) as file:
+        return sum(map(len, iter(lambda: file.read(BLOCK), b"")))
 
 
 def skip(file: BinaryIO, count: int) -> None:
