@@ -40,7 +40,9 @@ def test_the_readme_has_the_two_commands_of_the_first_hour():
 
 
 def test_the_readme_names_every_file_that_a_reader_will_see():
-    files = {p.name for p in ROOT.glob("*.py")} | {f"data/{p.name}" for p in (ROOT / "data").glob("*.py")}
+    files = {p.name for p in ROOT.glob("*.py")} | {
+        f"data/{p.name}" for p in (ROOT / "data").glob("*.py")
+    }
     missing = {f for f in files - {"data/__init__.py"} if f"`{f}`" not in README}
     assert not missing
 
@@ -65,7 +67,10 @@ def test_command(toy, command):
             flags = keep
         elif "--init" in keep:
             run(name, ["--steps=1", *TOY, "--out=out/gpt"])
-            flags = [*keep, *without(SMALL, "--vocab_size", "--block_size", "--n_layer", "--n_head")]
+            flags = [
+                *keep,
+                *without(SMALL, "--vocab_size", "--block_size", "--n_layer", "--n_head"),
+            ]
             flags = [f for f in flags if not f.startswith("--n_embd")] + ["--data=toy.txt"]
         else:
             flags = [*keep, *SMALL, "--data=toy.txt", "--tokenizer="]
