@@ -5,7 +5,7 @@
 
 Every contestant of a comparison is warmed up, then they take turns, so that what else the machine
 does hits all of them; the table shows the median time, the spread (the middle half of the times)
-and the ratio to the first peer. Random weights and tokens, never zeros.
+and the ratio to the last contestant. Random weights and tokens, never zeros.
 """
 
 import json
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 import cli
 import optim
 from bpe import Tokenizer
-from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
+from data.download import GPT2_MERGES, GPT2_VOCABULARY, SHAKESPEARE, fetch
 from data.text import open_corpus
 from model import GPT, GPTConfig
-from processes import Processes
-from sample import SampleConfig, generate, lay_out_for_decoding, make_pick, pick_device
+from processes import Processes, pick_device
+from sample import SampleConfig, generate, lay_out_for_decoding, make_pick
 from train import compiled, gradients
 
 
@@ -92,11 +92,15 @@ def stdlib_texts(config: BenchConfig) -> list[str]:
 
 
 def bench_bpe(config: BenchConfig, device: torch.device) -> list[dict]:
-    texts = stdlib_texts(config)
-    size = sum(len(t.encode()) for t in texts) / 1e6
     results, tokenizers = [], peer("tokenizers")
-    for chosen, megabytes, vocab_size in ((texts[:60], None, 1024), (texts, size, 32768)):
-        megabytes = megabytes or sum(len(t.encode()) for t in chosen) / 1e6
+    works = [("Python source", stdlib_texts(config), 32768)]
+    try:
+        path = fetch(SHAKESPEARE, Path(config.cache_dir))
+        works.insert(0, ("Shakespeare", [path.read_text(encoding="utf-8")], 1024))
+    except ValueError as error:
+        print(f"(no Shakespeare: {error})")
+    for name, chosen, vocab_size in works:
+        megabytes = sum(len(t.encode()) for t in chosen) / 1e6
 
         def ours(chosen=chosen, vocab_size=vocab_size):
             Tokenizer.train(chosen, vocab_size)
@@ -116,7 +120,7 @@ def bench_bpe(config: BenchConfig, device: torch.device) -> list[dict]:
         if tokenizers:
             contestants["tokenizers (Rust)"] = theirs
         times = take_turns(contestants, min(config.repeats, 3), device)
-        title = f"BPE training, {megabytes:.1f} MB of Python source to {vocab_size:,} tokens"
+        title = f"BPE training, {megabytes:.1f} MB of {name} to {vocab_size:,} tokens"
         results.append(show(title, times, megabytes, "MB"))
     return results
 
@@ -175,9 +179,9 @@ def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
             n_embd=sizes.n_embd,
             n_layer=sizes.n_layer,
             n_head=sizes.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
+            resid_pdrop=sizes.dropout,
+            embd_pdrop=sizes.dropout,
+            attn_pdrop=sizes.dropout,
             bos_token_id=None,
             eos_token_id=None,
         )
@@ -186,10 +190,17 @@ def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
 
 def bench_train(config: BenchConfig, device: torch.device) -> list[dict]:
     """A whole step of each: forward, loss, backward, clipping, AdamW (torch's fused for both)."""
+    results = []
+    for dropout in (0.0, 0.1):  # 0.1 is what Hugging Face's configuration has unless it is told
+        results += bench_train_step(config, device, dropout)
+    return results
+
+
+def bench_train_step(config: BenchConfig, device: torch.device, dropout: float) -> list[dict]:
     if device.type == "cuda":
-        sizes, batch_size = GPTConfig(vocab_size=50304), 32
+        sizes, batch_size = GPTConfig(vocab_size=50304, dropout=dropout), 32
     else:
-        sizes, batch_size = GPTConfig(8192, 256, 6, 6, 384), 8
+        sizes, batch_size = GPTConfig(8192, 256, 6, 6, 384, dropout=dropout), 8
     tokens = torch.randint(sizes.vocab_size, (batch_size, sizes.block_size + 1), device=device)
     batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
     group = Processes(0, 1, device)
@@ -226,14 +237,16 @@ def bench_train(config: BenchConfig, device: torch.device) -> list[dict]:
     times = take_turns(contestants, config.repeats, device)
     title = (
         f"training step, GPT {sizes.n_layer} layers, width {sizes.n_embd}, vocabulary "
-        f"{sizes.vocab_size:,}, T {sizes.block_size}, batch {batch_size}, {config.dtype}"
+        f"{sizes.vocab_size:,}, T {sizes.block_size}, batch {batch_size}, dropout {dropout}, "
+        f"{config.dtype}"
     )
     return [show(title, times, batch_size * sizes.block_size, "tokens")]
 
 
 @torch.no_grad()
 def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
-    """Greedy, one sequence, GPT-2's smallest size; below it the products that no model can save."""
+    """Greedy, one sequence, GPT-2's smallest size, and the bare products of its weights: the bound
+    of a model whose matrices lie in memory as torch makes them, and of one laid out as ours."""
     sizes, prompt, count = GPTConfig(), torch.randint(50257, (1, 32), device=device), 32
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     ours = GPT(sizes).to(device, dtype).eval()
@@ -247,18 +260,23 @@ def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
         for _ in generate(ours, prompt.tolist(), pick, count):
             pass
 
-    # Of a second model, whose matrices lie in memory as torch makes them.
-    bare = GPT(sizes).to(device, dtype)
-    weights = [m.weight for m in bare.modules() if isinstance(m, nn.Linear)]
-    weights.append(bare.token_embedding.weight)
-    inputs = {w.size(1): torch.randn(1, w.size(1), device=device, dtype=dtype) for w in weights}
+    def bare_products(model: GPT) -> Callable[[], None]:
+        weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        weights.append(model.token_embedding.weight)
+        inputs = {w.size(1): torch.randn(1, w.size(1), device=device, dtype=dtype) for w in weights}
 
-    def bare_products():
-        for _ in range(count):
-            for w in weights:
-                F.linear(inputs[w.size(1)], w)
+        def run() -> None:
+            for _ in range(count):
+                for w in weights:
+                    F.linear(inputs[w.size(1)], w)
 
-    contestants = {"ours": our_sample, "bare matrix-vector products": bare_products}
+        return run
+
+    contestants = {
+        "ours": our_sample,
+        "bare products": bare_products(GPT(sizes).to(device, dtype)),
+        "bare products, our layout": bare_products(ours),
+    }
     if transformers := peer("transformers"):
         theirs = hugging_face_gpt2(transformers, sizes).to(device, dtype).eval()
 
@@ -292,6 +310,8 @@ def main(argv: list[str] | None = None) -> None:
     config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     if config.only and config.only not in BENCHES:
         raise ValueError(f"--only {config.only} is not known: choose {', '.join(BENCHES)}")
+    if config.dtype not in ("fp32", "bf16"):
+        raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
     if config.repeats < 2:
         raise ValueError(f"--repeats {config.repeats} gives no median: choose 2 or more")
     device = pick_device(config.device)

@@ -40,10 +40,9 @@ KEYS = {
 
 
 def pack(
-    task: str, model: nn.Module, tokenizer: Tokenizer, *, train_config, data: str, **rest
+    task: str, model: nn.Module, tokenizer: Tokenizer, *, train_config, data: str, **state
 ) -> dict:
-    """The dict that `save` writes. `rest` is optimizer, step, best and skipped."""
-    state = {"optimizer": {}, "step": 0, "best": float("inf"), "skipped": 0, **rest}
+    """The dict that `save` writes. `state` is optimizer, step, best and skipped."""
     return {
         "format": FORMAT,
         "task": task,
@@ -70,14 +69,14 @@ def save(path: Path, checkpoint: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict:
+def load(path: Path) -> dict:
     """The checked dict. Raises ValueError for a missing, truncated, foreign or newer file."""
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: train first, or name one that exists")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign formats; we refuse them below
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged files
         reason = str(error).partition("\n")[0][:80]
         raise ValueError(

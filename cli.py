@@ -8,6 +8,8 @@ import argparse
 import difflib
 import inspect
 import re
+import shlex
+import subprocess
 import sys
 import typing
 from collections.abc import Callable
@@ -64,7 +66,7 @@ def comments(cls: type) -> dict[str, str]:
     return dict(found)
 
 
-def add_flags(parser: Parser, cls: type, title: str, skip: tuple[str, ...] = ()) -> None:
+def add_flags(parser: Parser, cls: type, title: str) -> None:
     """One flag for each field of the dataclass, absent from the result unless it is given.
 
     The types are str, int, float, bool, `bool | None` (None means: decided by the machine) and
@@ -73,8 +75,6 @@ def add_flags(parser: Parser, cls: type, title: str, skip: tuple[str, ...] = ())
     group = parser.add_argument_group(title)
     helps, types = comments(cls), typing.get_type_hints(cls)
     for field in fields(cls):
-        if field.name in skip:
-            continue
         kind, flag = types[field.name], f"--{field.name}"
         default = field.default if field.default is not MISSING else field.default_factory()
         shown = "auto" if default is None else default
@@ -94,6 +94,11 @@ def add_flags(parser: Parser, cls: type, title: str, skip: tuple[str, ...] = ())
             group.add_argument(flag, action="append", metavar="TEXT", **common)
         else:
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **common)
+
+
+def command_line(*words: str) -> str:
+    """What a user may paste into a shell, quoted as it needs."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:

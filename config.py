@@ -12,7 +12,7 @@ import checkpoint as checkpoints
 import cli
 import optim
 from presets import FIRST_HOUR, PRESETS
-from sample import pick_device
+from processes import pick_device
 
 TASKS = checkpoints.TASKS
 
@@ -54,15 +54,22 @@ class TrainConfig:
     dry_run: bool = False  # print the plan and the parameter table, allocate and train nothing
 
     def __post_init__(self):
-        positive = ("steps", "tokens_per_step", "batch_size", "lr", "eval_interval", "log_interval")
-        zero = ("minutes", "stop_after", "weight_decay", "clip", "warmup", "eval_tokens", "seed")
-        shares = ("cooldown", "floor", "beta1", "beta2")
-        for name in (*positive, *zero, *shares):
-            value = getattr(self, name)
-            if not (value > 0 if name in positive else value >= 0) or value == math.inf:
-                raise ValueError(f"--{name} {value} is out of range: it must be positive")
-            if name in shares and value > 1:
-                raise ValueError(f"--{name} {value} is out of range: choose 0 to 1")
+        above, least = ("lr",), {"steps": 1, "tokens_per_step": 1, "batch_size": 1}
+        least |= {"eval_interval": 1, "log_interval": 1, "minutes": 0, "stop_after": 0, "seed": 0}
+        least |= {"weight_decay": 0, "clip": 0, "warmup": 0, "eval_tokens": 0}
+        shares, below = ("cooldown", "floor"), ("beta1", "beta2")
+        for name, value in asdict(self).items():
+            wanted = None
+            if name in above and not 0 < value < math.inf:
+                wanted = "more than 0"
+            elif name in least and not least[name] <= value < math.inf:
+                wanted = f"{least[name]} or more"
+            elif name in shares and not 0 <= value <= 1:
+                wanted = "0 to 1"
+            elif name in below and not 0 <= value < 1:
+                wanted = "0 or more, but less than 1"
+            if wanted:
+                raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
         for name, known in (
             ("optimizer", optim.OPTIMIZERS),
             ("schedule", optim.SCHEDULES),
@@ -74,7 +81,7 @@ class TrainConfig:
                 )
 
 
-# What a resumed run may change. All else decides the numbers, and so stays as it was.
+# What a resumed run may change: how and where it computes, not what.
 FREE_ON_RESUME = {"out", "resume", "stop_after", "batch_size", "eval_interval", "log_interval"}
 FREE_ON_RESUME |= {"cache_dir", "data", "device", "dtype", "compile", "recompute"}
 
@@ -106,6 +113,14 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         if preset_task(preset) != task:
             raise ValueError(f"--preset {preset} is for --model {preset_task(preset)}, not {task}")
         base = {"model": task, "preset": preset, **PRESETS[preset]}
+        tokenizer = path or {**base, **given}.get("tokenizer")
+        ignored = ("vocab_size", "pattern", "tokenizer") if path else ("vocab_size", "pattern")
+        for name in ignored if tokenizer else ():
+            if name in given:
+                raise ValueError(
+                    f"--{name} has no effect, because the tokenizer is that of {tokenizer}: leave "
+                    "it out" + ("" if path else ", or add --tokenizer= to train a new one")
+                )
     wanted = {**base, **given}
     names = {field.name for field in fields(TrainConfig)}
     config = TrainConfig(**{k: v for k, v in wanted.items() if k in names})
@@ -149,6 +164,7 @@ def start_from(given: dict) -> Path | None:
 
 def refuse_changes(given: dict, saved: dict, free: set[str], path: Path) -> None:
     for name, value in given.items():
+        value = padded(value) if name == "vocab_size" else value
         if name not in free and value != saved.get(name):
             raise ValueError(
                 f"--{name} {value} differs from the {saved.get(name)} of {path}: leave the flag "
@@ -156,15 +172,24 @@ def refuse_changes(given: dict, saved: dict, free: set[str], path: Path) -> None
             )
 
 
+def padded(vocab_size: int) -> int:
+    """The next multiple of 64: GPUs multiply such matrices faster. Padded ids are never sampled."""
+    return math.ceil(vocab_size / 64) * 64
+
+
 def prepare_folder(config: TrainConfig) -> Path:
     """Makes the folder of the run and tries to write there. Never one that holds another run."""
     folder, number = Path(config.out or f"out/{config.model}"), 1
-    while not config.resume and any((folder / f"{n}.pt").exists() for n in ("latest", "best")):
-        if config.out:
-            raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
-        number += 1
-        folder = Path(f"out/{config.model}-{number}")
+    if config.out and not config.resume and any(folder.glob("*.pt")):
+        raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
     try:
+        while not config.out:  # taken by whoever makes it, also when two runs start at once
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                number += 1
+                folder = Path(f"out/{config.model}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / "writable"
         probe.touch()

@@ -1,6 +1,7 @@
 """What a run leaves behind and shows: log.jsonl, curves.png, and a progress bar or plain lines."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,7 @@ class RunLog:
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
-        self.smooth_loss = self.step_seconds = None
+        self.smooth_loss, self.step_seconds = math.nan, None
         self.last_time, self.last_line = time.perf_counter(), 0.0
 
     def train(self, record: dict, *, write: bool) -> None:
@@ -42,12 +43,12 @@ class RunLog:
         now = time.perf_counter()
         seconds, self.last_time = now - self.last_time, now
         self.step_seconds = mix(self.step_seconds, seconds)
-        self.smooth_loss = mix(self.smooth_loss, record["loss"])
+        if math.isfinite(record["loss"]):  # a skipped step must not spoil all later numbers
+            self.smooth_loss = mix(self.smooth_loss, record["loss"])
         rate = self.tokens_per_step / self.step_seconds
         if write:
             record = {**record, "tokens_per_s": round(self.tokens_per_step / seconds)}
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            self.write(record)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {self.smooth_loss:.3f}, {rate:,.0f} tokens/s", False)
             self.bar.update()
@@ -60,13 +61,21 @@ class RunLog:
             )
 
     def evaluation(self, step: int, report: dict[str, float], best: bool) -> None:
-        self.file.write(json.dumps({"step": step, "split": "validation", **report}) + "\n")
-        self.file.flush()
+        self.write({"step": step, "split": "validation", **report})
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in report.items())
         self.say(
             f"step {step:,}/{self.last_step:,}  validation  {numbers}{'  (best)' if best else ''}"
         )
         self.last_time = time.perf_counter()  # an evaluation is not part of the next step's time
+
+    def write(self, record: dict) -> None:
+        """JSON has no NaN and no infinity: they become null."""
+        plain = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        self.file.write(json.dumps(plain) + "\n")
+        self.file.flush()
 
     def say(self, line: str) -> None:
         if self.bar is None:
@@ -81,7 +90,7 @@ class RunLog:
 
 
 def mix(old: float | None, new: float, share: float = 0.1) -> float:
-    return new if old is None else old + share * (new - old)
+    return new if old is None or math.isnan(old) else old + share * (new - old)
 
 
 def read_log(path: Path) -> list[dict]:
@@ -107,7 +116,7 @@ def draw_curves(folder: Path) -> Path | None:
         print("curves.png is not drawn: pip install matplotlib")
         return None
     records = read_log(folder / "log.jsonl")
-    train = [r for r in records if r["split"] == "train"]
+    train = [r for r in records if r["split"] == "train" and None not in r.values()]
     validation = [r for r in records if r["split"] == "validation"]
     if not train:
         return None

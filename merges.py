@@ -25,16 +25,18 @@ def count_chunks(texts: Iterable[str], pattern: str) -> Counter[str]:
     """How often each chunk occurs. No chunk spans two texts; only distinct chunks are kept.
 
     From 4 million characters on, worker processes do the splitting (12 MB on two cores: 1.0 s
-    instead of 1.6). What a worker cannot do, because none can be started or because the calling
-    script kills it for want of `if __name__ == "__main__"`, is done here.
+    instead of 1.6); from 40 million where they cannot be forked and each imports torch anew. What
+    a worker cannot do, because none can be started or because the calling script kills it for want
+    of `if __name__ == "__main__"`, is done here.
     """
     counts: Counter[str] = Counter()
     batches = _batches(texts)
-    head = list(islice(batches, 4))
+    enough = 4 if multiprocessing.get_start_method() == "fork" else 40
+    head = list(islice(batches, enough))
     batches = chain(head, batches)
     workers = min(8, os.cpu_count() or 1)
     # A daemonic process (a DataLoader's worker, say) is not allowed to have children.
-    if len(head) < 4 or workers == 1 or multiprocessing.current_process().daemon:
+    if len(head) < enough or workers == 1 or multiprocessing.current_process().daemon:
         for batch in batches:
             counts.update(_count_batch(batch, pattern))
         return counts

@@ -335,8 +335,8 @@ class GPT(nn.Module):
         """(..., C) -> (..., V) logits: the products with all token embeddings."""
         return F.linear(features, self.token_embedding.weight)
 
-    def make_caches(self, max_len: int | None = None) -> list[KVCache]:
-        return [KVCache(max_len or self.config.block_size) for _ in self.blocks]
+    def make_caches(self) -> list[KVCache]:
+        return [KVCache(self.config.block_size) for _ in self.blocks]
 
     def flops_per_token(self) -> int:
         """Of training: 6 for each weight that multiplies, 12·L·C·T for the attention scores.

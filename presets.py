@@ -20,6 +20,23 @@ GPT_RECIPE = {
     "eval_tokens": 2**20,
 }
 
+SHAKESPEARE = {
+    "model": "gpt",
+    "data": "shakespeare",
+    "vocab_size": 1024,
+    "block_size": 64,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "batch_size": 32,
+    "tokens_per_step": 2048,
+    "steps": 820,
+    "optimizer": "muon",
+    "lr": 7e-3,
+    "eval_interval": 410,
+    "eval_tokens": 0,
+}
+
 PRESETS = {
     # The first hour: two minutes on two cores, or a few on one GPU.
     "toy": {
@@ -47,9 +64,24 @@ PRESETS = {
         "steps": 1500,
         "eval_interval": 250,
     },
+    # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for the
+    # same time 128 tokens instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
+    "shakespeare": SHAKESPEARE,
+    "shakespeare-10min": {
+        **SHAKESPEARE,
+        "n_head": 3,
+        "n_embd": 192,
+        "dropout": 0.15,
+        "steps": 2650,
+        "warmup": 30,
+        "cooldown": 0.6,
+        "eval_interval": 265,
+        "dtype": "bf16",  # on a processor without bf16 instructions, --dtype fp32 is faster
+    },
     # The sizes of the papers.
     "gpt1": {
         **GPT_RECIPE,
+        "tokenizer": "",  # its own 40,478 tokens were not byte-level: the data's own, as many
         "vocab_size": 40478,
         "block_size": 512,
         "n_layer": 12,

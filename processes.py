@@ -1,4 +1,4 @@
-"""This process among the others that torchrun started, and the device that it has."""
+"""The device that this process has, and its place among the processes that torchrun started."""
 
 import os
 from dataclasses import dataclass
@@ -7,16 +7,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sample import pick_device
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclass
 class Processes:
-    """rank of world; alone it is 0 of 1, and nothing is sent."""
+    """rank of world; alone it is 0 of 1, and nothing is sent. local_rank counts on this machine."""
 
     rank: int
     world: int
     device: torch.device
+    local_rank: int = 0
+    patient: dist.ProcessGroup | None = None  # for waits of hours, by gloo
 
     @property
     def main(self) -> bool:
@@ -36,7 +38,19 @@ class Processes:
 
     def wait(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
+
+
+def pick_device(name: str) -> torch.device:
+    """name is one of DEVICES; auto takes a GPU if there is one. Raises ValueError."""
+    if name not in DEVICES:
+        raise ValueError(f"--device {name} is not known: choose {', '.join(DEVICES)}")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise ValueError(f"--device {name} cannot be used: this torch sees none here, try cpu")
+    return torch.device(name)
 
 
 def start(device_name: str) -> Processes:
@@ -44,12 +58,14 @@ def start(device_name: str) -> Processes:
     device = pick_device(device_name)
     if "RANK" not in os.environ:
         return Processes(0, 1, device)
+    local_rank = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # The first process tokenizes while the others wait, which may take hours for a large text.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # One process of each machine tokenizes while the others wait: hours, for a large text.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    return Processes(dist.get_rank(), dist.get_world_size(), device, local_rank, patient)
 
 
 def stop() -> None:

@@ -9,6 +9,7 @@ distribution -> token, tokens -> text (`TextStream`). Nucleus sampling: Holtzman
 """
 
 import codecs
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ import checkpoint as checkpoints
 import cli
 from bpe import Tokenizer
 from data.tokens import END_OF_TEXT
+from processes import pick_device
 
 
 @dataclass
@@ -31,7 +33,7 @@ class SampleConfig:
     checkpoint: str = ""  # the file to load; empty: the newest below out/
     prompt: list[str] = field(default_factory=list)  # text to continue; may be repeated
     max_new_tokens: int = 200  # tokens to write at most
-    temperature: float = 0.8  # 0 takes the likeliest token, below 1 is bolder, above 1 is wilder
+    temperature: float = 0.8  # 0 takes the likeliest token, below 1 is safer, above 1 is wilder
     top_k: int = 0  # keep only the k likeliest tokens; 0: all
     top_p: float = 0.95  # keep the fewest tokens that have this probability together; 1: all
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
@@ -51,7 +53,7 @@ class SampleConfig:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not value >= low or (high is not None and value > high):
+            if not low <= value < math.inf or (high is not None and value > high):
                 wanted = f"{low} or more" if high is None else f"between {low} and {high}"
                 raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
 
@@ -145,7 +147,7 @@ def generate(
         writing = [r for r, k in enumerate(lengths.tolist()) if k <= n < k + max_new_tokens]
         if writing:
             picked = pick(model.head(x[:, -1]).float(), writing)
-            tokens[writing, n] = picked[writing]
+            tokens[writing, n] = picked[writing].to(device)
             values = picked.tolist()
             yield [values[r] if r in set(writing) else None for r in range(len(prompts))]
 
@@ -298,20 +300,6 @@ def lay_out_for_decoding(model: nn.Module) -> None:
 
 # What each task does with prompts: (model, tokenizer, prompts, config, show) -> texts.
 RESPOND = {"gpt": complete}
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}): try cpu") from error
-    return device
 
 
 def main(argv: list[str] | None = None) -> None:

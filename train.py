@@ -34,7 +34,7 @@ import cli
 import optim
 import processes
 import sample
-from config import TASKS, TrainConfig, accumulation, prepare_folder, resolve
+from config import TASKS, TrainConfig, accumulation, padded, prepare_folder, resolve
 from logs import RunLog, clock, draw_curves
 from model import Block, count_parameters, parameter_table
 from processes import Processes
@@ -136,17 +136,15 @@ def compiled(model: nn.Module, batch: dict[str, Tensor], autocast) -> nn.Module:
         with autocast():
             losses = fast(**batch)
         sum(losses.values()).backward()
+        with torch.no_grad(), autocast():  # evaluation compiles a graph of its own
+            fast.eval()(**batch)
     except Exception as error:  # compilers fail in ways that cannot be listed
         reason = str(error).strip().partition("\n")[0][:120]
         print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it")
         fast = model
+    model.train()
     model.zero_grad(set_to_none=True)
     return fast
-
-
-def padded(vocab_size: int) -> int:
-    """The next multiple of 64: GPUs multiply such matrices faster. Padded ids are never sampled."""
-    return math.ceil(vocab_size / 64) * 64
 
 
 class Interruption:
@@ -176,14 +174,21 @@ class Run:
     def __init__(self, config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes):
         self.begin = time.perf_counter()
         self.config, self.group, self.out = config, group, Path(config.out)
+        self.log: RunLog | None = None
         Config, Model, Data = TASKS[config.model]
 
-        # The first process prepares the data, the others then find everything in the cache.
-        tokenizer = checkpoints.Tokenizer.from_json(checkpoint["tokenizer"]) if checkpoint else None
-        if not group.main:
+        with torch.device("meta"):
+            Model(Config(**sizes))  # impossible sizes are refused before hours of tokenizing
+        tokenizer = None
+        if checkpoint:
+            path = self.out / "latest.pt" if config.resume else Path(config.init)
+            saved = {**checkpoint, "model_config": sizes}
+            self.model, tokenizer = checkpoints.restore(path, saved)
+        # One process of each machine prepares the data, the others find all of it in the cache.
+        if group.local_rank > 0:
             group.wait()
         self.data, self.validation = Data.splits(config, sizes, tokenizer)
-        if group.main:
+        if group.local_rank == 0:
             group.wait()
         if config.resume and self.data.fingerprint != checkpoint["data"]:
             raise ValueError(
@@ -193,10 +198,7 @@ class Run:
         self.accumulate = accumulation(config, self.data.tokens_per_batch, group.world)
 
         torch.manual_seed(config.seed)
-        if checkpoint:
-            path = self.out / "latest.pt" if config.resume else Path(config.init)
-            self.model, _ = checkpoints.restore(path, {**checkpoint, "model_config": sizes})
-        else:
+        if not checkpoint:
             vocab_size = padded(self.data.tokenizer.vocab_size)
             self.model = Model(Config(**{**sizes, "vocab_size": vocab_size}))
         self.model.to(group.device).train()
@@ -206,6 +208,11 @@ class Run:
         self.step, self.best, self.skipped = 0, math.inf, 0
         self.optimizer = self.new_optimizer()
         if config.resume:
+            if not checkpoint["optimizer"]:
+                raise ValueError(
+                    f"{path} has no optimizer state, as every best.pt: use it with --init, or "
+                    "resume from a latest.pt"
+                )
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.step, self.best = checkpoint["step"], checkpoint["best"]
             self.skipped = checkpoint["skipped"]
@@ -242,11 +249,20 @@ class Run:
             self.forward = DistributedDataParallel(self.eager_or_compiled, device_ids=ids)
 
     def say(self, line: str) -> None:
-        if self.group.main:
+        if self.log:
+            self.log.say(line)
+        elif self.group.main:
             print(line, flush=True)
 
-    def rate(self, step: int) -> float:
-        """The factor of the peak learning rate."""
+    def command(self, script: str, *flags: str) -> str:
+        """The line that goes on with this run, for as many processes as it had."""
+        launcher = ["python"]
+        if script == "train.py" and self.group.world > 1:
+            launcher = ["torchrun", "--standalone", f"--nproc_per_node={self.group.world}"]
+        return cli.command_line(*launcher, script, *flags)
+
+    def factor(self, step: int) -> float:
+        """Of the peak learning rate."""
         config = self.config
         return optim.schedule(
             config.schedule,
@@ -315,7 +331,7 @@ class Run:
     def print_plan(self) -> None:
         config, data, group = self.config, self.data, self.group
         tokens = config.tokens_per_step * config.steps
-        epochs = tokens / (data.n_batches * data.tokens_per_batch)
+        epochs = tokens / data.tokens_per_epoch
         interval = config.eval_interval
         next_stop = min(config.steps, (self.step // interval + 1) * interval)
         device = group.device
@@ -364,13 +380,13 @@ class Run:
             settings = json.dumps({**asdict(config), **asdict(self.model.config)}, indent=1)
             (self.out / "config.json").write_text(settings, encoding="utf-8")
             self.log = RunLog(self.out, self.step, config.steps, config.tokens_per_step)
-            self.say = self.log.say
         try:
             with Interruption() as interruption:
                 return self.loop(interruption)
         finally:
-            if group.main:
+            if self.log:
                 self.log.close()
+                self.log = None
 
     def loop(self, interruption: Interruption) -> bool:
         config, group = self.config, self.group
@@ -378,14 +394,12 @@ class Run:
         while self.step < config.steps:
             enough = bool(config.stop_after) and self.step - first >= config.stop_after
             skipped = self.skipped
-            record = self.train_step(self.rate(self.step), interruption.asked or enough)
+            record = self.train_step(self.factor(self.step), interruption.asked or enough)
             if record is None:
                 if group.main:
                     self.save("latest.pt")
-                self.say(
-                    f"stopped after step {self.step:,} and saved; go on with: "
-                    f"python train.py --resume --out {self.out}"
-                )
+                command = self.command("train.py", "--resume", "--out", str(self.out))
+                self.say(f"stopped after step {self.step:,} and saved; go on with: {command}")
                 return False
             self.step += 1
             if group.main:
@@ -397,8 +411,8 @@ class Run:
             if in_a_row == 5:
                 raise ValueError(
                     f"5 steps in a row, up to {self.step:,}, had gradients that are not finite: "
-                    f"lower --lr (now {config.lr:g}) or use --dtype fp32; the last good "
-                    f"checkpoint in {self.out} is kept"
+                    f"lower --lr (now {config.lr:g}) or use --dtype fp32; what {self.out} holds "
+                    "is from before them"
                 )
             if self.step % config.eval_interval == 0 or self.step == config.steps:
                 report = self.evaluate()
@@ -424,9 +438,8 @@ class Run:
         settings = sample.SampleConfig(max_new_tokens=100)
         for prompt, text in zip(prompts, respond(model, tokenizer, prompts, settings), strict=True):
             print(f"{'-' * 80}\n{prompt}{text}")
-        print(
-            f"{'-' * 80}\ngo on with: python sample.py --checkpoint {path} --prompt {prompts[0]!r}"
-        )
+        command = self.command("sample.py", "--checkpoint", str(path), "--prompt", prompts[0])
+        print(f"{'-' * 80}\ngo on with: {command}")
 
 
 def dry_run(config: TrainConfig, sizes: dict) -> None:
@@ -447,11 +460,13 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         dry_run(config, sizes)
         return
-    group = processes.start(config.device)
+    group, folder = processes.start(config.device), None
     try:
         if group.main:
-            config.out = str(prepare_folder(config))
+            folder = prepare_folder(config)
+            config.out = str(folder)
         run = Run(config, sizes, checkpoint, group)
+        del checkpoint  # a second copy of weights and optimizer state
         if config.minutes and not config.resume:
             run.fit_steps()
         if group.main:
@@ -459,6 +474,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.fit() and group.main:
             run.show()
     finally:
+        if folder and not any(folder.iterdir()):
+            folder.rmdir()  # the run could not even start
         processes.stop()
 
 

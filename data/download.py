@@ -11,12 +11,16 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Remote:
-    """A file that can be had from any of several addresses; size in bytes, sha256 in hex."""
+    """A file that can be had from any of several addresses; size in bytes, sha256 in hex.
+
+    `instead` is the flag that names something else.
+    """
 
     name: str
     urls: tuple[str, ...]
     size: int
     sha256: str
+    instead: str = "--data"
 
 
 SHAKESPEARE = Remote(
@@ -36,6 +40,7 @@ GPT2_MERGES = Remote(
     ),
     456_318,
     "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "--tokenizer",
 )
 GPT2_VOCABULARY = Remote(
     "gpt2-encoder.json",
@@ -45,6 +50,7 @@ GPT2_VOCABULARY = Remote(
     ),
     1_042_301,
     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "--tokenizer",
 )
 
 
@@ -83,7 +89,7 @@ def fetch(remote: Remote, folder: Path, timeout: float = 30.0) -> Path:
             temporary.unlink(missing_ok=True)
     raise ValueError(
         f"cannot download {remote.name} ({'; '.join(failures)}): "
-        f"put a copy of that file at {target}, or pass your own text with --data PATH"
+        f"put a copy of that file at {target}, or use another {remote.instead}"
     )
 
 

@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -67,14 +68,15 @@ def open_corpus(data: str, cache: Path) -> Corpus:
     """data is one of NAMES or a path; downloads go to `cache`. Raises ValueError on bad input."""
     if data == "stdlib":
         folder = Path(sysconfig.get_paths()["stdlib"])
-        files = [p for p in folder.rglob("*.py") if not STDLIB_SKIPS & set(p.parts[:-1])]
+        inside = ((p, p.relative_to(folder).parts[:-1]) for p in folder.rglob("*.py"))
+        files = [p for p, parts in inside if not STDLIB_SKIPS.intersection(parts)]
         if not files:
             raise ValueError(f"Python's standard library has no source at {folder}: pass --data")
-        prompts = ["def ", "class ", "import os\n"]
+        prompts = ["def ", "class ", "import os"]
         return folder_corpus("stdlib", folder, sorted_files(folder, files), cache, prompts)
     if data == "shakespeare":
         path = fetch(SHAKESPEARE, cache)
-        return file_corpus("shakespeare", path, cache, ["ROMEO:\n", "\n", "KING RICHARD III:\n"])
+        return file_corpus("shakespeare", path, cache, ["ROMEO:", "KING RICHARD III:", "O, "])
     path = Path(data)
     if path.is_dir():
         endings = (*SUFFIXES, *(s + ".gz" for s in SUFFIXES))
@@ -99,7 +101,8 @@ def folder_corpus(
     name: str, folder: Path, files: list[Path], cache: Path, prompts: list[str] | None = None
 ) -> Corpus:
     validation = files[9::10] or files[-1:]
-    train = [path for path in files if path not in set(validation)]
+    held_out = set(validation)
+    train = [path for path in files if path not in held_out]
     for path in files:
         check_text(path)
     digest = hashlib.sha256(b"folder 1")
@@ -110,7 +113,8 @@ def folder_corpus(
     return Corpus(
         name,
         digest.hexdigest(),
-        f"{len(train)} files train, {len(validation)} validate (every tenth)",
+        f"{len(train)} files train, {len(validation)} validate "
+        f"({'every tenth' if len(files) >= 10 else 'the last'})",
         [Part(path) for path in train],
         [Part(path) for path in validation],
         prompts or [""],
@@ -143,11 +147,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 def check_text(path: Path) -> None:
     """Refuses an empty or binary file before any work is done, by its first 64 kB."""
-    try:
-        with open_bytes(path) as file:
-            head = file.read(1 << 16)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is no intact gzip file ({error}): compress it again") from error
+    head = next(blocks(Part(path)), b"")[: 1 << 16]
     if not head and path.name != "__init__.py":
         raise ValueError(f"{path} is empty: give a file with text in it")
     if b"\0" in head:
@@ -167,15 +167,13 @@ def decode(decoder, block: bytes, final: bool, path: Path, offset: int) -> str:
 
 def next_border(path: Path, cut: int, border: bytes | None) -> int:
     """The first place from `cut` on where a character (or, given b"\\n", a line) begins."""
-    with open_bytes(path) as file:
-        skip(file, cut)
-        while block := file.read(BLOCK):
-            for i, byte in enumerate(block):
-                if border is None and byte & 0xC0 != 0x80:  # 10xxxxxx continues a character
-                    return cut + i
-                if border is not None and byte == border[0]:
-                    return cut + i + 1
-            cut += len(block)
+    for block in blocks(Part(path, cut)):
+        for i, byte in enumerate(block):
+            if border is None and byte & 0xC0 != 0x80:  # 10xxxxxx continues a character
+                return cut + i
+            if border is not None and byte == border[0]:
+                return cut + i + 1
+        cut += len(block)
     return cut
 
 
@@ -183,8 +181,7 @@ def text_size(path: Path) -> int:
     """Bytes of the text; those of a .gz are known only after reading it all."""
     if not path.name.lower().endswith(".gz"):
         return path.stat().st_size
-    with open_bytes(path) as file:
-        return sum(map(len, iter(lambda: file.read(BLOCK), b"")))
+    return sum(map(len, blocks(Part(path))))
 
 
 def skip(file: BinaryIO, count: int) -> None:
@@ -195,24 +192,29 @@ def skip(file: BinaryIO, count: int) -> None:
         count -= len(block)
 
 
-def part_blocks(part: Part) -> Iterator[bytes]:
+def blocks(part: Part) -> Iterator[bytes]:
+    """The bytes of a part, at most BLOCK at a time. Every read of a text goes through here."""
     left = None if part.end is None else part.end - part.start
-    with open_bytes(part.path) as file:
-        skip(file, part.start)
-        while block := file.read(BLOCK if left is None else min(BLOCK, left)):
-            left = None if left is None else left - len(block)
-            yield block
+    try:
+        with open_bytes(part.path) as file:
+            skip(file, part.start)
+            while block := file.read(BLOCK if left is None else min(BLOCK, left)):
+                left = None if left is None else left - len(block)
+                yield block
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{part.path} is no intact gzip file ({error}): get it again") from error
 
 
 def text_pieces(part: Part) -> Iterator[str]:
-    """The text of a part in pieces that a tokenizer may take one by one.
+    r"""The text of a part in pieces that a tokenizer may take one by one.
 
     A piece ends after a line break that has no white space on either side. No split pattern joins
     what such a border separates, so the tokens are those of the undivided text. Where several
-    megabytes hold no such place, they are cut anywhere: that costs a token or two, and no text.
+    megabytes hold no such place (or lines end in \r\n), they are cut anywhere: that costs a token
+    or two, and no text.
     """
     decoder, offset, rest = codecs.getincrementaldecoder("utf-8")(), part.start, ""
-    for block in part_blocks(part):
+    for block in blocks(part):
         rest += decode(decoder, block, False, part.path, offset)
         offset += len(block)
         end = len(rest) - 1
@@ -230,7 +232,7 @@ def text_pieces(part: Part) -> Iterator[str]:
 
 def jsonl_documents(part: Part) -> Iterator[str]:
     number, rest = 0, b""
-    for block in chain(part_blocks(part), [None]):
+    for block in chain(blocks(part), [None]):
         lines = (rest + (block or b"")).split(b"\n")
         rest = lines.pop() if block is not None else b""
         for line in lines:

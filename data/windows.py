@@ -5,13 +5,13 @@ This is one of the data classes that `checkpoint.TASKS` names. What the training
     Data.splits(config, sizes, tokenizer) -> (train, validation)
     .batch(i)    a pure function of (seed, split, i) -> {argument of the model's forward: tensor};
                  every tensor whose name ends in "targets" marks "no target" with -100
-    .tokens_per_batch, .n_batches (in an epoch, or in the whole evaluation)
+    .tokens_per_batch, .tokens_per_epoch for training, .n_batches of an evaluation
     .report(sums, counts) -> {name: number}, with "loss" among them, lower is better
-    .tokenizer, .fingerprint, .prompts, .describe()
+    .tokenizer, .fingerprint (a hash of the text), .prompts (to show what a model has learnt)
+    .rule, .describe(): for the plan, how the text was split and how much of it there is
 """
 
 import math
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,7 @@ class Windows:
                 )
             self.max_offset = min(T - 1, n - 1 - T)
             self.n_windows = (n - 1 - self.max_offset) // T
-            self.n_batches = max(1, self.n_windows // batch_size)
+            self.tokens_per_epoch = self.n_windows * T
         else:
             if n < 2:
                 raise ValueError(f"the validation text of {corpus.name} is empty: give more text")
@@ -70,7 +70,7 @@ class Windows:
             wanted = min(self.n_windows, max(1, max_tokens // T) if max_tokens else self.n_windows)
             self.chosen = [k * self.n_windows // wanted for k in range(wanted)]
             self.n_batches = math.ceil(wanted / batch_size)
-        self.permutation = lru_cache(maxsize=2)(self.permutation)  # a batch may span two epochs
+        self.permutations: dict[int, tuple[int, np.ndarray]] = {}
 
     @classmethod
     def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
@@ -93,8 +93,13 @@ class Windows:
         )
 
     def permutation(self, epoch: int) -> tuple[int, np.ndarray]:
-        random = np.random.default_rng((self.seed, epoch))
-        return int(random.integers(self.max_offset + 1)), random.permutation(self.n_windows)
+        """(offset, order) of an epoch. The last two are kept: a batch may span both."""
+        if epoch not in self.permutations:
+            random = np.random.default_rng((self.seed, epoch))
+            offset = int(random.integers(self.max_offset + 1))
+            self.permutations = {k: v for k, v in self.permutations.items() if abs(k - epoch) < 2}
+            self.permutations[epoch] = offset, random.permutation(self.n_windows)
+        return self.permutations[epoch]
 
     def start(self, position: int) -> int:
         """Where the window at `position` of the endless sequence of epochs begins."""
@@ -138,8 +143,10 @@ class Windows:
         return {"loss": sums["loss"] / max(counts["loss"], 1), "bits_per_byte": bits}
 
     def describe(self) -> str:
-        scored = "" if self.split == "train" else f", {len(self.chosen) * self.block_size:,} scored"
-        return f"{len(self.ids):,} tokens ({self.text_bytes / 1e6:,.2f} MB of text{scored})"
+        scored = ""
+        if self.split != "train" and len(self.chosen) < self.n_windows:
+            scored = f", {len(self.chosen) * self.block_size:,} of them scored"
+        return f"{len(self.ids):,} tokens from {self.text_bytes / 1e6:,.2f} MB{scored}"
 
 
 def get_tokenizer(config, vocab_size: int, corpus: Corpus, cache: Path) -> Tokenizer:
@@ -147,7 +154,10 @@ def get_tokenizer(config, vocab_size: int, corpus: Corpus, cache: Path) -> Token
     if config.tokenizer == "gpt2":
         return Tokenizer.from_gpt2_files(fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache))
     if config.tokenizer:
-        return Tokenizer.load(Path(config.tokenizer))
+        tokenizer = Tokenizer.load(Path(config.tokenizer))
+        if END_OF_TEXT not in tokenizer.special_tokens:
+            raise ValueError(f"{config.tokenizer} lacks the special token {END_OF_TEXT}: add it")
+        return tokenizer
     if config.pattern not in PATTERNS:
         raise ValueError(f"--pattern {config.pattern} is not one of {', '.join(PATTERNS)}")
     path = cache / f"{corpus.name}-{corpus.hash[:12]}-{config.pattern}-{vocab_size}.json"

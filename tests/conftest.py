@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -39,6 +41,14 @@ def shared(name: str) -> Path:
     if not (SHARED / name).exists():
         pytest.skip(f"no {name} beside the project")
     return SHARED / name
+
+
+def gpt2_files() -> tuple[Path, Path]:
+    """GPT-2's merges and vocabulary: beside the project, or by download where CI requires them."""
+    if os.environ.get("REQUIRE_PEERS") and not (SHARED / "gpt2").exists():
+        cache = ROOT / "data" / "cache"
+        return fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache)
+    return shared("gpt2/vocab.bpe"), shared("gpt2/encoder.json")
 
 
 @pytest.fixture(autouse=True)

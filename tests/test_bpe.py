@@ -1,5 +1,6 @@
 """The tokenizer against naive versions of itself, against tiktoken, and against odd input."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -16,16 +17,14 @@ import pytest
 import regex
 import tiktoken
 import torch
+from conftest import ROOT, gpt2_files, peer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bpe
 import merges
 from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, PATTERNS, Tokenizer
-
-ROOT = Path(__file__).parents[1]
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not (DATA / "gpt2").exists(), reason="shared data is absent")
+from data.download import GPT2_MERGES, GPT2_VOCABULARY
 
 ALPHABETS = {
     "few": "ab",
@@ -105,7 +104,7 @@ def tok() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def gpt2() -> Tokenizer:
-    return Tokenizer.from_gpt2_files(DATA / "gpt2/vocab.bpe", DATA / "gpt2/encoder.json")
+    return Tokenizer.from_gpt2_files(*gpt2_files())
 
 
 # ---- training
@@ -500,7 +499,7 @@ def test_there_and_back_through_tiktoken(tok):
     | st.text(max_size=40)
 )
 def test_patterns_split_as_those_of_tiktoken(text):
-    source = pytest.importorskip("tiktoken_ext.openai_public")
+    source = peer("tiktoken_ext.openai_public")
     with pytest.MonkeyPatch.context() as patch:  # only the patterns: no file, no network
         patch.setattr(source, "load_tiktoken_bpe", lambda *a, **k: {})
         patch.setattr(source, "data_gym_to_mergeable_bpe_ranks", lambda *a, **k: {})
@@ -511,21 +510,18 @@ def test_patterns_split_as_those_of_tiktoken(text):
         assert "".join(chunks) == text
 
 
-@needs_data
 def test_gpt2_files_give_the_ids_of_tiktoken(gpt2, tmp_path, monkeypatch):
-    for name in ("vocab.bpe", "encoder.json"):
-        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-        shutil.copy(DATA / "gpt2" / name, tmp_path / hashlib.sha1(url.encode()).hexdigest())
+    for path, remote in zip(gpt2_files(), (GPT2_MERGES, GPT2_VOCABULARY), strict=True):
+        shutil.copy(path, tmp_path / hashlib.sha1(remote.urls[0].encode()).hexdigest())
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     theirs = tiktoken.get_encoding("gpt2")
     assert gpt2.ranks == theirs._mergeable_ranks
     assert gpt2.special_tokens == theirs._special_tokens
     assert gpt2.vocab_size == theirs.n_vocab == 50257
-    shakespeare = (DATA / "shakespeare.txt").read_text(encoding="utf-8")
-    ids = theirs.encode_ordinary(shakespeare)
-    assert gpt2.encode(shakespeare) == ids
-    assert gpt2.encode_python(shakespeare) == ids
-    assert gpt2.decode(ids) == shakespeare
+    source = Path(argparse.__file__).read_text(encoding="utf-8")
+    ids = theirs.encode_ordinary(source)
+    assert gpt2.encode(source) == gpt2.encode_python(source) == ids
+    assert gpt2.decode(ids) == source
     rng = random.Random(2)
     for _ in range(300):
         text = random_text(rng, rng.choice([*ALPHABETS.values()]), rng.randrange(60))
@@ -533,9 +529,8 @@ def test_gpt2_files_give_the_ids_of_tiktoken(gpt2, tmp_path, monkeypatch):
     assert gpt2.encode("<|endoftext|>", "all") == [50256]
 
 
-@needs_data
 def test_gpt2_merges_are_those_of_its_file(gpt2):
-    lines = (DATA / "gpt2/vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    lines = gpt2_files()[0].read_text(encoding="utf-8").split("\n")[1:-1]
     merges = gpt2.merges()
     assert len(merges) == len(lines) == 50_000
     ascii_only = [
@@ -546,9 +541,8 @@ def test_gpt2_merges_are_those_of_its_file(gpt2):
         assert f"{a.decode()} {b.decode()}" == line
 
 
-@needs_data
 def test_gpt2_files_that_do_not_belong_together_are_refused(tmp_path):
-    vocab, ids = DATA / "gpt2/vocab.bpe", DATA / "gpt2/encoder.json"
+    vocab, ids = gpt2_files()
     lines = vocab.read_text(encoding="utf-8").split("\n")
     lines[5], lines[6] = lines[6], lines[5]
     swapped = tmp_path / "vocab.bpe"

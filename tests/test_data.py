@@ -26,6 +26,13 @@ from data.windows import Windows
 
 POEM = "".join(f"Line {i} – ein Vers, 第{i}行 😀.\n" for i in range(400))
 
+NOISE = np.random.default_rng(0).integers(97, 123, 300_000).astype(np.uint8).tobytes()
+
+
+def flipped(raw: bytes) -> bytes:
+    """With one byte damaged, far behind the first that a reader sees."""
+    return raw[:-50_000] + bytes([raw[-50_000] ^ 255]) + raw[-49_999:]
+
 
 def joined(corpus, split: str) -> str:
     return "".join(text for text, _ in corpus.pieces(split))
@@ -138,6 +145,8 @@ def test_hashes_of_large_files_are_remembered_until_they_change(toy, monkeypatch
         ("latin.txt", "Gr\xfc\xdfe".encode("latin-1"), "is not UTF-8 near byte 2"),
         ("a.txt.gz", b"no gzip", "no intact gzip file"),
         ("cut.txt.gz", gzip.compress(POEM.encode())[:40], "no intact gzip file"),
+        ("end.txt.gz", gzip.compress(NOISE)[:-1000], "no intact gzip file"),
+        ("flip.txt.gz", flipped(gzip.compress(NOISE)), "no intact gzip file"),
         ("a.jsonl", b'{"text": "fine"}\n{"words": 1}\n', 'line 2: not a JSON object.*"text"'),
         ("b.jsonl", b'{"text": 7}\n', "line 1: not a JSON object"),
         ("c.jsonl", b"nonsense\n", "line 1: .*nonsense"),
@@ -420,5 +429,5 @@ def test_shakespeare_by_name_downloads(toy, server, monkeypatch):
 def test_a_download_without_network_says_what_to_do(toy, monkeypatch):
     nowhere = Remote("a.txt", ("http://127.0.0.1:9/a.txt",), 1, "0" * 64)
     monkeypatch.setattr(data.text, "SHAKESPEARE", nowhere)
-    with pytest.raises(ValueError, match=r"127\.0\.0\.1:9.*pass your own text with --data"):
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1:9.*put a copy.*or use another --data"):
         open_corpus("shakespeare", toy)
