@@ -30,10 +30,10 @@ SHAKESPEARE = {
     "n_embd": 128,
     "batch_size": 32,
     "tokens_per_step": 2048,
-    "steps": 820,
+    "steps": 700,
     "optimizer": "muon",
     "lr": 7e-3,
-    "eval_interval": 410,
+    "eval_interval": 350,
     "eval_tokens": 0,
 }
 
@@ -72,10 +72,10 @@ PRESETS = {
         "n_head": 3,
         "n_embd": 192,
         "dropout": 0.15,
-        "steps": 2650,
+        "steps": 2500,
         "warmup": 30,
         "cooldown": 0.6,
-        "eval_interval": 265,
+        "eval_interval": 250,
         "dtype": "bf16",  # on a processor without bf16 instructions, --dtype fp32 is faster
     },
     # The sizes of the papers.

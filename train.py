@@ -174,6 +174,7 @@ class Run:
     def __init__(self, config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes):
         self.begin = time.perf_counter()
         self.config, self.group, self.out = config, group, Path(config.out)
+        self.dtype = precision(config, group.device)
         self.log: RunLog | None = None
         Config, Model, Data = TASKS[config.model]
 
@@ -226,13 +227,13 @@ class Run:
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            dtype=self.dtype,
         )
 
     def prepare_forward(self) -> None:
         """self.eager_or_compiled evaluates; self.forward, the same behind DDP, trains."""
         config, group = self.config, self.group
         device = group.device
-        self.dtype = precision(config, device)
         enabled = self.dtype == torch.bfloat16
         self.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=enabled)
         want = config.compile

@@ -18,6 +18,7 @@ LINES = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
+LINES += re.findall(r"^\| `(python [^`]+)`", README, re.MULTILINE)  # the table of results
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 SCRIPTS = {c for c in COMMANDS if re.match(r"(python|torchrun)\b.*\b\w+\.py\b", c)}
 SMALL = ["--steps=2", *TOY[1:], "--stop_after=2"]
