@@ -142,7 +142,7 @@ def compiled(model: nn.Module, batch: dict[str, Tensor], autocast) -> nn.Module:
         reason = str(error).strip().partition("\n")[0][:120]
         print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it")
         fast = model
-    model.train()
+    fast.train()
     model.zero_grad(set_to_none=True)
     return fast
 

@@ -61,13 +61,11 @@ def test_command(toy, command):
     elif name == "train.py" and "--dry_run" not in flags:
         own = {f.partition("=")[0] for f in SMALL}
         keep = without(flags, "--data", "--tokenizer", "--minutes", *own)
-        resumes = "--resume" in keep
-        start = [f for f in flags if f.startswith("--out")]
-        if resumes:  # something to resume
-            run(name, ["--steps=4", "--stop_after=1", *TOY, *start])
+        if "--resume" in keep:  # then there must be something to resume
+            run(str(ROOT / name), "--steps=4", "--stop_after=1", *TOY, "--out=out/gpt")
             flags = keep
         elif "--init" in keep:
-            run(name, ["--steps=1", *TOY, "--out=out/gpt"])
+            run(str(ROOT / name), "--steps=1", *TOY, "--out=out/gpt")
             flags = [
                 *keep,
                 *without(SMALL, "--vocab_size", "--block_size", "--n_layer", "--n_head"),
@@ -76,30 +74,23 @@ def test_command(toy, command):
         else:
             flags = [*keep, *SMALL, "--data=toy.txt", "--tokenizer="]
     elif name == "sample.py":
-        run("train.py", ["--steps=2", *TOY, "--out=out/gpt"])
+        run(str(ROOT / "train.py"), "--steps=2", *TOY, "--out=out/gpt")
         flags = [*flags, "--max_new_tokens=5", "--device=cpu"]
-    if words[0] == "torchrun":
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = start_process([*launcher, str(ROOT / name), *flags])
-    else:
-        done = start_process([str(ROOT / name), *flags])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert run(*launcher * (words[0] == "torchrun"), str(ROOT / name), *flags).strip()
 
 
-def run(name: str, flags: list[str]) -> None:
-    done = start_process([str(ROOT / name), *flags])
-    assert done.returncode == 0, done.stderr
-
-
-def start_process(words: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(
+def run(*words: str) -> str:
+    """The output of `python words…`, which must succeed."""
+    done = subprocess.run(
         [sys.executable, *words],
         capture_output=True,
         encoding="utf-8",
         timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"},
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_links_of_the_readme_lead_somewhere():
