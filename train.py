@@ -185,6 +185,7 @@ class Run:
             path = self.out / "latest.pt" if config.resume else Path(config.init)
             saved = {**checkpoint, "model_config": sizes}
             self.model, tokenizer = checkpoints.restore(path, saved)
+        self.say(f"preparing {config.data}")
         # One process of each machine prepares the data, the others find all of it in the cache.
         if group.local_rank > 0:
             group.wait()
