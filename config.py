@@ -99,7 +99,10 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         raise ValueError(f"--model {task} is not known: choose {', '.join(TASKS)}")
 
     Config = TASKS[task][0]
-    parser = cli.Parser("Train a Transformer. Every flag has a default.")
+    parser = cli.Parser(
+        "Train a Transformer. Every flag has a default. A preset (see presets.py) replaces some of\n"
+        "the defaults below; without --preset, that of a first run on this machine does."
+    )
     cli.add_flags(parser, TrainConfig, "training")
     cli.add_flags(parser, Config, f"sizes of the model ({task})")
     given = parser.parse(argv)

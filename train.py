@@ -440,7 +440,8 @@ class Run:
         settings = sample.SampleConfig(max_new_tokens=100)
         for prompt, text in zip(prompts, respond(model, tokenizer, prompts, settings), strict=True):
             print(f"{'-' * 80}\n{prompt}{text}")
-        command = self.command("sample.py", "--checkpoint", str(path), "--prompt", prompts[0])
+        prompt = ("--prompt", prompts[0]) if prompts[0] else ()
+        command = self.command("sample.py", "--checkpoint", str(path), *prompt)
         print(f"{'-' * 80}\ngo on with: {command}")
 
 
