@@ -179,6 +179,7 @@ def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
             n_embd=sizes.n_embd,
             n_layer=sizes.n_layer,
             n_head=sizes.n_head,
+            n_inner=sizes.n_ff,
             resid_pdrop=sizes.dropout,
             embd_pdrop=sizes.dropout,
             attn_pdrop=sizes.dropout,

@@ -100,8 +100,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
 
     Config = TASKS[task][0]
     parser = cli.Parser(
-        "Train a Transformer. Every flag has a default. A preset (see presets.py) replaces some of\n"
-        "the defaults below; without --preset, that of a first run on this machine does."
+        "Train a Transformer. Every flag has a default. A preset (see presets.py) replaces some\n"
+        "of the defaults below; without --preset, that of a first run on this machine does."
     )
     cli.add_flags(parser, TrainConfig, "training")
     cli.add_flags(parser, Config, f"sizes of the model ({task})")

@@ -32,11 +32,12 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import checkpoint as checkpoints
 import cli
 import optim
+import plan
 import processes
 import sample
 from config import TASKS, TrainConfig, accumulation, padded, prepare_folder, resolve
 from logs import RunLog, clock, draw_curves
-from model import Block, count_parameters, parameter_table
+from model import Block
 from processes import Processes
 
 # ---- gradients of one step, and evaluation: all that is particular about them is counting -------
@@ -330,35 +331,6 @@ class Run:
         self.optimizer, self.skipped = self.new_optimizer(), 0
         self.say(f"{step_seconds * 1000:.0f} ms a step: --steps {steps} fit into the time")
 
-    def print_plan(self) -> None:
-        config, data, group = self.config, self.data, self.group
-        tokens = config.tokens_per_step * config.steps
-        epochs = tokens / data.tokens_per_epoch
-        interval = config.eval_interval
-        next_stop = min(config.steps, (self.step // interval + 1) * interval)
-        device = group.device
-        name = f"{torch.get_num_threads()} threads"
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-        how = "eager" if self.eager_or_compiled is self.model else "compiled"
-        plan = {
-            "data": f"{config.data}: {data.rule}",
-            "training": data.describe(),
-            "validation": self.validation.describe(),
-            "tokenizer": f"{data.tokenizer.vocab_size:,} tokens, {data.tokenizer.hash[:12]}",
-            "model": f"{config.model}, preset {config.preset or 'none'}, "
-            f"{count_parameters(self.model):,} parameters",
-            "step": f"{config.tokens_per_step:,} tokens = {data.tokens_per_batch:,} in a "
-            f"micro-batch x {self.accumulate} accumulated x {group.world} processes",
-            "steps": f"{config.steps:,} ({tokens / 1e6:,.1f}M tokens, {epochs:,.1f} epochs)"
-            + (f", {self.step:,} of them done" if self.step else ""),
-            "optimizer": f"{config.optimizer}, peak lr {config.lr:g}, {config.schedule} schedule",
-            "device": f"{device.type} ({name}), {str(self.dtype).removeprefix('torch.')}, {how}",
-            "run": f"{self.out}: latest.pt, best.pt, log.jsonl, curves.png, config.json",
-            "next": f"evaluation and checkpoint after step {next_stop:,}",
-        }
-        self.say("\n".join(f"{title:>10}  {text}" for title, text in plan.items()))
-
     def save(self, name: str) -> None:
         """Into the run's folder. best.pt is for use, not for resuming: no optimizer state."""
         resumable = name == "latest.pt"
@@ -445,23 +417,10 @@ class Run:
         print(f"{'-' * 80}\ngo on with: {command}")
 
 
-def dry_run(config: TrainConfig, sizes: dict) -> None:
-    """The parameters by component and the settings; on the meta device, which takes no memory."""
-    Config, Model, _ = TASKS[config.model]
-    with torch.device("meta"):
-        model = Model(Config(**sizes))
-    print(f"{'component':<28}{'in one copy':>16}{'copies':>8}{'parameters':>20}")
-    for component, count, copies in parameter_table(model):
-        print(f"{component:<28}{count:>16,}{copies:>8}{count * copies:>20,}")
-    print(f"{'total':<52}{count_parameters(model):>20,}")
-    print(f"training takes {model.flops_per_token():.4g} floating-point operations a token")
-    print(json.dumps({**asdict(config), **asdict(model.config)}, indent=1))
-
-
 def main(argv: list[str] | None = None) -> None:
     config, sizes, checkpoint = resolve(sys.argv[1:] if argv is None else argv)
     if config.dry_run:
-        dry_run(config, sizes)
+        plan.dry_run(config, sizes)
         return
     group, folder = processes.start(config.device), None
     try:
@@ -473,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.minutes and not config.resume:
             run.fit_steps()
         if group.main:
-            run.print_plan()
+            run.say(plan.describe(run))
         if run.fit() and group.main:
             run.show()
     finally:

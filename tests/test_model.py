@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
+import bench
 from model import (
     GPT,
     Attention,
@@ -161,20 +162,7 @@ def test_block_equals_torch_decoder_layer_with_cross_attention(pre_ln):
 
 def hugging_face_gpt2(config: GPTConfig):
     """(their model, {our parameter's name: (their tensor's name, slice of columns, transposed)})"""
-    transformers = peer("transformers")
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_inner=config.n_ff,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    ).eval()
+    theirs = bench.hugging_face_gpt2(peer("transformers"), config).eval()
     C = config.n_embd
     names = {
         "token_embedding.weight": ("transformer.wte.weight", None, False),
