@@ -71,6 +71,8 @@ def save(path: Path, checkpoint: dict) -> None:
 
 def load(path: Path) -> dict:
     """The checked dict. Raises ValueError for a missing, truncated, foreign or newer file."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a checkpoint in it, {path / 'best.pt'} for one")
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: train first, or name one that exists")
     try:
@@ -78,9 +80,8 @@ def load(path: Path) -> dict:
             warnings.simplefilter("ignore")  # torch warns of foreign formats; we refuse them below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged files
-        reason = str(error).partition("\n")[0][:80]
         raise ValueError(
-            f"{path} is truncated, or no checkpoint of this project ({reason}): "
+            f"{path} is truncated, or no checkpoint of this project: "
             "use latest.pt or best.pt of a finished or interrupted run"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):

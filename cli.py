@@ -7,6 +7,7 @@ nothing is written twice. `--flag=false` and `--no-flag` both work for a bool.
 import argparse
 import difflib
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -111,6 +112,9 @@ def run(main: Callable[[list[str] | None], None]) -> None:
         sys.stderr.reconfigure(encoding="utf-8", errors="replace")
     try:
         main(None)
+    except BrokenPipeError:  # `sample.py | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise

@@ -32,7 +32,7 @@ class TrainConfig:
     minutes: float = 0.0  # fit the number of steps into this time instead
     stop_after: int = 0  # leave after this many steps as an interruption would
     tokens_per_step: int = 8192  # tokens of one optimizer step, over all processes
-    batch_size: int = 32  # sequences in a micro-batch of one process
+    batch_size: int = 32  # sequences in a micro-batch of one process, at most
     optimizer: str = "muon"  # adamw, adam, or muon (with AdamW for what is no matrix)
     lr: float = 3e-3  # peak learning rate
     beta1: float = 0.9  # AdamW: memory of the gradient
@@ -40,7 +40,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # of matrices, scaled by the learning rate
     clip: float = 1.0  # largest norm of the gradient; 0: no limit
     schedule: str = "linear"  # cosine, linear (constant, then cooldown), inverse_sqrt, constant
-    warmup: int = 20  # steps until the peak learning rate
+    warmup: int = 20  # steps until the peak learning rate, at most a quarter of all
     cooldown: float = 0.5  # share of the steps that the linear cooldown takes
     floor: float = 0.0  # last learning rate, as a share of the peak
     eval_interval: int = 250  # steps between evaluations, each of which also saves
@@ -202,15 +202,20 @@ def prepare_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def accumulation(config: TrainConfig, tokens_per_batch: int, world: int) -> int:
-    """Micro-batches of each process in one step; refused where they do not make it up exactly."""
-    unit = tokens_per_batch * world
-    count, rest = divmod(config.tokens_per_step, unit)
-    if rest or not count:
+def divide_step(config: TrainConfig, block_size: int, world: int) -> tuple[int, int]:
+    """(sequences in a micro-batch, micro-batches of each process in a step).
+
+    As many sequences as divide the step evenly, --batch_size at most: so one command means the
+    same training on any number of processes that divides the step at all.
+    """
+    sequences, rest = divmod(config.tokens_per_step, block_size * world)
+    if rest or not sequences:
+        unit = block_size * world
         near = max(1, round(config.tokens_per_step / unit)) * unit
         raise ValueError(
             f"--tokens_per_step {config.tokens_per_step} is no multiple of {unit}, the tokens of "
-            f"one micro-batch on {world} process{'es' * (world > 1)}: choose {near}, or another "
-            f"--batch_size (now {config.batch_size})"
+            f"one sequence for each of {world} process{'es' * (world > 1)}: choose {near}"
         )
-    return count
+    fits = range(min(config.batch_size, sequences), 0, -1)
+    batch_size = next(b for b in fits if sequences % b == 0)
+    return batch_size, sequences // batch_size

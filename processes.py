@@ -38,7 +38,10 @@ class Processes:
 
     def wait(self) -> None:
         if self.world > 1:
-            dist.barrier(group=self.patient)
+            try:
+                dist.barrier(group=self.patient)
+            except RuntimeError as error:  # the others' connections are gone
+                raise ValueError("another process ended: see what it said") from error
 
 
 def pick_device(name: str) -> torch.device:

@@ -35,7 +35,7 @@ import optim
 import plan
 import processes
 import sample
-from config import TASKS, TrainConfig, accumulation, padded, prepare_folder, resolve
+from config import TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
 from logs import RunLog, clock, draw_curves
 from model import Block
 from processes import Processes
@@ -181,6 +181,7 @@ class Run:
 
         with torch.device("meta"):
             Model(Config(**sizes))  # impossible sizes are refused before hours of tokenizing
+        config.batch_size, self.accumulate = divide_step(config, sizes["block_size"], group.world)
         tokenizer = None
         if checkpoint:
             path = self.out / "latest.pt" if config.resume else Path(config.init)
@@ -198,7 +199,6 @@ class Run:
                 f"the text of --data {config.data} is not the one that {self.out} was trained on: "
                 "restore it, or begin a new run with --init"
             )
-        self.accumulate = accumulation(config, self.data.tokens_per_batch, group.world)
 
         torch.manual_seed(config.seed)
         if not checkpoint:
@@ -271,7 +271,7 @@ class Run:
             config.schedule,
             step,
             steps=config.steps,
-            warmup_steps=config.warmup,
+            warmup_steps=min(config.warmup, config.steps // 4),
             cooldown_steps=round(config.cooldown * config.steps),
             floor=config.floor,
         )
@@ -365,6 +365,8 @@ class Run:
     def loop(self, interruption: Interruption) -> bool:
         config, group = self.config, self.group
         first, in_a_row = self.step, 0
+        if self.step >= config.steps:
+            self.say(f"this run has done all of its {config.steps:,} steps")
         while self.step < config.steps:
             enough = bool(config.stop_after) and self.step - first >= config.stop_after
             skipped = self.skipped

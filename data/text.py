@@ -77,6 +77,8 @@ def open_corpus(data: str, cache: Path) -> Corpus:
     if data == "shakespeare":
         path = fetch(SHAKESPEARE, cache)
         return file_corpus("shakespeare", path, cache, ["ROMEO:", "KING RICHARD III:", "O, "])
+    if not data:
+        raise ValueError(f"--data is empty: name a file, a folder, or one of {', '.join(NAMES)}")
     path = Path(data)
     if path.is_dir():
         endings = (*SUFFIXES, *(s + ".gz" for s in SUFFIXES))

@@ -154,6 +154,8 @@ def get_tokenizer(config, vocab_size: int, corpus: Corpus, cache: Path) -> Token
     if config.tokenizer == "gpt2":
         return Tokenizer.from_gpt2_files(fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache))
     if config.tokenizer:
+        if not Path(config.tokenizer).is_file():
+            raise ValueError(f"--tokenizer {config.tokenizer} is no file here, and not gpt2")
         tokenizer = Tokenizer.load(Path(config.tokenizer))
         if END_OF_TEXT not in tokenizer.special_tokens:
             raise ValueError(f"{config.tokenizer} lacks the special token {END_OF_TEXT}: add it")
