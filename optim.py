@@ -109,7 +109,7 @@ class Muon(torch.optim.Optimizer):
     share one lr and one λ. Embeddings, norms and biases go to AdamW: see `make_optimizer`.
 
     `dtype` is that of the iteration. It is a fifth of a small model's step on a CPU, and bfloat16
-    halves it where the processor has that.
+    shortens it where the processor has that.
     """
 
     def __init__(
