@@ -23,15 +23,12 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, first_step: int, last_step: int, tokens_per_step: int):
-        self.path, self.last_step, self.tokens_per_step = (
-            folder / "log.jsonl",
-            last_step,
-            tokens_per_step,
-        )
-        kept = [r for r in read_log(self.path) if r["step"] <= first_step] if first_step else []
-        with self.path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.last_step, self.tokens_per_step = last_step, tokens_per_step
+        path = folder / "log.jsonl"
+        kept = [r for r in read_log(path) if r["step"] <= first_step] if first_step else []
+        self.file = path.open("w", encoding="utf-8")
+        self.file.writelines(json.dumps(record) + "\n" for record in kept)
+        self.file.flush()
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)

@@ -65,8 +65,8 @@ PRESETS = {
         "steps": 1500,
         "eval_interval": 250,
     },
-    # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for the
-    # same time 128 tokens instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
+    # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
+    # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
     "shakespeare-10min": {
         **SHAKESPEARE,

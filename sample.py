@@ -129,8 +129,8 @@ def generate(
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
     device, block_size = next(model.parameters()).device, model.config.block_size
-    lengths = torch.tensor([len(p) for p in prompts])
-    shortest, longest = int(lengths.min()), int(lengths.max())
+    lengths = [len(p) for p in prompts]
+    shortest, longest = min(lengths), max(lengths)
     tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
@@ -144,12 +144,14 @@ def generate(
             x = model.features(tokens[:, start:n], caches=caches)
         else:  # decode one token
             x = model.features(tokens[:, n - 1 : n], caches=caches)
-        writing = [r for r, k in enumerate(lengths.tolist()) if k <= n < k + max_new_tokens]
+        writing = [r for r, k in enumerate(lengths) if k <= n < k + max_new_tokens]
         if writing:
             picked = pick(model.head(x[:, -1]).float(), writing)
             tokens[writing, n] = picked[writing].to(device)
-            values = picked.tolist()
-            yield [values[r] if r in set(writing) else None for r in range(len(prompts))]
+            step: list[int | None] = [None] * len(prompts)
+            for r in writing:
+                step[r] = int(picked[r])
+            yield step
 
 
 # ---- tokens -> text ------------------------------------------------------------------------------

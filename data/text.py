@@ -186,20 +186,12 @@ def text_size(path: Path) -> int:
     return sum(map(len, blocks(Part(path))))
 
 
-def skip(file: BinaryIO, count: int) -> None:
-    if file.seekable() and not isinstance(file, gzip.GzipFile):
-        file.seek(count)
-        return
-    while count > 0 and (block := file.read(min(count, BLOCK))):
-        count -= len(block)
-
-
 def blocks(part: Part) -> Iterator[bytes]:
     """The bytes of a part, at most BLOCK at a time. Every read of a text goes through here."""
     left = None if part.end is None else part.end - part.start
     try:
         with open_bytes(part.path) as file:
-            skip(file, part.start)
+            file.seek(part.start)  # gzip reads on to there by itself
             while block := file.read(BLOCK if left is None else min(BLOCK, left)):
                 left = None if left is None else left - len(block)
                 yield block
