@@ -14,14 +14,17 @@ import torch
 import torch.nn as nn
 
 from bpe import Tokenizer
+from data.pairs import Pairs
 from data.windows import Windows
 from model import GPT, GPTConfig
+from seq2seq import Seq2Seq, Seq2SeqConfig
 
 FORMAT = 1
 
 # What `--model NAME` means: the sizes, the model, and the data with its way of making batches.
 TASKS = {
     "gpt": (GPTConfig, GPT, Windows),
+    "seq2seq": (Seq2SeqConfig, Seq2Seq, Pairs),
 }
 
 KEYS = {
@@ -117,12 +120,15 @@ def restore(path: Path, checkpoint: dict) -> tuple[nn.Module, Tokenizer]:
 
 
 def newest(folder: Path = Path("out")) -> Path:
-    """The best.pt (else latest.pt) of the run below `folder` that was written to last."""
+    """Of the run below `folder` that was written to last: an average.pt newer than all, best.pt,
+    latest.pt."""
     found = sorted(folder.glob("*/*.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ValueError(
             f"there is no checkpoint below {folder}: run python train.py first, or pass "
             "--checkpoint PATH"
         )
+    if found[-1].name == "average.pt":
+        return found[-1]
     best = found[-1].with_name("best.pt")
     return best if best.is_file() else found[-1]

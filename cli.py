@@ -14,7 +14,7 @@ import subprocess
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,8 +63,8 @@ def true_or_false(text: str) -> bool:
 
 def comments(cls: type) -> dict[str, str]:
     """{field: the comment behind it}, read from the source of the dataclass."""
-    found = re.findall(r"^    (\w+):[^\n]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
-    return dict(found)
+    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c)]
+    return dict(re.findall(r"^    (\w+):[^\n]*?  # (.*)$", "".join(sources), re.MULTILINE))
 
 
 def add_flags(parser: Parser, cls: type, title: str) -> None:

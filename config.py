@@ -19,7 +19,7 @@ TASKS = checkpoints.TASKS
 
 @dataclass
 class TrainConfig:
-    model: str = "gpt"  # the task: gpt
+    model: str = "gpt"  # the task: gpt or seq2seq
     preset: str = ""  # a named size and recipe of presets.py; empty: a first run for this machine
     data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .gz, .jsonl or a folder of them
     tokenizer: str = ""  # gpt2, or a tokenizer's .json; empty: trained on the training text
@@ -44,6 +44,7 @@ class TrainConfig:
     cooldown: float = 0.5  # share of the steps that the linear cooldown takes
     floor: float = 0.0  # last learning rate, as a share of the peak
     eval_interval: int = 250  # steps between evaluations, each of which also saves
+    keep: int = 0  # keep the weights of this many of the last evaluations, for average.py
     eval_tokens: int = 131072  # validation tokens scored, evenly spaced over the text; 0: all
     log_interval: int = 10  # steps between records in log.jsonl
     seed: int = 1337  # of the weights, the order of the data and dropout
@@ -56,7 +57,7 @@ class TrainConfig:
     def __post_init__(self):
         above, least = ("lr",), {"steps": 1, "tokens_per_step": 1, "batch_size": 1}
         least |= {"eval_interval": 1, "log_interval": 1, "minutes": 0, "stop_after": 0, "seed": 0}
-        least |= {"weight_decay": 0, "clip": 0, "warmup": 0, "eval_tokens": 0}
+        least |= {"weight_decay": 0, "clip": 0, "warmup": 0, "eval_tokens": 0, "keep": 0}
         shares, below = ("cooldown", "floor"), ("beta1", "beta2")
         for name, value in asdict(self).items():
             wanted = None
@@ -81,9 +82,23 @@ class TrainConfig:
                 )
 
 
+@dataclass
+class PairsConfig(TrainConfig):
+    """What the data of an encoder-decoder asks beside that."""
+
+    model: str = "seq2seq"  # the task: gpt or seq2seq
+    data: str = "dates"  # dates, multi30k, wmt14, two files (train.en,train.de), or a .tsv
+    valid: str = ""  # validation pairs in files, as for --data; empty: some of --data are held out
+    languages: str = ""  # from-to, en-de for one; empty: the set's own, or files as they are given
+
+
+# The flags of each task, beside those of its model.
+CONFIGS = {"gpt": TrainConfig, "seq2seq": PairsConfig}
+
 # What a resumed run may change: how and where it computes, not what.
 FREE_ON_RESUME = {"out", "resume", "stop_after", "batch_size", "eval_interval", "log_interval"}
-FREE_ON_RESUME |= {"cache_dir", "data", "device", "dtype", "compile", "recompute"}
+FREE_ON_RESUME |= {"keep"}
+FREE_ON_RESUME |= {"cache_dir", "data", "valid", "device", "dtype", "compile", "recompute"}
 
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
@@ -98,12 +113,12 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     if task not in TASKS:
         raise ValueError(f"--model {task} is not known: choose {', '.join(TASKS)}")
 
-    Config = TASKS[task][0]
+    Config, Settings = TASKS[task][0], CONFIGS[task]
     parser = cli.Parser(
         "Train a Transformer. Every flag has a default. A preset (see presets.py) replaces some\n"
         "of the defaults below; without --preset, that of a first run on this machine does."
     )
-    cli.add_flags(parser, TrainConfig, "training")
+    cli.add_flags(parser, Settings, "training")
     cli.add_flags(parser, Config, f"sizes of the model ({task})")
     given = parser.parse(argv)
 
@@ -125,8 +140,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
                     "it out" + ("" if path else ", or add --tokenizer= to train a new one")
                 )
     wanted = {**base, **given}
-    names = {field.name for field in fields(TrainConfig)}
-    config = TrainConfig(**{k: v for k, v in wanted.items() if k in names})
+    names = {field.name for field in fields(Settings)}
+    config = Settings(**{k: v for k, v in wanted.items() if k in names})
 
     sizes = checkpoint["model_config"] if checkpoint else asdict(Config())
     if checkpoint:

@@ -37,6 +37,29 @@ SHAKESPEARE = {
     "eval_tokens": 0,
 }
 
+# The recipe of the 2017 paper (section 5): Adam, warmup, then the inverse square root of the step,
+# in batches of about 25,000 tokens; its peak rate is (512 · 4000)^-0.5.
+TRANSFORMER = {
+    "model": "seq2seq",
+    "data": "wmt14",
+    "vocab_size": 37000,
+    "block_size": 256,
+    "n_layer": 6,
+    "n_head": 8,
+    "n_embd": 512,
+    "batch_size": 96,
+    "tokens_per_step": 96 * 256,
+    "steps": 100_000,
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "beta2": 0.98,
+    "lr": 7e-4,
+    "warmup": 4000,
+    "schedule": "inverse_sqrt",
+    "clip": 0.0,
+    "eval_interval": 1000,
+}
+
 PRESETS = {
     # The first hour: two minutes on two cores, or a few on one GPU.
     "toy": {
@@ -78,6 +101,56 @@ PRESETS = {
         "cooldown": 0.6,
         "eval_interval": 250,
         "dtype": "bf16",  # on a processor without bf16 instructions, --dtype fp32 is faster
+    },
+    # Dates in many spellings to ISO 8601, in 90 seconds on two cores.
+    "dates": {
+        "model": "seq2seq",
+        "data": "dates",
+        "pattern": "char",
+        "vocab_size": 320,
+        "block_size": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 128,
+        "n_ff": 256,
+        "dropout": 0.0,
+        "batch_size": 16,
+        "tokens_per_step": 1024,
+        "steps": 1200,
+        "lr": 5e-3,
+        "cooldown": 0.7,
+        "eval_interval": 400,
+    },
+    # Multi30k with a small model; the sizes are those of Wu et al. 2021 (Revisit-MMT).
+    "transformer-tiny": {
+        "model": "seq2seq",
+        "data": "multi30k",
+        "vocab_size": 6000,
+        "block_size": 128,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "n_ff": 256,
+        "dropout": 0.3,
+        "batch_size": 32,
+        "tokens_per_step": 4096,
+        "steps": 4000,
+        "warmup": 100,
+        "beta2": 0.98,
+        "lr": 5e-3,
+        "eval_interval": 500,
+        "eval_tokens": 0,
+        "dtype": "bf16",
+    },
+    "transformer-base": TRANSFORMER,
+    "transformer-big": {
+        **TRANSFORMER,
+        "n_head": 16,
+        "n_embd": 1024,
+        "dropout": 0.3,
+        "steps": 300_000,
+        "lr": 5e-4,
+        "batch_size": 48,
     },
     # The sizes of the papers.
     "gpt1": {
@@ -143,4 +216,7 @@ FIRST_HOUR = {
     ("gpt", "cpu"): "toy",
     ("gpt", "mps"): "toy",
     ("gpt", "cuda"): "toy-gpu",
+    ("seq2seq", "cpu"): "dates",
+    ("seq2seq", "mps"): "dates",
+    ("seq2seq", "cuda"): "dates",
 }

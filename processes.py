@@ -1,6 +1,7 @@
-"""The device that this process has, and its place among the processes that torchrun started."""
+"""The device that this process has, its place among those that torchrun started, its signals."""
 
 import os
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -74,3 +75,21 @@ def start(device_name: str) -> Processes:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Interruption:
+    """SIGINT and SIGTERM ask the loop to end after the step; a second one ends at once."""
+
+    def __enter__(self) -> "Interruption":
+        self.asked = False
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number: int, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -3,9 +3,9 @@
     python sample.py --prompt "def "              the newest checkpoint below out/
     python sample.py --checkpoint out/gpt/best.pt --prompt "A" --prompt "Once upon" --num_samples 2
 
-Told in small steps: tokens -> logits (`generate`, with a key-value cache), logits -> distribution,
-distribution -> token, tokens -> text (`TextStream`). Nucleus sampling: Holtzman et al. 2020
-(arXiv:1904.09751); min-p: Nguyen et al. 2024 (arXiv:2407.01082).
+Told in small steps: tokens -> logits (`generate`, with a key-value cache), logits -> distribution
+-> token (`decoding.py`), tokens -> text (`TextStream`). What is said here of GPT's continuations,
+`translate.py` says of translations.
 """
 
 import codecs
@@ -15,17 +15,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint as checkpoints
 import cli
+import translate
 from bpe import Tokenizer
 from data.tokens import END_OF_TEXT
+from decoding import choose, distribution
 from processes import pick_device
+from translate import TranslateConfig
 
 
 @dataclass
@@ -56,42 +59,6 @@ class SampleConfig:
             if not low <= value < math.inf or (high is not None and value > high):
                 wanted = f"{low} or more" if high is None else f"between {low} and {high}"
                 raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
-
-
-# ---- logits -> token -----------------------------------------------------------------------------
-
-
-def distribution(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Tensor:
-    """(B, V) logits -> (B, V) probabilities. The likeliest token always stays."""
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
-    # Shifted so that the maximum is 0: dividing by a tiny temperature then cannot overflow to NaN.
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
-    if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.softmax(-1)
-    if min_p > 0:
-        floor = min_p * probabilities.max(-1, keepdim=True).values
-        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
-    if top_p < 1:
-        ranked, order = probabilities.sort(-1, descending=True)
-        before = ranked.cumsum(-1) - ranked  # what the likelier tokens have together
-        cut = before >= top_p * ranked.sum(-1, keepdim=True)
-        cut[:, 0] = False
-        probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
-    return probabilities / probabilities.sum(-1, keepdim=True)
-
-
-def choose(probabilities: Tensor, u: Tensor) -> Tensor:
-    """(B, V) and one uniform number in [0, 1) for each row, (B,) -> (B,) tokens.
-
-    The token in whose stretch of the cumulated distribution u falls. With one number for each row,
-    a row's sample does not depend on its neighbours in the batch.
-    """
-    cumulated = probabilities.double().cumsum(-1)
-    target = u[:, None].to(cumulated) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True)[:, 0]
 
 
 # ---- tokens -> logits -> tokens ------------------------------------------------------------------
@@ -300,19 +267,9 @@ def lay_out_for_decoding(model: nn.Module) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-# What each task does with prompts: (model, tokenizer, prompts, config, show) -> texts.
-RESPOND = {"gpt": complete}
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("Continue a text with a trained model.")
-    cli.add_flags(parser, SampleConfig, "sampling")
-    config = SampleConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
-    path = Path(config.checkpoint) if config.checkpoint else checkpoints.newest()
-    device = pick_device(config.device)
-    model, tokenizer, checkpoint = load_model(path, device)
+def speak(model: nn.Module, tokenizer: Tokenizer, config: SampleConfig, checkpoint: dict) -> None:
+    """The continuations of config.prompt to the terminal; a single one as it is written."""
     prompts = config.prompt or [""]
-    print(f"{path}: {checkpoint['task']}, step {checkpoint['step']:,}", file=sys.stderr)
     longest = max(len(encode_prompt(tokenizer, p)[0]) for p in prompts)
     if longest + config.max_new_tokens > model.config.block_size:
         print(
@@ -320,16 +277,62 @@ def main(argv: list[str] | None = None) -> None:
             f"model sees {model.config.block_size}: the oldest are dropped, half a block at a time",
             file=sys.stderr,
         )
-    respond = RESPOND[checkpoint["task"]]
     if len(prompts) * config.num_samples == 1:
         print(prompts[0], end="", flush=True)
-        respond(model, tokenizer, prompts, config, lambda _, text: print(text, end="", flush=True))
+        complete(model, tokenizer, prompts, config, lambda _, text: print(text, end="", flush=True))
         print()
         return
-    texts = respond(model, tokenizer, prompts, config)
+    texts = complete(model, tokenizer, prompts, config)
     for row, text in enumerate(texts):
         prompt, number = divmod(row, config.num_samples)
         print(f"--- prompt {prompt + 1}, sample {number + 1}\n{prompts[prompt]}{text}")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    Config: type  # the flags
+    respond: Callable  # (model, tokenizer, prompts, config) -> texts
+    between: str  # what is printed between a prompt and its text
+    speak: Callable  # (model, tokenizer, config, checkpoint): what the command line does
+    closing: Callable | None = None  # (model, tokenizer, data) -> lines that end a training run
+
+
+RESPOND = {
+    "gpt": Task(SampleConfig, complete, "", speak),
+    "seq2seq": Task(
+        TranslateConfig, translate.translate, "\n-> ", translate.speak, translate.closing
+    ),
+}
+
+
+def find_checkpoint(argv: list[str]) -> Path | None:
+    """What --checkpoint names, else the newest below out/, None where there is none. Known before
+    the other flags are read, because its task decides which there are."""
+    parser = cli.Parser("")
+    parser.add_argument("--checkpoint", default="")
+    known, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    if known.checkpoint:
+        return Path(known.checkpoint)
+    return checkpoints.newest() if any(Path("out").glob("*/*.pt")) else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    path = find_checkpoint(argv)
+    checkpoint = checkpoints.load(path) if path else {"task": "gpt"}
+    task = RESPOND[checkpoint["task"]]
+    parser = cli.Parser(
+        "Continue a text, or translate it, with a trained model. The flags are those of the\n"
+        "checkpoint's task: name it with --checkpoint beside --help to see them."
+    )
+    cli.add_flags(parser, task.Config, f"sampling ({checkpoint['task']})")
+    config = task.Config(**parser.parse(argv))
+    path = path or checkpoints.newest()  # which says that there is none
+    model, tokenizer, _ = load_model(path, pick_device(config.device))
+    print(f"{path}: {checkpoint['task']}, step {checkpoint['step']:,}", file=sys.stderr)
+    task.speak(model, tokenizer, config, checkpoint)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Left out: fp16 with loss scaling (bf16 needs none), sharded models, learning-rat
 
 import json
 import math
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -38,7 +37,7 @@ import sample
 from config import TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
 from logs import RunLog, clock, draw_curves
 from model import Block
-from processes import Processes
+from processes import Interruption, Processes
 
 # ---- gradients of one step, and evaluation: all that is particular about them is counting -------
 
@@ -146,24 +145,6 @@ def compiled(model: nn.Module, batch: dict[str, Tensor], autocast) -> nn.Module:
     fast.train()
     model.zero_grad(set_to_none=True)
     return fast
-
-
-class Interruption:
-    """SIGINT and SIGTERM ask the loop to end after the step; a second one ends at once."""
-
-    def __enter__(self) -> "Interruption":
-        self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number: int, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -399,6 +380,10 @@ class Run:
                     self.save("latest.pt")
                     if better:
                         self.save("best.pt")
+                    if config.keep:
+                        self.save(f"step-{self.step:07}.pt")
+                        for old in sorted(self.out.glob("step-*.pt"))[: -config.keep]:
+                            old.unlink()
         return True
 
     def show(self) -> None:
@@ -410,10 +395,12 @@ class Run:
             print(f"curves: {picture}")
         path = self.out / "best.pt"
         model, tokenizer, _ = sample.load_model(path, self.group.device)
-        respond, prompts = sample.RESPOND[self.config.model], self.data.prompts
-        settings = sample.SampleConfig(max_new_tokens=100)
-        for prompt, text in zip(prompts, respond(model, tokenizer, prompts, settings), strict=True):
-            print(f"{'-' * 80}\n{prompt}{text}")
+        task, prompts = sample.RESPOND[self.config.model], self.data.prompts
+        texts = task.respond(model, tokenizer, prompts, task.Config(max_new_tokens=100))
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"{'-' * 80}\n{prompt}{task.between}{text}")
+        if task.closing:
+            print("-" * 80, *task.closing(model, tokenizer, self.validation), sep="\n")
         prompt = ("--prompt", prompts[0]) if prompts[0] else ()
         command = self.command("sample.py", "--checkpoint", str(path), *prompt)
         print(f"{'-' * 80}\ngo on with: {command}")

@@ -28,6 +28,8 @@ TOY = [
     "--device=cpu",
 ]
 
+TOY_PAIRS = ["--model=seq2seq", "--data=toy.tsv", "--n_ff=40", *TOY[1:]]
+
 
 def peer(name: str):
     """An optional package to compare with. Absent, it skips the test; under CI it fails it."""
@@ -63,3 +65,11 @@ def toy(tmp_path, monkeypatch) -> Path:
     lines = [f"{n} times {m} is {n * m}.\n" for n in range(30) for m in range(12)]
     (tmp_path / "toy.txt").write_text("".join(lines), encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture
+def toy_pairs(toy) -> Path:
+    """The same folder, with pairs of a sum and its result."""
+    lines = [f"{n} plus {m}\t{n + m}\n" for n in range(20) for m in range(12)]
+    (toy / "toy.tsv").write_text("".join(lines), encoding="utf-8")
+    return toy

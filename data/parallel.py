@@ -1,0 +1,315 @@
+"""A name or files -> parallel text: pairs of a source and its target, streamed.
+
+- dates, multi30k, wmt14: named sets with training, validation and test pairs;
+- two files, "train.en,train.de": line i of one belongs to line i of the other, source first;
+- one .tsv: source<TAB>target on every line.
+
+Files are UTF-8, each also as .gz. Lines end at \\n alone: other separators are part of the text.
+Both sides are stripped, and a pair with an empty side is left out and counted. Without validation
+files, pairs are held out at even distances: every 100th, or fewer, so that they are at most 2,000.
+
+Left out: alignment of sentences, cleaning by length ratio or language, deduplication, TMX and XML.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.dates import COUNTS, dates, dates_hash, prompts
+from data.download import MULTI30K, fetch
+from data.text import Part, blocks, known_sha256
+from data.wmt import wmt14_files
+
+NAMES = ("dates", "multi30k", "wmt14")
+HELD_OUT_EVERY, HELD_OUT_MOST = 100, 2_000
+FORMS = "two files, train.en,train.de (source first, line by line), or one .tsv (source<TAB>target)"
+PUBLISHED = "as published"
+VERBS = {"train": "train", "validation": "validate", "test": "test"}
+MULTI30K_PARTS = {"train": "train", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Two files that belong together line by line, or one .tsv. `key` stands for the contents."""
+
+    paths: tuple[Path, ...]
+    key: str
+
+
+@dataclass
+class ParallelCorpus:
+    """Named pairs in two or three splits. `hash` is of the contents, division and direction."""
+
+    name: str
+    hash: str
+    rule: str  # how it was split and what was left out, for the plan
+    prompts: list[str]  # sources, to show what a model has learnt
+    languages: tuple[str, str]  # of source and target; empty where unknown
+    splits: dict[str, Callable[[], Iterator[tuple[str, str]]]]
+
+    def pairs(self, split: str) -> Iterator[tuple[str, str]]:
+        """Yields (source, target), neither of them empty."""
+        if split not in self.splits:
+            raise ValueError(
+                f"{self.name} has no split {split} here: choose one of {', '.join(self.splits)}"
+            )
+        return self.splits[split]()
+
+    def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
+        """What data/tokens.py reads: every source and every target is a document of its own."""
+        for source, target in self.pairs(split):
+            yield source, True
+            yield target, True
+
+
+def open_pairs(
+    data: str, cache: Path, *, languages: str = "", valid: str = "", split: str = ""
+) -> ParallelCorpus:
+    """data is one of NAMES, two files or a .tsv; downloads go to `cache`.
+
+    languages: "en-de" is from English to German. Files whose suffixes are the two languages are
+    put into that order. valid: validation files, in the forms of data. split: read (and download)
+    only that one. Raises ValueError on bad input.
+    """
+    source, target = parse_languages(languages)
+    if split and split not in VERBS:
+        raise ValueError(f"there is no split {split}: choose one of {', '.join(VERBS)}")
+    if data in NAMES and valid:
+        raise ValueError(f"--valid {valid} is for files of your own: {data} has validation pairs")
+    if data == "dates":
+        if languages:
+            raise ValueError(f"dates knows no languages, not {languages}: leave them out")
+        corpus = dates_corpus()
+    elif data == "multi30k":
+        pair = named_languages(data, source, target, ("en", "de", "fr", "cs"))
+        corpus = files_corpus(data, pair, multi30k_files(pair, split, cache), cache, PUBLISHED)
+    elif data == "wmt14":
+        pair = named_languages(data, source, target, ("en", "de"))
+        files = {
+            part: [Aligned(*found) for found in wmt14_files(part, pair[0], cache)]
+            for part in ([split] if split else VERBS)
+        }
+        corpus = files_corpus(data, pair, files, cache, PUBLISHED)
+    else:
+        first = own_files("--data", data, source, target, cache)
+        files = {"train": [first]}
+        if valid:
+            files["validation"] = [own_files("--valid", valid, source, target, cache)]
+        name = first.paths[0].name.partition(".")[0] or first.paths[0].name
+        divided = "the given files" if valid else ""
+        corpus = files_corpus(name, (source, target), files, cache, divided)
+    if split:
+        corpus.pairs(split)  # says which there are
+        corpus.splits = {split: corpus.splits[split]}
+    return corpus
+
+
+def parse_languages(languages: str) -> tuple[str, str]:
+    if not languages:
+        return "", ""
+    source, _, target = languages.partition("-")
+    if not source or not target or "-" in target:
+        raise ValueError(f"--languages {languages} is not of the form en-de (from-to)")
+    if source == target:
+        raise ValueError(f"--languages {languages} names one language twice: choose two")
+    return source, target
+
+
+def named_languages(name: str, source: str, target: str, known: tuple[str, ...]) -> tuple[str, str]:
+    for language in (source, target):
+        if language and language not in known:
+            raise ValueError(f"{name} has no language {language}: choose from {', '.join(known)}")
+    return (source, target) if source else (known[0], known[1])
+
+
+def dates_corpus() -> ParallelCorpus:
+    return ParallelCorpus(
+        "dates",
+        dates_hash(),
+        f"{told(COUNTS)} (no date in two of them)",
+        prompts(),
+        ("", ""),
+        {split: partial(dates, split) for split in COUNTS},
+    )
+
+
+def files_corpus(
+    name: str,
+    languages: tuple[str, str],
+    files: dict[str, list[Aligned]],
+    cache: Path,
+    divided: str = "",
+) -> ParallelCorpus:
+    """`divided` says how the files were divided already; where it is empty, pairs are held out."""
+    digest = hashlib.sha256(b"pairs 1")
+    for split, parts in files.items():
+        digest.update(f"\0{split}\0".encode() + "\0".join(part.key for part in parts).encode())
+    key = digest.hexdigest()
+    counts = known_counts(name, key, files, cache)
+    for split, (number, _) in counts.items():
+        if not number:
+            where = ", ".join(str(path) for part in files[split] for path in part.paths)
+            raise ValueError(f"no line of {where} has text on both sides: give more text")
+    splits = {split: partial(full_pairs, parts) for split, parts in files.items()}
+    numbers = {split: number for split, (number, _) in counts.items()}
+    if not divided:
+        total = numbers["train"]
+        if total < 2:
+            raise ValueError(f"{name} has one pair, too few to hold one out: give more, or --valid")
+        every = min(total, max(HELD_OUT_EVERY, -(-total // HELD_OUT_MOST)))
+        numbers = {"train": total - total // every, "validation": total // every}
+        splits = {
+            "train": partial(spaced, splits["train"], every, False),
+            "validation": partial(spaced, splits["train"], every, True),
+        }
+        divided = "the last one" if every == total else f"one in {every}"
+    rule = f"{told(numbers)} ({divided})"
+    if empty := sum(empty for _, empty in counts.values()):
+        rule += f"; {plural(empty)} with an empty side left out"
+    shown = splits.get("validation") or next(iter(splits.values()))
+    return ParallelCorpus(name, key, rule, [s for s, _ in islice(shown(), 4)], languages, splits)
+
+
+def told(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{plural(number)} {VERBS[split]}" for split, number in numbers.items())
+
+
+def plural(number: int) -> str:
+    return f"{number:,} pair{'s' * (number != 1)}"
+
+
+def known_counts(
+    name: str, key: str, files: dict[str, list[Aligned]], cache: Path
+) -> dict[str, tuple[int, int]]:
+    """{split: (pairs, pairs left out)} by reading everything once, which also finds what is wrong;
+    remembered by the hash of the contents, for the next start (wmt14 has 4.5 million)."""
+    memo = cache / f"pairs-{key[:16]}.json"
+    try:
+        counts = json.loads(memo.read_text(encoding="utf-8"))
+        return {split: (int(counts[split][0]), int(counts[split][1])) for split in files}
+    except (OSError, ValueError, TypeError, LookupError):
+        pass
+    counts = {}
+    for split, parts in files.items():
+        number = full = 0
+        pairs = chain.from_iterable(read_pairs(part.paths) for part in parts)
+        bar = tqdm(pairs, f"counting {name}", unit=" pairs", unit_scale=True, disable=None, delay=1)
+        for source, target in bar:
+            number += 1
+            full += bool(source and target)
+        counts[split] = full, number - full
+    cache.mkdir(parents=True, exist_ok=True)
+    memo.write_text(json.dumps(counts), encoding="utf-8")
+    return counts
+
+
+# ---- finding files -------------------------------------------------------------------------------
+
+
+def is_tsv(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(".tsv")
+
+
+def own_files(flag: str, data: str, source: str, target: str, cache: Path) -> Aligned:
+    """Files of the user's own, with the source first."""
+    paths = (Path(data),)
+    if not paths[0].is_file():
+        paths = tuple(Path(part.strip()) for part in data.split(","))
+    if (
+        len(paths) > 2
+        or (len(paths) == 1) != is_tsv(paths[0])
+        or is_tsv(paths[-1]) != is_tsv(paths[0])
+    ):
+        names = f"a name ({', '.join(NAMES)}), nor " if flag == "--data" else ""
+        raise ValueError(f"{flag} {data} is not {names}{FORMS}")
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{flag} {data}: {path} is no file here")
+        if not path.stat().st_size:
+            raise ValueError(f"{flag} {data}: {path} is empty, give a file with text in it")
+    suffixes = [Path(path.name.lower().removesuffix(".gz")).suffix for path in paths]
+    if source and suffixes == [f".{target}", f".{source}"]:
+        paths = paths[::-1]
+    return Aligned(paths, " ".join(known_sha256(path, cache) for path in paths))
+
+
+def multi30k_files(pair: tuple[str, str], split: str, cache: Path) -> dict[str, list[Aligned]]:
+    files = {}
+    for part in [split] if split else MULTI30K_PARTS:
+        remotes = [MULTI30K[f"{MULTI30K_PARTS[part]}.{language}"] for language in pair]
+        paths = tuple(fetch(remote, cache) for remote in remotes)
+        files[part] = [Aligned(paths, " ".join(r.sha256 or r.md5 for r in remotes))]
+    return files
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def full_pairs(parts: list[Aligned]) -> Iterator[tuple[str, str]]:
+    for part in parts:
+        for source, target in read_pairs(part.paths):
+            if source and target:
+                yield source, target
+
+
+def spaced(pairs: Callable, every: int, held_out: bool) -> Iterator[tuple[str, str]]:
+    """The last of every `every` pairs, or all others."""
+    for i, pair in enumerate(pairs()):
+        if (i % every == every - 1) == held_out:
+            yield pair
+
+
+def read_pairs(paths: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
+    """Every pair, stripped; sides may be empty."""
+    if len(paths) == 1:
+        for number, line in enumerate(read_lines(paths[0]), 1):
+            cells = [cell.strip() for cell in line.split("\t")]
+            if len(cells) != 2 and line.strip():
+                raise ValueError(
+                    f"{paths[0]}, line {number:,}: {len(cells) - 1} tabs instead of one between "
+                    f"source and target: {line.strip()[:60]}"
+                )
+            yield cells[0], cells[-1]
+        return
+    sides = [read_lines(path) for path in paths]
+    for number, (source, target) in enumerate(zip_longest(*sides), 1):
+        if source is None or target is None:
+            short, long = (0, 1) if source is None else (1, 0)
+            total = number + sum(1 for _ in sides[long])
+            raise ValueError(
+                f"{paths[long]} has {total:,} lines and {paths[short]} has {number - 1:,}: line "
+                f"{number:,} of the latter is missing, and line i of both must belong together"
+            )
+        yield source.strip(), target.strip()
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    r"""Lines as \n alone divides them: str.splitlines() also cuts at U+2028 or \x85, which occur
+    inside sentences on one side only, and would shift all that follows."""
+    number, offset, rest = 1, 0, b""
+    for block in chain(blocks(Part(path)), [b""]):
+        if not offset and b"\0" in block[: 1 << 16]:
+            raise ValueError(f"{path} is binary (it has zero bytes): give a text file in UTF-8")
+        rest += block
+        end = rest.rfind(b"\n") + 1 if block else len(rest)
+        whole, rest = rest[:end], rest[end:]
+        try:
+            lines = whole.decode("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            number += whole.count(b"\n", 0, error.start)
+            raise ValueError(
+                f"{path} is not UTF-8 in line {number:,} (byte {offset + error.start:,}): convert "
+                "it first (for example with iconv -f latin1 -t utf-8)"
+            ) from error
+        if not lines[-1]:
+            lines.pop()
+        if not offset and lines:
+            lines[0] = lines[0].removeprefix("\ufeff")  # which some editors on Windows write
+        yield from lines
+        number, offset = number + len(lines), offset + end

@@ -1,0 +1,169 @@
+"""Logits -> tokens: drawn from a distribution, the likeliest each time, or by beam search.
+
+Nothing here knows the model. `write` and `beam_search` ask it through one function,
+
+    advance(tokens, rows, sentences) -> (N, V) logits of what comes next
+
+where row n continues row rows[n] of the call before with tokens[n], and sentences lists which of
+the sentences of the call before are still being written; each has the same number of consecutive
+rows. The first call has one row for each sentence, and the start token in it.
+
+Nucleus sampling: Holtzman et al. 2020 (arXiv:1904.09751); min-p: Nguyen et al. 2024
+(arXiv:2407.01082). Beam search with the length penalty of Wu et al. 2016 (arXiv:1609.08144),
+section 7: a hypothesis of L tokens scores log-probability / ((5 + L) / 6)^α, α >= 0.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Advance = Callable[[Tensor, Tensor, list[int]], Tensor]
+
+
+# ---- logits -> distribution -> token -------------------------------------------------------------
+
+
+def distribution(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Tensor:
+    """(B, V) logits -> (B, V) probabilities. The likeliest token always stays."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    # Shifted so that the maximum is 0: dividing by a tiny temperature then cannot overflow to NaN.
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if min_p > 0:
+        floor = min_p * probabilities.max(-1, keepdim=True).values
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    if top_p < 1:
+        ranked, order = probabilities.sort(-1, descending=True)
+        before = ranked.cumsum(-1) - ranked  # what the likelier tokens have together
+        cut = before >= top_p * ranked.sum(-1, keepdim=True)
+        cut[:, 0] = False
+        probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def choose(probabilities: Tensor, u: Tensor) -> Tensor:
+    """(B, V) and one uniform number in [0, 1) for each row, (B,) -> (B,) tokens.
+
+    The token in whose stretch of the cumulated distribution u falls. With one number for each row,
+    a row's sample does not depend on its neighbours in the batch.
+    """
+    cumulated = probabilities.double().cumsum(-1)
+    target = u[:, None].to(cumulated) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+
+
+# ---- a whole sequence ----------------------------------------------------------------------------
+
+
+def write(
+    advance: Advance,
+    limits: list[int],
+    pick: Callable[[Tensor, list[int]], Tensor],
+    *,
+    start: int,
+    end: int,
+    device: torch.device | str = "cpu",
+) -> list[list[int]]:
+    """For each sentence the tokens that `pick` chooses, until it chooses `end` or has chosen
+    limits[i] of them. pick takes (N, V) logits and the numbers of their sentences, returns (N,).
+    """
+    written: list[list[int]] = [[] for _ in limits]
+    alive = list(range(len(limits)))
+    keep, tokens = alive, torch.full((len(limits),), start, device=device)
+    while alive:
+        logits = advance(tokens, torch.tensor(keep, device=device), keep)
+        tokens = pick(logits, alive).to(device)
+        keep = []
+        for row, (sentence, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
+            if token != end:
+                written[sentence].append(token)
+                if len(written[sentence]) < limits[sentence]:
+                    keep.append(row)
+        alive, tokens = [alive[row] for row in keep], tokens[keep]
+    return written
+
+
+def penalty(length: int, alpha: float) -> float:
+    """What a log-probability is divided by, so that long hypotheses stand a chance."""
+    return ((5 + length) / 6) ** alpha
+
+
+def beam_search(
+    advance: Advance,
+    limits: list[int],
+    *,
+    beam: int,
+    start: int,
+    end: int,
+    alpha: float = 0.6,
+    device: torch.device | str = "cpu",
+) -> list[tuple[float, list[int]]]:
+    """For each sentence the best (score, tokens) that was found, without the end token.
+
+    At each step the likeliest continuations of all hypotheses are ranked together. Those among the
+    first `beam` that end are complete; the first `beam` of the others live on. A sentence is done
+    when `beam` hypotheses are complete, or when no living one can still become better than the
+    best of them: the first to end is seldom the best. After limits[i] tokens a hypothesis must end.
+
+    A beam of 1 is the greedy choice. A beam as wide as the number of sequences finds the best one.
+    """
+    best: list[tuple[float, list[int]]] = [(-math.inf, []) for _ in limits]
+    complete = [0] * len(limits)
+    alive = sentences = list(range(len(limits)))
+    tokens = torch.full((len(alive),), start, device=device)
+    rows = torch.arange(len(alive), device=device)
+    scores = torch.zeros(len(alive), 1, device=device)  # (sentences, hypotheses of each)
+    written = torch.empty(len(alive), 0, dtype=torch.long, device=device)
+    length = 0
+    while alive:
+        length += 1  # of a hypothesis that would end now, its end token included
+        logits = advance(tokens, rows, sentences).float()
+        V, K = logits.size(-1), scores.size(1)
+        log_z = logits.logsumexp(-1, keepdim=True)
+        for i, sentence in enumerate(alive):
+            if length > limits[sentence]:  # only ending is left, at the probability that it has
+                rows_of_it = logits[i * K : (i + 1) * K]
+                rows_of_it[:, :end] = rows_of_it[:, end + 1 :] = -math.inf
+        # The best 2 · beam of a sentence are among the best 2 · beam of each of its rows.
+        top, token = logits.topk(min(2 * beam, V))
+        total = scores[:, :, None] + (top - log_z).view(len(alive), K, -1)
+        top, index = total.flatten(1).topk(min(2 * beam, total[0].numel()))
+        parent = index // total.size(2)
+        token = token.view(len(alive), -1).gather(1, index)
+
+        kept: list[tuple[int, list[tuple[float, int, int]]]] = []
+        candidates = zip(top.tolist(), parent.tolist(), token.tolist(), strict=True)
+        for i, (sentence, ranked) in enumerate(zip(alive, candidates, strict=True)):
+            living = []
+            for rank, (score, p, t) in enumerate(zip(*ranked, strict=True)):
+                if score == -math.inf:
+                    continue
+                if t != end:
+                    living.append((score, i * K + p, t))
+                elif rank < beam:
+                    complete[sentence] += 1
+                    final = score / penalty(length, alpha)
+                    if final > best[sentence][0]:
+                        best[sentence] = final, written[i * K + p].tolist()
+            # Log-probabilities only fall: what a hypothesis can still reach is its own now, divided
+            # by the penalty of the greatest length.
+            reach = living[0][0] / penalty(limits[sentence] + 1, alpha) if living else -math.inf
+            if complete[sentence] < beam and reach > best[sentence][0]:
+                blank = (-math.inf, i * K, end)  # a vocabulary smaller than the beam fills no beam
+                kept.append((i, (living + [blank] * beam)[:beam]))
+
+        sentences = [i for i, _ in kept]
+        alive = [alive[i] for i in sentences]
+        flat = [row for _, living in kept for row in living]
+        scores = torch.tensor([s for s, _, _ in flat], device=device).view(-1, beam)
+        rows = torch.tensor([r for _, r, _ in flat], dtype=torch.long, device=device)
+        tokens = torch.tensor([t for _, _, t in flat], dtype=torch.long, device=device)
+        written = torch.cat([written[rows], tokens[:, None]], dim=1)
+    return best

@@ -1,0 +1,174 @@
+"""The encoder-decoder Transformer of 2017, which reads one sequence and writes another.
+
+The encoder turns the source into memory; the decoder writes the target one token at a time, each
+looking back at those before it and across at the memory. Blocks normalise after each sublayer, as
+the paper does, positions are sinusoids, and one matrix is source embedding, target embedding and
+output projection.
+
+Left out on purpose: learned or relative positions, separate vocabularies, layers of different
+sizes. Writing with the model (greedy, beam, sampling) is in `decoding.py` and `translate.py`.
+
+Papers: Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762); one matrix for three:
+Press and Wolf 2017 (arXiv:1608.05859); label smoothing: Szegedy et al. 2016 (arXiv:1512.00567).
+Axes as in `model.py`; S counts source positions, T target positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses import linear_cross_entropy
+from model import Block, Dropout, KVCache, count_parameters, padding_mask
+
+
+@dataclass
+class Seq2SeqConfig:
+    vocab_size: int = 37000  # tokens, one vocabulary for source and target
+    block_size: int = 512  # longest source or target, in tokens, its end token included
+    n_layer: int = 6  # blocks in the encoder, and as many in the decoder
+    n_head: int = 8  # attention heads; must divide n_embd
+    n_embd: int = 512  # width of the residual stream
+    n_ff: int = 0  # width inside the MLP; 0 means 4 x n_embd
+    dropout: float = 0.1  # probability, in embeddings and residual branches (section 5.4)
+    attention_dropout: float = 0.0  # probability that a query misses a key; the paper has none
+    bias: bool = True  # biases in the linear layers and the LayerNorms
+    ln_eps: float = 1e-5  # added to the variance in LayerNorm
+    label_smoothing: float = 0.1  # probability that the target spreads over all tokens
+
+    def __post_init__(self):
+        self.n_ff = self.n_ff or 4 * self.n_embd
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is too small: it must be 1 or more")
+        for name in ("dropout", "attention_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value} is out of range: choose 0 <= {name} < 1")
+        if self.n_embd % 2:
+            raise ValueError(
+                f"n_embd={self.n_embd} is odd, but positions are pairs of a sine and a cosine: "
+                f"choose {self.n_embd + 1}"
+            )
+
+
+def sinusoids(T: int, C: int) -> Tensor:
+    """(T, C): sin and cos of pos / 10000^(2i/C) in the columns 2i and 2i + 1 (section 3.5)."""
+    position = torch.arange(T, dtype=torch.float64)[:, None]
+    angle = position / 10000 ** (torch.arange(0, C, 2, dtype=torch.float64) / C)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
+
+
+class Seq2Seq(nn.Module):
+    """Encoder, decoder, and the one matrix that they share with the output."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        positions = sinusoids(config.block_size, config.n_embd)
+        self.register_buffer("positions", positions, persistent=False)
+        self.dropout = Dropout(config.dropout)
+        self.encoder = nn.ModuleList(
+            Block(config, pre_ln=False, act=F.relu) for _ in range(config.n_layer)
+        )
+        self.decoder = nn.ModuleList(
+            Block(config, pre_ln=False, act=F.relu, cross=True) for _ in range(config.n_layer)
+        )
+        init_seq2seq(self)
+
+    def forward(
+        self,
+        source: Tensor,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        source_keep: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """source (B, S), tokens (B, T) -> logits (B, T, V), or, given targets (B, T),
+        {"loss": summed smoothed loss, "nll": summed negative log-likelihood of the targets}.
+
+        tokens are the targets one place to the right, behind the start token: the decoder learns
+        from the right words whatever it would have written itself (teacher forcing). source_keep
+        (B, S) is False at padding; None: there is none. Padding of the target needs no mask: it
+        comes last, where no real position looks, and its targets are -100, which do not count.
+        """
+        features = self.decode(tokens, self.encode(source, source_keep), source_keep)
+        if targets is None:
+            return self.head(features)
+        loss, nll = linear_cross_entropy(
+            features, self.token_embedding.weight, targets, self.config.label_smoothing
+        )
+        return {"loss": loss, "nll": nll}
+
+    def embed(self, tokens: Tensor, past: int = 0) -> Tensor:
+        """Embeddings times sqrt(C), plus positions (sections 3.4 and 3.5). (B, T) -> (B, T, C)"""
+        end, block_size = past + tokens.size(1), self.config.block_size
+        if end > block_size:
+            raise ValueError(
+                f"{end} positions are more than block_size={block_size}: shorten the input"
+            )
+        x = self.token_embedding(tokens) * self.config.n_embd**0.5
+        return self.dropout(x + self.positions[past:end])
+
+    def encode(self, source: Tensor, source_keep: Tensor | None = None) -> Tensor:
+        """source (B, S) -> memory (B, S, C)"""
+        mask = None if source_keep is None else padding_mask(source_keep)
+        x = self.embed(source)
+        for block in self.encoder:
+            x = block(x, mask=mask)
+        return x
+
+    def decode(
+        self,
+        tokens: Tensor,
+        memory: Tensor,
+        source_keep: Tensor | None = None,
+        caches: list[tuple[KVCache, KVCache]] | None = None,
+    ) -> Tensor:
+        """tokens (B, T), memory (B, S, C) -> (B, T, C), what the head turns into logits.
+
+        With caches, one pair for each block, the tokens continue what the caches hold. tokens may
+        have K times as many rows as memory: each memory then serves K consecutive rows.
+        """
+        mask = None if source_keep is None else padding_mask(source_keep)
+        caches = caches or [(None, None)] * len(self.decoder)
+        x = self.embed(tokens, caches[0][0].length if caches[0][0] else 0)
+        for block, (own, across) in zip(self.decoder, caches, strict=True):
+            x = block(x, "causal", memory, mask, own, across)
+        return x
+
+    def head(self, features: Tensor) -> Tensor:
+        """(..., C) -> (..., V) logits: the products with all token embeddings."""
+        return F.linear(features, self.token_embedding.weight)
+
+    def make_caches(self, source_len: int, target_len: int) -> list[tuple[KVCache, KVCache]]:
+        """For each block of the decoder, one for its own keys and values, one for the memory's."""
+        return [(KVCache(target_len), KVCache(source_len)) for _ in self.decoder]
+
+    def flops_per_token(self) -> int:
+        """Of training, for one target token with a source as long as the target, T = block_size:
+        6 for each weight that multiplies, 12·C·T for each of three attentions in L layers."""
+        c = self.config
+        return 6 * count_parameters(self) + 3 * 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def init_seq2seq(model: Seq2Seq) -> None:
+    """The paper gives no law; this is the one of its code, tensor2tensor.
+
+    tensor                          law
+    token_embedding                 N(0, 1 / sqrt(C)): times sqrt(C), inputs have unit variance
+    every Linear        weight      uniform in ± sqrt(6 / (inputs + outputs)) (Glorot and Bengio)
+    every               bias        0
+    every LayerNorm     weight      1
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        elif name == "token_embedding.weight":
+            nn.init.normal_(parameter, std=model.config.n_embd**-0.5)
+        else:
+            nn.init.xavier_uniform_(parameter)

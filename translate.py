@@ -1,0 +1,288 @@
+"""Sentences through a trained encoder-decoder: translate, score, and draw where it looked.
+
+The search itself is in `decoding.py`; here are its batches, its caches and its limits. BLEU and
+chrF are sacrebleu's (Post 2018, arXiv:1804.08771), on detokenized text.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from bpe import Tokenizer
+from data.pairs import Pairs, pad
+from data.parallel import open_pairs
+from data.tokens import END_OF_TEXT
+from decoding import Advance, beam_search, choose, distribution, write
+from model import Attention
+
+
+@dataclass
+class TranslateConfig:
+    checkpoint: str = ""  # the file to load; empty: the newest below out/
+    prompt: list[str] = field(default_factory=list)  # a sentence; may be repeated; none: read stdin
+    eval: str = ""  # score instead: multi30k, wmt14, dates, or files as in --data of train.py
+    attention: str = ""  # also draw the cross-attention of the first --prompt into this picture
+    beam: int = 5  # hypotheses that are followed; 1: greedy
+    length_penalty: float = 0.6  # exponent; 0 favours short translations, 1 long ones
+    temperature: float = 0.0  # above 0: draw each token, instead of searching for the likeliest
+    top_k: int = 0  # when drawing, keep only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # keep the fewest tokens that have this probability together; 1: all
+    max_new_tokens: int = 0  # tokens to write at most; 0: 50 more than the source has
+    batch_size: int = 64  # sentences at a time
+    seed: int = 1337  # of the draws
+    cache_dir: str = "data/cache"  # where --eval keeps downloads
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        limits = {
+            "beam": (1, None),
+            "length_penalty": (0, None),
+            "temperature": (0, None),
+            "top_k": (0, None),
+            "top_p": (0, 1),
+            "max_new_tokens": (0, None),
+            "batch_size": (1, None),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value < math.inf or (high is not None and value > high):
+                wanted = f"{low} or more" if high is None else f"between {low} and {high}"
+                raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
+
+
+# ---- sentences -> sentences ----------------------------------------------------------------------
+
+
+def make_advance(
+    model: nn.Module, source: Tensor, source_keep: Tensor, target_len: int, vocab_size: int
+) -> Advance:
+    """What `decoding.py` asks for the next logits. source (B, S) is read once; each call moves the
+    caches to where the rows went, and decodes one token for every row."""
+    if source_keep.all():
+        source_keep = None
+    memory = model.encode(source, source_keep)
+    caches = model.make_caches(source.size(1), target_len)
+
+    def advance(tokens: Tensor, rows: Tensor, sentences: list[int]) -> Tensor:
+        nonlocal memory, source_keep
+        if len(sentences) < len(memory):
+            memory = memory[sentences]
+            source_keep = None if source_keep is None else source_keep[sentences]
+            for _, across in caches:
+                across.select(torch.tensor(sentences, device=source.device))
+        for own, _ in caches:
+            own.select(rows)
+        x = model.decode(tokens[:, None], memory, source_keep, caches)
+        # Ids beyond the tokenizer's vocabulary (the model's may be padded) cannot be chosen.
+        return model.head(x[:, -1])[:, :vocab_size].float()
+
+    return advance
+
+
+def encode_source(tokenizer: Tokenizer, line: str, block_size: int) -> list[int]:
+    """Ids without the end token. Raises ValueError for what the model cannot read whole."""
+    ids = tokenizer.encode(line.strip())
+    if len(ids) >= block_size:
+        raise ValueError(
+            f"a sentence of {len(ids):,} tokens is too long, the model reads {block_size - 1}: "
+            f"divide it ({line.strip()[:40]}…)"
+        )
+    return ids
+
+
+@torch.no_grad()
+def translate_ids(
+    model: nn.Module, tokenizer: Tokenizer, sources: list[list[int]], config: TranslateConfig
+) -> list[list[int]]:
+    """One batch: source ids -> target ids, both without the end token."""
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    end = tokenizer.special_tokens[END_OF_TEXT]
+    wanted = [config.max_new_tokens or len(ids) + 50 for ids in sources]  # 50: section 6.1 of 2017
+    limits = [min(n, block_size - 1) for n in wanted]
+    source, keep = (x.to(device) for x in pad(sources, end))
+    advance = make_advance(model, source, keep, max(limits) + 1, tokenizer.vocab_size)
+    ends = {"start": end, "end": end, "device": device}
+    if config.temperature == 0 and config.beam > 1:
+        found = beam_search(advance, limits, beam=config.beam, alpha=config.length_penalty, **ends)
+        return [tokens for _, tokens in found]
+    # One random stream for each sentence: its draws do not depend on its neighbours.
+    streams = [torch.Generator().manual_seed(config.seed) for _ in sources]
+
+    def pick(logits: Tensor, alive: list[int]) -> Tensor:
+        if config.temperature == 0:
+            return logits.argmax(-1)
+        p = distribution(logits.cpu(), config.temperature, config.top_k, config.top_p)
+        u = [torch.rand((), generator=streams[i], dtype=torch.double) for i in alive]
+        return choose(p, torch.stack(u))
+
+    return write(advance, limits, pick, **ends)
+
+
+def translate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    lines: list[str],
+    config: TranslateConfig,
+    bar: tqdm | None = None,
+) -> list[str]:
+    """The translations, in order. Sentences of similar length share a batch; an empty line stays
+    empty; whatever the batch, the result is that of each sentence alone."""
+    ids = [encode_source(tokenizer, line, model.config.block_size) for line in lines]
+    order = sorted((i for i, tokens in enumerate(ids) if tokens), key=lambda i: len(ids[i]))
+    texts = [""] * len(lines)
+    for start in range(0, len(order), config.batch_size):
+        batch = order[start : start + config.batch_size]
+        found = translate_ids(model, tokenizer, [ids[i] for i in batch], config)
+        for i, tokens in zip(batch, found, strict=True):
+            # One line in, one line out: a line break that the model may have written is a space.
+            texts[i] = " ".join(tokenizer.decode(tokens).split())
+        if bar is not None:
+            bar.update(len(batch))
+    if bar is not None:
+        bar.update(len(lines) - len(order))
+    return texts
+
+
+def chunks(lines: Iterator[str], size: int) -> Iterator[list[str]]:
+    while chunk := list(islice(lines, size)):
+        yield chunk
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def figures(hypotheses: list[str], references: list[str]) -> list[str]:
+    """Lines to print: exact match; BLEU (13a, cased) and chrF with their signatures."""
+    same = sum(h == " ".join(r.split()) for h, r in zip(hypotheses, references, strict=True))
+    lines = [f"exact match {same / len(references):.2%} of {len(references):,}"]
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError:
+        return [*lines, "no BLEU and chrF: pip install sacrebleu"]
+    for metric in (BLEU(tokenize="13a"), CHRF()):
+        score = metric.corpus_score(hypotheses, [references])
+        lines.append(f"{score.name} {score.score:.2f}  ({metric.get_signature()})")
+    return lines
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    pairs: list[tuple[str, str]],
+    config: TranslateConfig,
+) -> list[str]:
+    """What `figures` says of the translations of all the pairs, and how long they took."""
+    begin = time.perf_counter()
+    with tqdm(total=len(pairs), unit="sentence", disable=None) as bar:
+        hypotheses = translate(model, tokenizer, [source for source, _ in pairs], config, bar)
+    seconds = time.perf_counter() - begin
+    return [
+        *figures(hypotheses, [target for _, target in pairs]),
+        f"{len(pairs) / seconds:,.1f} sentences/s",
+    ]
+
+
+def test_pairs(config: TranslateConfig, checkpoint: dict) -> list[tuple[str, str]]:
+    """What --eval names: the test pairs of a named set, or all of one's own files."""
+    cache, languages = Path(config.cache_dir), checkpoint["train_config"].get("languages", "")
+    if config.eval in ("dates", "multi30k", "wmt14"):
+        if config.eval == "dates":
+            languages = ""
+        corpus = open_pairs(config.eval, cache, languages=languages, split="test")
+        return list(corpus.pairs("test"))
+    corpus = open_pairs(config.eval, cache, languages=languages, valid=config.eval)
+    return list(corpus.pairs("validation"))
+
+
+def closing(model: nn.Module, tokenizer: Tokenizer, data: Pairs) -> list[str]:
+    """What a training run ends with: the scores of greedy translations of unseen pairs."""
+    pairs = list(islice(data.texts(), 2000))
+    lines = evaluate(model, tokenizer, pairs, TranslateConfig(beam=1))
+    return [f"{len(pairs):,} validation pairs, greedy:", *lines]
+
+
+# ---- where the decoder looks ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cross_attention(model: nn.Module, source: Tensor, tokens: Tensor) -> Tensor:
+    """source (1, S), tokens (1, T) -> (L, H, T, S): how much each written position of each layer
+    and head looks at each source position. Computed beside torch's attention, which keeps none."""
+    weights: list[Tensor] = []
+
+    def watch(attention: Attention, inputs: tuple, output: Tensor) -> None:
+        x, memory = inputs[:2]
+        q, k = attention.split(attention.q(x)), attention.split(attention.k(memory))
+        weights.append((q @ k.transpose(-2, -1) * q.size(-1) ** -0.5).softmax(-1)[0])
+
+    hooks = [block.cross.register_forward_hook(watch) for block in model.decoder]
+    try:
+        model.decode(tokens, model.encode(source))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(weights)
+
+
+def draw_attention(
+    model: nn.Module, tokenizer: Tokenizer, line: str, translation: str, path: Path
+) -> None:
+    """The mean over layers and heads, source tokens across, target tokens down."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--attention needs matplotlib: pip install matplotlib") from error
+    device, end = next(model.parameters()).device, tokenizer.special_tokens[END_OF_TEXT]
+    source, target = tokenizer.encode(line.strip()), tokenizer.encode(translation)
+    weights = cross_attention(
+        model,
+        torch.tensor([[*source, end]], device=device),
+        torch.tensor([[end, *target]], device=device),
+    ).mean((0, 1))
+    names = [[tokenizer.decode([i]).strip() or "␣" for i in ids] for ids in (source, target)]
+    across, down = [*names[0], "(end)"], [*names[1], "(end)"]
+    figure = Figure(figsize=(2 + 0.42 * len(across), 1.5 + 0.32 * len(down)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(weights.float().cpu().numpy(), cmap="Blues", vmin=0, aspect="auto")
+    axes.set_xticks(range(len(across)), across, rotation=45, ha="left", rotation_mode="anchor")
+    axes.xaxis.tick_top()
+    axes.set_yticks(range(len(down)), down)
+    axes.set_ylabel("written, from top to bottom")
+    figure.colorbar(image, label="attention, mean over layers and heads")
+    figure.savefig(path, dpi=120)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def speak(
+    model: nn.Module, tokenizer: Tokenizer, config: TranslateConfig, checkpoint: dict
+) -> None:
+    """What `sample.py` does with a translator: score, translate prompts, or translate stdin."""
+    if config.attention and not config.prompt:
+        raise ValueError(f"--attention {config.attention} draws a sentence: add --prompt")
+    if config.eval:
+        pairs = test_pairs(config, checkpoint)
+        how = f"beam {config.beam}, length penalty {config.length_penalty:g}"
+        print(f"{config.eval}: {len(pairs):,} pairs, {how}")
+        print("\n".join(evaluate(model, tokenizer, pairs, config)))
+    elif config.prompt:
+        texts = translate(model, tokenizer, config.prompt, config)
+        print("\n".join(texts))
+        if config.attention:
+            draw_attention(model, tokenizer, config.prompt[0], texts[0], Path(config.attention))
+            print(f"cross-attention: {config.attention}", file=sys.stderr)
+    else:
+        alone = sys.stdin.isatty()  # somebody types, and waits for each answer
+        with tqdm(unit="sentence", disable=True if alone else None) as bar:
+            for lines in chunks(sys.stdin, 1 if alone else 16 * config.batch_size):
+                print("\n".join(translate(model, tokenizer, lines, config, bar)), flush=True)
