@@ -1,7 +1,7 @@
 """Speed beside the peers that are installed, in one interleaved run.
 
     python bench.py                    everything, about five minutes on two cores
-    python bench.py --only train       bpe, encode, optim, train or sample
+    python bench.py --only train       bpe, encode, optim, train, sample, seq2seq or translate
 
 Every contestant of a comparison is warmed up, then they take turns, so that what else the machine
 does hits all of them; the table shows the median time, the spread (the middle half of the times)
@@ -19,36 +19,34 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 import cli
 import optim
 from bpe import Tokenizer
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, SHAKESPEARE, fetch
+from data.pairs import pad
 from data.text import open_corpus
+from data.tokens import END_OF_TEXT
 from model import GPT, GPTConfig
+from peers import hugging_face_gpt2, hugging_face_marian, peer
 from processes import Processes, pick_device
-from sample import SampleConfig, generate, lay_out_for_decoding, make_pick
+from sample import SampleConfig, generate, lay_out_for_decoding, load_model, make_pick
+from seq2seq import Seq2Seq, Seq2SeqConfig
 from train import compiled, gradients
+from translate import TranslateConfig, encode_source, eval_pairs, translate_ids
 
 
 @dataclass
 class BenchConfig:
-    only: str = ""  # one comparison: bpe, encode, optim, train or sample; empty: all
+    only: str = ""  # one of bpe, encode, optim, train, sample, seq2seq, translate; empty: all
+    checkpoint: str = ""  # a trained seq2seq for translate; empty: random weights
     repeats: int = 7  # turns of each contestant
     device: str = "cpu"  # cpu, cuda or mps
     dtype: str = "fp32"  # fp32 or bf16 (autocast in training, bf16 weights in sampling)
     compile: bool = False  # torch.compile ours and the peer's model for the training step
     out: str = "out/bench.json"  # where the figures go, beside the table
     cache_dir: str = "data/cache"  # GPT-2's vocabulary is taken from here or downloaded
-
-
-def peer(name: str):
-    """The module, or None and a line that says what is missing."""
-    try:
-        return __import__(name)
-    except ImportError:
-        print(f"({name} is not installed: its column is missing; pip install {name})")
-        return None
 
 
 def take_turns(
@@ -171,30 +169,50 @@ def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
     return [show("optimizer step, 13.8 million parameters", times, work, "M parameters")]
 
 
-def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=sizes.vocab_size,
-            n_positions=sizes.block_size,
-            n_embd=sizes.n_embd,
-            n_layer=sizes.n_layer,
-            n_head=sizes.n_head,
-            n_inner=sizes.n_ff,
-            resid_pdrop=sizes.dropout,
-            embd_pdrop=sizes.dropout,
-            attn_pdrop=sizes.dropout,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
-
-
 def bench_train(config: BenchConfig, device: torch.device) -> list[dict]:
     """A whole step of each: forward, loss, backward, clipping, AdamW (torch's fused for both)."""
     results = []
     for dropout in (0.0, 0.1):  # 0.1 is what Hugging Face's configuration has unless it is told
         results += bench_train_step(config, device, dropout)
     return results
+
+
+def training_steps(
+    ours: nn.Module,
+    theirs: nn.Module | None,
+    batch: dict[str, Tensor],
+    their_loss: Callable[[nn.Module], Tensor],
+    config: BenchConfig,
+) -> dict[str, Callable[[], None]]:
+    """{contestant: its step}, with the same optimizer; their_loss is the peer's on the batch."""
+    device, bf16 = batch["tokens"].device, config.dtype == "bf16"
+    group = Processes(0, 1, device)
+
+    def autocast():
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    def step_of(model: nn.Module, backward: Callable[[nn.Module], None], fast: nn.Module):
+        optimizer = optim.make_optimizer(model, "adamw", lr=1e-4)
+
+        def step() -> None:
+            backward(fast)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def their_backward(model: nn.Module) -> None:
+        with autocast():
+            loss = their_loss(model)
+        loss.backward()
+
+    fast = compiled(ours, batch, autocast) if config.compile else ours
+    steps = {"ours": step_of(ours, lambda m: gradients(m, [batch], group, autocast), fast)}
+    if theirs:
+        fast = torch.compile(theirs) if config.compile else theirs
+        steps["Hugging Face"] = step_of(theirs, their_backward, fast)
+    return steps
 
 
 def bench_train_step(config: BenchConfig, device: torch.device, dropout: float) -> list[dict]:
@@ -204,44 +222,98 @@ def bench_train_step(config: BenchConfig, device: torch.device, dropout: float) 
         sizes, batch_size = GPTConfig(8192, 256, 6, 6, 384, dropout=dropout), 8
     tokens = torch.randint(sizes.vocab_size, (batch_size, sizes.block_size + 1), device=device)
     batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
-    group = Processes(0, 1, device)
-    bf16 = config.dtype == "bf16"
-
-    def autocast():
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-
-    raw = GPT(sizes).to(device)
-    ours = compiled(raw, batch, autocast) if config.compile else raw
-    optimizer = optim.make_optimizer(raw, "adamw", lr=1e-4)
-
-    def our_step():
-        gradients(ours, [batch], group, autocast)
-        nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    contestants = {"ours": our_step}
-    if transformers := peer("transformers"):
-        theirs = hugging_face_gpt2(transformers, sizes).to(device).train()
-        their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
-        their_model = torch.compile(theirs) if config.compile else theirs
-
-        def their_step():
-            with autocast():
-                loss = their_model(batch["tokens"], labels=batch["tokens"]).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-            their_optimizer.step()
-            their_optimizer.zero_grad(set_to_none=True)
-
-        contestants["Hugging Face GPT-2"] = their_step
-    times = take_turns(contestants, config.repeats, device)
+    transformers = peer("transformers")
+    theirs = hugging_face_gpt2(transformers, sizes).to(device).train() if transformers else None
+    steps = training_steps(
+        GPT(sizes).to(device),
+        theirs,
+        batch,
+        lambda model: model(batch["tokens"], labels=batch["tokens"]).loss,
+        config,
+    )
+    times = take_turns(steps, config.repeats, device)
     title = (
         f"training step, GPT {sizes.n_layer} layers, width {sizes.n_embd}, vocabulary "
         f"{sizes.vocab_size:,}, T {sizes.block_size}, batch {batch_size}, dropout {dropout}, "
         f"{config.dtype}"
     )
     return [show(title, times, batch_size * sizes.block_size, "tokens")]
+
+
+def bench_seq2seq(config: BenchConfig, device: torch.device) -> list[dict]:
+    """A training step of transformer-tiny (base on a GPU), label smoothing and padding included."""
+    if device.type == "cuda":
+        sizes, (B, S) = Seq2SeqConfig(vocab_size=37056), (768, 32)
+    else:
+        sizes, (B, S) = Seq2SeqConfig(6016, 128, 4, 4, 128, 256, dropout=0.3), (240, 17)
+    ours = Seq2Seq(sizes).to(device)
+    source, target = torch.randint(sizes.vocab_size - 1, (2, B, S), device=device)
+    keep = torch.arange(S, device=device) < torch.randint(S - 3, S + 1, (B, 1), device=device)
+    batch = {"source": source, "tokens": target, "targets": target, "source_keep": keep}
+
+    def their_loss(model: nn.Module) -> Tensor:
+        inputs = {"input_ids": source, "attention_mask": keep.long(), "decoder_input_ids": target}
+        logits = model(**inputs).logits.flatten(0, 1).float()
+        return F.cross_entropy(logits, target.flatten(), label_smoothing=sizes.label_smoothing)
+
+    transformers = peer("transformers")
+    theirs = None
+    if transformers:
+        theirs = hugging_face_marian(transformers, ours, end=0).to(device).train()
+    steps = training_steps(ours, theirs, batch, their_loss, config)
+    times = take_turns(steps, config.repeats, device)
+    title = (
+        f"training step, encoder-decoder {sizes.n_layer} + {sizes.n_layer} layers, width "
+        f"{sizes.n_embd}, vocabulary {sizes.vocab_size:,}, {B} pairs of {S} tokens, dropout "
+        f"{sizes.dropout}, {config.dtype}"
+    )
+    return [show(title, times, B * S, "target tokens")]
+
+
+@torch.no_grad()
+def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
+    """Beam search of 5, the same batches for both: the test sentences of --checkpoint, or random
+    ones and a model that never ends of itself."""
+    batch_size, limit = 64, 24
+    if config.checkpoint:
+        model, tokenizer, checkpoint = load_model(Path(config.checkpoint), device)
+        name = checkpoint["train_config"]["data"]
+        settings = TranslateConfig(eval=name, batch_size=batch_size, cache_dir=config.cache_dir)
+        lines = [source for source, _ in eval_pairs(settings, checkpoint)]
+        ids = [encode_source(tokenizer, line, model.config.block_size) for line in lines]
+    else:
+        tokenizer = Tokenizer.train(stdlib_texts(config), 6000, special_tokens=(END_OF_TEXT,))
+        model = Seq2Seq(Seq2SeqConfig(6016, 128, 4, 4, 128, 256)).to(device).eval()
+        settings = TranslateConfig(max_new_tokens=limit, batch_size=batch_size)
+        lengths = torch.randint(5, 25, (4 * batch_size,)).tolist()
+        ids = [torch.randint(6000, (n,)).tolist() for n in lengths]
+    ids.sort(key=len)
+    batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
+
+    def our_search() -> list[list[int]]:
+        return [t for b in batches for t in translate_ids(model, tokenizer, b, settings)]
+
+    contestants = {"ours": our_search}
+    if transformers := peer("transformers"):
+        end = tokenizer.special_tokens[END_OF_TEXT]
+        theirs = hugging_face_marian(transformers, model, end).to(device).eval()
+
+        def their_search() -> None:
+            for b in batches:
+                source, keep = pad(b, end)
+                theirs.generate(
+                    source.to(device),
+                    attention_mask=keep.long().to(device),
+                    num_beams=5,
+                    length_penalty=1.0,
+                    max_new_tokens=limit if not config.checkpoint else len(b[-1]) + 50,
+                    do_sample=False,
+                )
+
+        contestants["Hugging Face generate"] = their_search
+    times = take_turns(contestants, config.repeats, device)
+    title = f"translating {len(ids):,} sentences, beam 5, batches of {batch_size}, fp32"
+    return [show(title, times, len(ids), "sentences")]
 
 
 @torch.no_grad()
@@ -302,6 +374,8 @@ BENCHES = {
     "optim": bench_optim,
     "train": bench_train,
     "sample": bench_sample,
+    "seq2seq": bench_seq2seq,
+    "translate": bench_translate,
 }
 
 

@@ -191,7 +191,7 @@ def evaluate(
     ]
 
 
-def test_pairs(config: TranslateConfig, checkpoint: dict) -> list[tuple[str, str]]:
+def eval_pairs(config: TranslateConfig, checkpoint: dict) -> list[tuple[str, str]]:
     """What --eval names: the test pairs of a named set, or all of one's own files."""
     cache, languages = Path(config.cache_dir), checkpoint["train_config"].get("languages", "")
     if config.eval in ("dates", "multi30k", "wmt14"):
@@ -271,7 +271,7 @@ def speak(
     if config.attention and not config.prompt:
         raise ValueError(f"--attention {config.attention} draws a sentence: add --prompt")
     if config.eval:
-        pairs = test_pairs(config, checkpoint)
+        pairs = eval_pairs(config, checkpoint)
         how = f"beam {config.beam}, length penalty {config.length_penalty:g}"
         print(f"{config.eval}: {len(pairs):,} pairs, {how}")
         print("\n".join(evaluate(model, tokenizer, pairs, config)))

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, TOY_PAIRS
+
+from presets import PRESETS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -21,7 +23,13 @@ LINES = [
 LINES += re.findall(r"^\| `(python [^`]+)`", README, re.MULTILINE)  # the table of results
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 SCRIPTS = {c for c in COMMANDS if re.match(r"(python|torchrun)\b.*\b\w+\.py\b", c)}
-SMALL = ["--steps=2", *TOY[1:], "--stop_after=2"]
+TOYS = {"gpt": TOY, "seq2seq": TOY_PAIRS}
+FILES = ("--data", "--valid", "--languages", "--tokenizer", "--minutes")
+
+
+def value(words: list[str], flag: str) -> str:
+    """What follows the flag, or nothing."""
+    return words[words.index(flag) + 1] if flag in words else ""
 
 
 def without(words: list[str], *flags: str) -> list[str]:
@@ -49,41 +57,52 @@ def test_the_readme_names_every_file_that_a_reader_will_see():
 
 
 @pytest.mark.parametrize("command", sorted(SCRIPTS))
-def test_command(toy, command):
+def test_command(toy_pairs, command):
     """Names of data that would be downloaded become the toy text, sizes become toy sizes."""
     if "nnodes" in command:
         pytest.skip("needs a second machine")
+    command, _, redirected = command.partition(" < ")
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     name, flags = words[script], words[script + 1 :]
+    task = value(flags, "--model") or PRESETS.get(value(flags, "--preset"), {}).get("model", "gpt")
+    if "out/seq2seq" in command:
+        task = "seq2seq"
+    small = TOYS[task]
+    trained = [str(ROOT / "train.py"), "--steps=4", *small, "--out", f"out/{task}", "--keep=2"]
     if name == "bench.py":
         flags = ["--only=optim", "--repeats=2"]
     elif name == "train.py" and "--dry_run" not in flags:
-        own = {f.partition("=")[0] for f in SMALL}
-        keep = without(flags, "--data", "--tokenizer", "--minutes", *own)
+        own = {f.partition("=")[0] for f in small}
+        keep = without(flags, *FILES, *own)
         if "--resume" in keep:  # then there must be something to resume
-            run(str(ROOT / name), "--steps=4", "--stop_after=1", *TOY, "--out=out/gpt")
+            run(*trained, "--stop_after=1")
             flags = keep
         elif "--init" in keep:
-            run(str(ROOT / name), "--steps=1", *TOY, "--out=out/gpt")
-            flags = [
-                *keep,
-                *without(SMALL, "--vocab_size", "--block_size", "--n_layer", "--n_head"),
-            ]
-            flags = [f for f in flags if not f.startswith("--n_embd")] + ["--data=toy.txt"]
+            run(*trained)
+            sizes = ("--vocab_size", "--block_size", "--n_layer", "--n_head", "--n_embd", "--n_ff")
+            flags = [*keep, "--steps=2", *without(small, *sizes)]
         else:
-            flags = [*keep, *SMALL, "--data=toy.txt", "--tokenizer="]
+            flags = [*keep, "--steps=2", *small, "--tokenizer=", "--stop_after=2"]
     elif name == "sample.py":
-        run(str(ROOT / "train.py"), "--steps=2", *TOY, "--out=out/gpt")
+        run(*trained)
+        checkpoint = value(flags, "--checkpoint")
+        if checkpoint.endswith("average.pt"):
+            run(str(ROOT / "average.py"), "--run", f"out/{task}")
+        flags = [f if f != "multi30k" else "toy.tsv" for f in flags]
         flags = [*flags, "--max_new_tokens=5", "--device=cpu"]
+    elif name == "average.py":
+        run(*trained)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    assert run(*launcher * (words[0] == "torchrun"), str(ROOT / name), *flags).strip()
+    lines = "3 plus 4\n" if redirected else None
+    assert run(*launcher * (words[0] == "torchrun"), str(ROOT / name), *flags, lines=lines).strip()
 
 
-def run(*words: str) -> str:
+def run(*words: str, lines: str | None = None) -> str:
     """The output of `python words…`, which must succeed."""
     done = subprocess.run(
         [sys.executable, *words],
+        input=lines,
         capture_output=True,
         encoding="utf-8",
         timeout=240,

@@ -11,6 +11,7 @@ from conftest import peer
 from decoding import write
 from model import attend, causal_mask, count_parameters, parameter_table
 from optim import make_optimizer
+from peers import MARIAN_NAMES, hugging_face_marian
 from presets import PRESETS
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
 from translate import make_advance
@@ -72,17 +73,6 @@ TORCH_NAMES = {
     "attention_norm": "norm1",
     "cross_norm": "norm2",
     "mlp_norm": "norm3",
-}
-MARIAN_NAMES = {
-    **{f"attention.{x}": f"self_attn.{x}_proj" for x in "qkv"},
-    "attention.proj": "self_attn.out_proj",
-    **{f"cross.{x}": f"encoder_attn.{x}_proj" for x in "qkv"},
-    "cross.proj": "encoder_attn.out_proj",
-    "mlp.fc": "fc1",
-    "mlp.proj": "fc2",
-    "attention_norm": "self_attn_layer_norm",
-    "cross_norm": "encoder_attn_layer_norm",
-    "mlp_norm": "final_layer_norm",
 }
 
 
@@ -152,36 +142,14 @@ def test_equals_torch_nn_features_and_gradients(smoothing):
 
 @pytest.mark.parametrize("V,n_head", [(37, 4), (53, 7)])
 def test_equals_hugging_face_marian_logits_loss_and_gradients(V, n_head):
-    """Theirs has a table of positions with all sines in front of all cosines: ours takes it over
-    here. Which column is called which is without effect on what a trained model can do."""
+    """Theirs has a table of positions with all sines in front of all cosines; peers.py gives it
+    ours. Which column is called which is without effect on what a trained model can do."""
     transformers = peer("transformers")
-    shared = {"share_encoder_decoder_embeddings": True, "tie_word_embeddings": True}
-    layers = {f"{side}_layers": 3 for side in ("encoder", "decoder")}
-    heads = {f"{side}_attention_heads": n_head for side in ("encoder", "decoder")}
-    widths = {f"{side}_ffn_dim": 44 for side in ("encoder", "decoder")}
-    theirs = transformers.MarianMTModel(
-        transformers.MarianConfig(
-            vocab_size=V,
-            d_model=28,
-            max_position_embeddings=17,
-            activation_function="relu",
-            scale_embedding=True,
-            dropout=0.0,
-            attention_dropout=0.0,
-            pad_token_id=V - 1,  # its embedding gets no gradient there: the batch does not use it
-            **shared,
-            **layers,
-            **heads,
-            **widths,
-        )
-    ).eval()
     ours, given = small(vocab_size=V, n_head=n_head, label_smoothing=0.0), batch()
+    # The padding token's embedding gets no gradient there: the batch does not use it.
+    theirs = hugging_face_marian(transformers, ours, end=0).eval()
     tensors = dict(theirs.named_parameters())
     frozen = {n for n, p in tensors.items() if not p.requires_grad}
-    with torch.no_grad():
-        for name, p in ours.named_parameters():
-            as_marian(name, tensors).copy_(p)
-        ours.positions.copy_(theirs.model.encoder.embed_positions.weight)
     assert frozen == {f"model.{x}coder.embed_positions.weight" for x in ("en", "de")}
     assert len(tensors) - len(frozen) == len(list(ours.parameters()))
     assert not theirs.final_logits_bias.any()
@@ -202,6 +170,14 @@ def test_equals_hugging_face_marian_logits_loss_and_gradients(V, n_head):
     )
     wanted = {name: as_marian(name, found) for name, _ in ours.named_parameters()}
     assert_near(gradients(ours, losses["loss"]), wanted)
+
+
+def test_positions_are_marians_in_another_order():
+    transformers = peer("transformers")
+    config = transformers.MarianConfig(d_model=28, max_position_embeddings=17, vocab_size=9)
+    table = transformers.MarianMTModel(config).model.encoder.embed_positions.weight
+    ours = sinusoids(17, 28)
+    torch.testing.assert_close(table, torch.cat([ours[:, 0::2], ours[:, 1::2]], dim=1))
 
 
 # ---- sizes, positions, initialisation ------------------------------------------------------------
