@@ -34,7 +34,7 @@ from processes import Processes, pick_device
 from sample import SampleConfig, generate, lay_out_for_decoding, load_model, make_pick
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from train import compiled, gradients
-from translate import TranslateConfig, encode_source, eval_pairs, translate_ids
+from translate import TranslateConfig, eval_pairs, translate_ids
 
 
 @dataclass
@@ -207,7 +207,7 @@ def training_steps(
             loss = their_loss(model)
         loss.backward()
 
-    fast = compiled(ours, batch, autocast) if config.compile else ours
+    fast = compiled(ours, [batch], autocast) if config.compile else ours
     steps = {"ours": step_of(ours, lambda m: gradients(m, [batch], group, autocast), fast)}
     if theirs:
         fast = torch.compile(theirs) if config.compile else theirs
@@ -277,10 +277,10 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
     batch_size, limit = 64, 24
     if config.checkpoint:
         model, tokenizer, checkpoint = load_model(Path(config.checkpoint), device)
-        name = checkpoint["train_config"]["data"]
-        settings = TranslateConfig(eval=name, batch_size=batch_size, cache_dir=config.cache_dir)
-        lines = [source for source, _ in eval_pairs(settings, checkpoint)]
-        ids = [encode_source(tokenizer, line, model.config.block_size) for line in lines]
+        trained = checkpoint["train_config"]
+        settings = TranslateConfig(eval=trained["data"], cache_dir=config.cache_dir)
+        pairs = eval_pairs(settings, trained).pairs("test")
+        ids = [tokenizer.encode(source) for source, _ in pairs]
     else:
         tokenizer = Tokenizer.train(stdlib_texts(config), 6000, special_tokens=(END_OF_TEXT,))
         model = Seq2Seq(Seq2SeqConfig(6016, 128, 4, 4, 128, 256)).to(device).eval()

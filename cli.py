@@ -7,6 +7,7 @@ nothing is written twice. `--flag=false` and `--no-flag` both work for a bool.
 import argparse
 import difflib
 import inspect
+import math
 import os
 import re
 import shlex
@@ -95,6 +96,15 @@ def add_flags(parser: Parser, cls: type, title: str) -> None:
             group.add_argument(flag, action="append", metavar="TEXT", **common)
         else:
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **common)
+
+
+def check_ranges(config: object, limits: dict[str, tuple[float, float | None]]) -> None:
+    """limits: {field: (lowest, highest or None)}. Raises ValueError for what lies outside."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not low <= value < math.inf or (high is not None and value > high):
+            wanted = f"{low} or more" if high is None else f"between {low} and {high}"
+            raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
 
 
 def command_line(*words: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import checkpoint as checkpoints
 import cli
 import optim
-from presets import FIRST_HOUR, PRESETS
+from presets import PRESETS, first_hour
 from processes import pick_device
 
 TASKS = checkpoints.TASKS
@@ -86,7 +86,6 @@ class TrainConfig:
 class PairsConfig(TrainConfig):
     """What the data of an encoder-decoder asks beside that."""
 
-    model: str = "seq2seq"  # the task: gpt or seq2seq
     data: str = "dates"  # dates, multi30k, wmt14, two files (train.en,train.de), or a .tsv
     valid: str = ""  # validation pairs in files, as for --data; empty: some of --data are held out
     languages: str = ""  # from-to, en-de for one; empty: the set's own, or files as they are given
@@ -96,9 +95,13 @@ class PairsConfig(TrainConfig):
 CONFIGS = {"gpt": TrainConfig, "seq2seq": PairsConfig}
 
 # What a resumed run may change: how and where it computes, not what.
-FREE_ON_RESUME = {"out", "resume", "stop_after", "batch_size", "eval_interval", "log_interval"}
-FREE_ON_RESUME |= {"keep"}
-FREE_ON_RESUME |= {"cache_dir", "data", "valid", "device", "dtype", "compile", "recompute"}
+FREE_ON_RESUME = {
+    *("out", "resume", "stop_after", "keep", "batch_size", "eval_interval", "log_interval"),
+    *("cache_dir", "data", "valid", "device", "dtype", "compile", "recompute"),
+}
+
+# Of a model's settings, those that no weight's shape depends on: --init may change them.
+RATES = {"dropout", "attention_dropout", "label_smoothing"}
 
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
@@ -110,6 +113,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     path = start_from(given)
     checkpoint = checkpoints.load(path) if path else None
     task = checkpoint["task"] if checkpoint else given.get("model", preset_task(preset))
+    if path and given.get("model", task) != task:
+        raise ValueError(f"--model {given['model']} is not the {task} of {path}: leave it out")
     if task not in TASKS:
         raise ValueError(f"--model {task} is not known: choose {', '.join(TASKS)}")
 
@@ -127,10 +132,12 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         refuse_changes(given, {**base, **checkpoint["model_config"]}, FREE_ON_RESUME, path)
     else:
         device = pick_device(given.get("device", "auto")).type
-        preset = preset or FIRST_HOUR[task, device]
+        preset = preset or first_hour(task, device, given.get("data", ""))
         if preset_task(preset) != task:
             raise ValueError(f"--preset {preset} is for --model {preset_task(preset)}, not {task}")
         base = {"model": task, "preset": preset, **PRESETS[preset]}
+        if device == "mps":
+            base.pop("dtype", None)  # fp32 is what can be trusted there
         tokenizer = path or {**base, **given}.get("tokenizer")
         ignored = ("vocab_size", "pattern", "tokenizer") if path else ("vocab_size", "pattern")
         for name in ignored if tokenizer else ():
@@ -145,8 +152,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
 
     sizes = checkpoint["model_config"] if checkpoint else asdict(Config())
     if checkpoint:
-        refuse_changes(given, sizes, {"dropout", *names}, path)
-        wanted = {"dropout": given.get("dropout", sizes["dropout"])}
+        refuse_changes(given, sizes, {*RATES, *names}, path)
+        wanted = {name: given[name] for name in RATES & given.keys()}
     else:
         sizes["n_ff"] = 0  # 4 x n_embd, whatever n_embd will be
     return config, {k: wanted.get(k, v) for k, v in sizes.items()}, checkpoint

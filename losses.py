@@ -26,6 +26,7 @@ def plain_cross_entropy(
     return loss, F.cross_entropy(logits.detach(), targets, reduction="sum")
 
 
+@torch.compiler.disable  # batches of many lengths would compile the loop below again and again
 def linear_cross_entropy(
     features: Tensor, weight: Tensor, targets: Tensor, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -162,7 +162,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, dropout: 
         if mask != "causal":
             raise ValueError(f'mask={mask!r} is not known: pass None, "causal" or a bool tensor')
         if T == S:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         # A single new position sees all that is cached: no mask, and so the fast path.
         mask = None if T == 1 else causal_mask(T, S, q.device)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)

@@ -213,12 +213,11 @@ def make_optimizer(
     grouped = [id(p) for group in groups for p in group["params"]] + [id(p) for p in hidden]
     assert sorted(grouped) == sorted(map(id, trainable)), "the groups do not partition the model"
     groups = [group for group in groups if group["params"]]
+    fused = trainable[0].device.type in ("cpu", "cuda")
+    settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "fused": fused}
     if name == "adam":
-        return Adam(groups, lr=lr, betas=betas, weight_decay=weight_decay)
-    device = trainable[0].device.type
-    adamw = torch.optim.AdamW(
-        groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=device in ("cpu", "cuda")
-    )
+        return torch.optim.Adam(groups, **settings)
+    adamw = torch.optim.AdamW(groups, **settings)
     return (
         Together(adamw, Muon(hidden, lr=lr, weight_decay=weight_decay, dtype=dtype))
         if hidden

@@ -9,7 +9,6 @@ Told in small steps: tokens -> logits (`generate`, with a key-value cache), logi
 """
 
 import codecs
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -54,11 +53,7 @@ class SampleConfig:
             "min_p": (0, 1),
             "num_samples": (1, None),
         }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not low <= value < math.inf or (high is not None and value > high):
-                wanted = f"{low} or more" if high is None else f"between {low} and {high}"
-                raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
+        cli.check_ranges(self, limits)
 
 
 # ---- tokens -> logits -> tokens ------------------------------------------------------------------
@@ -246,10 +241,13 @@ def complete(
     ]
 
 
-def load_model(path: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, dict]:
-    """(model, tokenizer, checkpoint), ready to sample from."""
-    checkpoint = checkpoints.load(path)
+def load_model(
+    path: Path, device: torch.device, checkpoint: dict | None = None
+) -> tuple[nn.Module, Tokenizer, dict]:
+    """(model, tokenizer, checkpoint), ready to sample from; the weights are in the model alone."""
+    checkpoint = checkpoint or checkpoints.load(path)
     model, tokenizer = checkpoints.restore(path, checkpoint)
+    checkpoint = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
     model.to(device).eval()
     if device.type == "cpu":
         lay_out_for_decoding(model)
@@ -329,8 +327,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     cli.add_flags(parser, task.Config, f"sampling ({checkpoint['task']})")
     config = task.Config(**parser.parse(argv))
-    path = path or checkpoints.newest()  # which says that there is none
-    model, tokenizer, _ = load_model(path, pick_device(config.device))
+    if not path:
+        checkpoints.newest()  # which says that there is none
+    model, tokenizer, checkpoint = load_model(path, pick_device(config.device), checkpoint)
     print(f"{path}: {checkpoint['task']}, step {checkpoint['step']:,}", file=sys.stderr)
     task.speak(model, tokenizer, config, checkpoint)
 

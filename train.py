@@ -6,7 +6,8 @@
     torchrun --standalone --nproc_per_node=8 train.py --preset gpt2 --data folder
 
 The loop knows of a task only what `checkpoint.TASKS` names: data whose batches are arguments of
-the model's forward, and a model that returns one summed loss for each "…targets" among them.
+the model's forward, and a model that returns one summed loss for each "…targets" among them (and
+perhaps other sums, which are reported).
 Micro-batch number (step · accumulation + micro) · world + rank is a pure function of the seed, so
 any number of processes sees the same examples and resuming needs the step alone.
 
@@ -129,15 +130,16 @@ def recompute_blocks(model: nn.Module) -> None:
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
-def compiled(model: nn.Module, batch: dict[str, Tensor], autocast) -> nn.Module:
-    """The compiled model, tried on a batch; the model as it is, and one line, where that fails."""
+def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn.Module:
+    """The compiled model, tried on batches; the model as it is, and one line, where that fails."""
     try:
         fast = torch.compile(model)
-        with autocast():
-            losses = fast(**batch)
-        sum(losses.values()).backward()
+        for batch in batches:
+            with autocast():
+                losses = fast(**batch)
+            sum(losses.values()).backward()
         with torch.no_grad(), autocast():  # evaluation compiles a graph of its own
-            fast.eval()(**batch)
+            fast.eval()(**batches[0])
     except Exception as error:  # compilers fail in ways that cannot be listed
         reason = str(error).strip().partition("\n")[0][:120]
         print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it")
@@ -225,8 +227,9 @@ class Run:
         self.eager_or_compiled = self.model
         if want:
             self.say("compiling the model; that takes a minute")
-            batch = to_device(self.data.batch(0), device)
-            self.eager_or_compiled = compiled(self.model, batch, self.autocast)
+            # The second batch may have another shape: then the compiler allows for any.
+            batches = [to_device(self.data.batch(i), device) for i in (0, 1)]
+            self.eager_or_compiled = compiled(self.model, batches, self.autocast)
         self.forward = self.eager_or_compiled
         if group.world > 1:
             ids = [device] if device.type == "cuda" else None
@@ -276,9 +279,10 @@ class Run:
         else:
             self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
-        total = group.sum([float(sums[name]) for name in counts])
-        losses = {n: s / max(counts[n], 1) for n, s in zip(counts, total, strict=True)}
-        record = {"step": step + 1, "split": "train", "loss": sum(losses.values()), **losses}
+        total = dict(zip(sums, group.sum([float(v) for v in sums.values()]), strict=True))
+        # What has no targets of its own, the nll of seq2seq, is told for each of the "targets".
+        mean = {n: s / max(counts.get(n, counts.get("loss", 0)), 1) for n, s in total.items()}
+        record = {"step": step + 1, "split": "train", **mean, "loss": sum(mean[n] for n in counts)}
         return {**record, "lr": config.lr * factor, "grad_norm": norm, "skipped": self.skipped}
 
     def evaluate(self) -> dict[str, float]:
@@ -294,6 +298,7 @@ class Run:
         self.train_step(0.0)  # warms up
         start, count, done = time.perf_counter(), 0, False
         while not done:
+            self.step = count + 1  # batches differ in cost: not always the first one
             self.train_step(0.0)
             count, spent = count + 1, time.perf_counter() - start
             done = bool(self.group.first(count >= 3 and spent >= 0.02 * budget))
@@ -309,7 +314,7 @@ class Run:
                 f"{budget - left:.0f} s and a step takes {step_seconds:.2f} s"
             )
         self.config.steps = steps
-        self.optimizer, self.skipped = self.new_optimizer(), 0
+        self.optimizer, self.step, self.skipped = self.new_optimizer(), 0, 0
         self.say(f"{step_seconds * 1000:.0f} ms a step: --steps {steps} fit into the time")
 
     def save(self, name: str) -> None:
@@ -327,6 +332,12 @@ class Run:
             skipped=self.skipped,
         )
         checkpoints.save(self.out / name, state)
+
+    def keep_last(self, count: int) -> None:
+        """One more file for average.py, and not more than `count` of them."""
+        self.save(f"step-{self.step:07}.pt")
+        for old in sorted(self.out.glob("step-*.pt"))[:-count]:
+            old.unlink()
 
     def fit(self) -> bool:
         """Trains to the end, True, or until interrupted, False; saves either way."""
@@ -381,9 +392,7 @@ class Run:
                     if better:
                         self.save("best.pt")
                     if config.keep:
-                        self.save(f"step-{self.step:07}.pt")
-                        for old in sorted(self.out.glob("step-*.pt"))[: -config.keep]:
-                            old.unlink()
+                        self.keep_last(config.keep)
         return True
 
     def show(self) -> None:

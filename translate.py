@@ -4,7 +4,8 @@ The search itself is in `decoding.py`; here are its batches, its caches and its 
 chrF are sacrebleu's (Post 2018, arXiv:1804.08771), on detokenized text.
 """
 
-import math
+import io
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
+import cli
 from bpe import Tokenizer
 from data.pairs import Pairs, pad
-from data.parallel import open_pairs
+from data.parallel import ParallelCorpus, open_pairs
 from data.tokens import END_OF_TEXT
 from decoding import Advance, beam_search, choose, distribution, write
 from model import Attention
@@ -30,6 +32,7 @@ class TranslateConfig:
     checkpoint: str = ""  # the file to load; empty: the newest below out/
     prompt: list[str] = field(default_factory=list)  # a sentence; may be repeated; none: read stdin
     eval: str = ""  # score instead: multi30k, wmt14, dates, or files as in --data of train.py
+    languages: str = ""  # from-to of what --eval names; empty: as in training
     attention: str = ""  # also draw the cross-attention of the first --prompt into this picture
     beam: int = 5  # hypotheses that are followed; 1: greedy
     length_penalty: float = 0.6  # exponent; 0 favours short translations, 1 long ones
@@ -52,11 +55,15 @@ class TranslateConfig:
             "max_new_tokens": (0, None),
             "batch_size": (1, None),
         }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not low <= value < math.inf or (high is not None and value > high):
-                wanted = f"{low} or more" if high is None else f"between {low} and {high}"
-                raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
+        cli.check_ranges(self, limits)
+
+    @property
+    def search(self) -> str:
+        if self.temperature > 0:
+            return f"drawn at temperature {self.temperature:g}"
+        if self.beam == 1:
+            return "greedy"
+        return f"beam {self.beam}, length penalty {self.length_penalty:g}"
 
 
 # ---- sentences -> sentences ----------------------------------------------------------------------
@@ -86,17 +93,6 @@ def make_advance(
         return model.head(x[:, -1])[:, :vocab_size].float()
 
     return advance
-
-
-def encode_source(tokenizer: Tokenizer, line: str, block_size: int) -> list[int]:
-    """Ids without the end token. Raises ValueError for what the model cannot read whole."""
-    ids = tokenizer.encode(line.strip())
-    if len(ids) >= block_size:
-        raise ValueError(
-            f"a sentence of {len(ids):,} tokens is too long, the model reads {block_size - 1}: "
-            f"divide it ({line.strip()[:40]}…)"
-        )
-    return ids
 
 
 @torch.no_grad()
@@ -133,18 +129,26 @@ def translate(
     lines: list[str],
     config: TranslateConfig,
     bar: tqdm | None = None,
+    first: int = 1,
 ) -> list[str]:
-    """The translations, in order. Sentences of similar length share a batch; an empty line stays
-    empty; whatever the batch, the result is that of each sentence alone."""
-    ids = [encode_source(tokenizer, line, model.config.block_size) for line in lines]
+    """The translations, in order: one for each line, and whatever the batch, that of the line
+    alone. Sentences of similar length share a batch. An empty line stays empty; of a line that is
+    longer than the model reads, the beginning is translated, and its number told (`first` is that
+    of lines[0])."""
+    ids, most = [tokenizer.encode(line.strip()) for line in lines], model.config.block_size - 1
+    for number, tokens in enumerate(ids, first):
+        if len(tokens) > most:
+            warning = f"note: line {number:,} has {len(tokens):,} tokens, the model reads {most}:"
+            tqdm.write(f"{warning} the rest is left out", file=sys.stderr)
+            del tokens[most:]
     order = sorted((i for i, tokens in enumerate(ids) if tokens), key=lambda i: len(ids[i]))
     texts = [""] * len(lines)
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
         found = translate_ids(model, tokenizer, [ids[i] for i in batch], config)
         for i, tokens in zip(batch, found, strict=True):
-            # One line in, one line out: a line break that the model may have written is a space.
-            texts[i] = " ".join(tokenizer.decode(tokens).split())
+            text = tokenizer.decode_bytes(tokens).decode("utf-8", "replace")
+            texts[i] = re.sub(r"[\r\n]+", " ", text).strip()  # one line in, one line out
         if bar is not None:
             bar.update(len(batch))
     if bar is not None:
@@ -162,7 +166,7 @@ def chunks(lines: Iterator[str], size: int) -> Iterator[list[str]]:
 
 def figures(hypotheses: list[str], references: list[str]) -> list[str]:
     """Lines to print: exact match; BLEU (13a, cased) and chrF with their signatures."""
-    same = sum(h == " ".join(r.split()) for h, r in zip(hypotheses, references, strict=True))
+    same = sum(h == r.strip() for h, r in zip(hypotheses, references, strict=True))
     lines = [f"exact match {same / len(references):.2%} of {len(references):,}"]
     try:
         from sacrebleu.metrics import BLEU, CHRF
@@ -191,16 +195,13 @@ def evaluate(
     ]
 
 
-def eval_pairs(config: TranslateConfig, checkpoint: dict) -> list[tuple[str, str]]:
-    """What --eval names: the test pairs of a named set, or all of one's own files."""
-    cache, languages = Path(config.cache_dir), checkpoint["train_config"].get("languages", "")
-    if config.eval in ("dates", "multi30k", "wmt14"):
-        if config.eval == "dates":
-            languages = ""
-        corpus = open_pairs(config.eval, cache, languages=languages, split="test")
-        return list(corpus.pairs("test"))
-    corpus = open_pairs(config.eval, cache, languages=languages, valid=config.eval)
-    return list(corpus.pairs("validation"))
+def eval_pairs(config: TranslateConfig, train_config: dict) -> ParallelCorpus:
+    """What --eval names: a named set, of which "test" is asked for, or one's own files, whole.
+    The languages are those of --languages, else those of the training."""
+    languages = config.languages
+    if not languages and config.eval in ("multi30k", "wmt14"):
+        languages = train_config.get("languages", "")
+    return open_pairs(config.eval, Path(config.cache_dir), languages=languages, split="test")
 
 
 def closing(model: nn.Module, tokenizer: Tokenizer, data: Pairs) -> list[str]:
@@ -234,15 +235,17 @@ def cross_attention(model: nn.Module, source: Tensor, tokens: Tensor) -> Tensor:
 
 
 def draw_attention(
-    model: nn.Module, tokenizer: Tokenizer, line: str, translation: str, path: Path
+    model: nn.Module, tokenizer: Tokenizer, line: str, config: TranslateConfig, path: Path
 ) -> None:
-    """The mean over layers and heads, source tokens across, target tokens down."""
+    """Translates the line and draws the mean over layers and heads: source tokens across, written
+    tokens down."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--attention needs matplotlib: pip install matplotlib") from error
     device, end = next(model.parameters()).device, tokenizer.special_tokens[END_OF_TEXT]
-    source, target = tokenizer.encode(line.strip()), tokenizer.encode(translation)
+    source = tokenizer.encode(line.strip())[: model.config.block_size - 1]
+    target = translate_ids(model, tokenizer, [source], config)[0]
     weights = cross_attention(
         model,
         torch.tensor([[*source, end]], device=device),
@@ -270,19 +273,25 @@ def speak(
     """What `sample.py` does with a translator: score, translate prompts, or translate stdin."""
     if config.attention and not config.prompt:
         raise ValueError(f"--attention {config.attention} draws a sentence: add --prompt")
+    if config.eval and config.prompt:
+        raise ValueError("--eval and --prompt are two things to do: give one of them")
     if config.eval:
-        pairs = eval_pairs(config, checkpoint)
-        how = f"beam {config.beam}, length penalty {config.length_penalty:g}"
-        print(f"{config.eval}: {len(pairs):,} pairs, {how}")
-        print("\n".join(evaluate(model, tokenizer, pairs, config)))
+        corpus = eval_pairs(config, checkpoint["train_config"])
+        print(f"{config.eval}: {corpus.rule}; {config.search}", flush=True)
+        print("\n".join(evaluate(model, tokenizer, list(corpus.pairs("test")), config)))
     elif config.prompt:
-        texts = translate(model, tokenizer, config.prompt, config)
-        print("\n".join(texts))
+        print("\n".join(translate(model, tokenizer, config.prompt, config)))
         if config.attention:
-            draw_attention(model, tokenizer, config.prompt[0], texts[0], Path(config.attention))
-            print(f"cross-attention: {config.attention}", file=sys.stderr)
+            path = Path(config.attention)
+            draw_attention(model, tokenizer, config.prompt[0], config, path)
+            print(f"cross-attention: {path}", file=sys.stderr)
     else:
-        alone = sys.stdin.isatty()  # somebody types, and waits for each answer
-        with tqdm(unit="sentence", disable=True if alone else None) as bar:
+        alone, done = sys.stdin.isatty(), 0  # somebody types, and waits for each answer
+        if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
+            sys.stdin.reconfigure(encoding="utf-8", newline="\n")
+        quiet = True if alone or sys.stdout.isatty() else None
+        with tqdm(unit="sentence", disable=quiet) as bar:
             for lines in chunks(sys.stdin, 1 if alone else 16 * config.batch_size):
-                print("\n".join(translate(model, tokenizer, lines, config, bar)), flush=True)
+                texts = translate(model, tokenizer, lines, config, bar, first=done + 1)
+                print("\n".join(texts), flush=True)
+                done += len(lines)

@@ -16,18 +16,20 @@ from torch import Tensor
 
 from bpe import Tokenizer
 from data.parallel import ParallelCorpus, open_pairs
-from data.tokens import END_OF_TEXT, TokenFile, tokenize
-from data.windows import get_tokenizer
+from data.tokens import END_OF_TEXT, TokenFile
+from data.windows import both_splits
 
 
 class Pairs:
-    """Batches of at most tokens_per_batch = batch_size · block_size tokens on the longer side.
+    """Steps of at most tokens_per_step tokens on the longer side, each dealt out to micro-batches
+    of about tokens_per_batch = batch_size · block_size.
 
-    Pairs are sorted by the length of their longer side and cut into batches that are as full as
-    that allows, so little of a batch is padding. Training: every epoch shuffles the pairs of equal
-    length and the order of the batches, with the seed; each pair comes once. The lengths in sorted
-    order are the same in every epoch, and so are the cuts: the number of batches is fixed.
-    Validation: the same cuts, in order; if max_tokens is less than all, evenly spaced pairs.
+    Pairs are sorted by the length of their longer side and cut into steps that are as full as that
+    allows, so little of a batch is padding. Training: every epoch shuffles the pairs of equal
+    length and the order of the steps, with the seed; each pair comes once. The lengths in sorted
+    order are the same in every epoch, and so are the cuts: the number of steps is fixed. How many
+    micro-batches, and so processes, share a step changes nothing about what is in it.
+    Validation: cut into batches, in order; if max_tokens is less than all, evenly spaced pairs.
     Pairs with a side of more than block_size tokens are left out, and counted.
     """
 
@@ -40,6 +42,7 @@ class Pairs:
         *,
         block_size: int,
         batch_size: int,
+        tokens_per_step: int = 0,
         seed: int = 0,
         max_tokens: int = 0,
     ):
@@ -48,6 +51,8 @@ class Pairs:
         self.split, self.seed = split, seed
         self.end = tokenizer.special_tokens[END_OF_TEXT]
         self.tokens_per_batch = batch_size * block_size
+        # Micro-batches in a step.
+        self.parts = max(1, tokens_per_step // self.tokens_per_batch) if split == "train" else 1
         # borders[2i], borders[2i + 1], borders[2i + 2]: source i begins, target i begins, both end.
         self.borders = np.append(find(file.ids, self.end), len(file.ids))
         lengths = np.diff(self.borders).reshape(-1, 2)  # each with its end token
@@ -66,8 +71,8 @@ class Pairs:
             fitting = fitting[np.arange(wanted) * self.n_all // wanted]
         self.order = fitting[np.argsort(longer[fitting], kind="stable")]
         self.longer, self.all_lengths, self.lengths = longer, lengths, lengths[fitting]
-        self.cuts = cut(longer[self.order], self.tokens_per_batch)
-        self.n_batches = len(self.cuts) - 1
+        self.cuts = cut(longer[self.order], self.parts * self.tokens_per_batch)
+        self.n_batches = (len(self.cuts) - 1) * self.parts
         self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
         self.epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -76,30 +81,17 @@ class Pairs:
         """(train, validation); the joint vocabulary is learnt from the training side only."""
         cache = Path(config.cache_dir)
         corpus = open_pairs(config.data, cache, languages=config.languages, valid=config.valid)
-        tokenizer = tokenizer or get_tokenizer(config, sizes["vocab_size"], corpus, cache)
-        return tuple(
-            cls(
-                tokenize(corpus, split, tokenizer, cache),
-                corpus,
-                split,
-                tokenizer,
-                block_size=sizes["block_size"],
-                batch_size=config.batch_size,
-                seed=config.seed,
-                max_tokens=config.eval_tokens,
-            )
-            for split in ("train", "validation")
-        )
+        step = {"tokens_per_step": config.tokens_per_step}
+        return both_splits(cls, corpus, config, sizes, tokenizer, **step)
 
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(pairs in the order that the cuts divide, order of the batches). The last two are kept:
-        the micro-batches of a step may belong to both."""
+        """(pairs in the order that the cuts divide, order of the steps). The last two are kept."""
         if number not in self.epochs:
             random = np.random.default_rng((self.seed, number))
             shuffled = random.permutation(self.order)
             pairs = shuffled[np.argsort(self.longer[shuffled], kind="stable")]
             self.epochs = {k: v for k, v in self.epochs.items() if abs(k - number) < 2}
-            self.epochs[number] = pairs, random.permutation(self.n_batches)
+            self.epochs[number] = pairs, random.permutation(len(self.cuts) - 1)
         return self.epochs[number]
 
     def ids_of(self, pair: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,15 +108,20 @@ class Pairs:
     def batch(self, i: int) -> dict[str, Tensor]:
         """{"source": (B, S), "tokens": (B, T), "targets": (B, T)} and, if some sources are shorter
         than others, "source_keep": (B, S), False at padding."""
-        pairs = self.order
+        pairs, (i, part) = self.order, divmod(i, self.parts)
         if self.split == "train":
-            number, i = divmod(i, self.n_batches)
-            pairs, batches = self.epoch(number)
-            i = batches[i]
-        chosen = pairs[self.cuts[i] : self.cuts[i + 1]]
+            number, i = divmod(i, len(self.cuts) - 1)
+            pairs, steps = self.epoch(number)
+            i = steps[i]
+        step = pairs[self.cuts[i] : self.cuts[i + 1]]
+        # The last step of an epoch may have fewer pairs than parts: one without targets, then.
+        chosen, empty = step[part :: self.parts], part >= len(step)
+        if empty:
+            chosen = step[:1]
         sources, targets = zip(*map(self.ids_of, chosen), strict=True)
         source, keep = pad(sources, self.end)
         target, scored = pad(targets, self.end)
+        scored &= not empty
         # The decoder reads the end token first, then every target but the last.
         tokens = torch.cat([torch.full_like(target[:, :1], self.end), target[:, :-1]], dim=1)
         batch = {"source": source, "tokens": tokens, "targets": target.masked_fill(~scored, -100)}
@@ -146,11 +143,11 @@ class Pairs:
             text += f" of {self.n_all:,}, evenly spaced"
         text += f", {source:,} source and {target:,} target tokens"
         if self.split == "train":
-            # As if each batch held what it does before any shuffling; that changes little.
+            # Of the steps as they are before any shuffling; that changes little.
             sides = [self.all_lengths[self.order[a:b]] for a, b in pairwise(self.cuts)]
             padded = sum(len(side) * side.max(0).sum() for side in sides)
             padding = 1 - (source + target) / padded
-            text += f", {self.n_batches:,} batches with {padding:.0%} padding"
+            text += f", {len(sides):,} steps with {padding:.0%} padding"
         if self.too_long:
             text += f"; {self.too_long:,} pairs longer than --block_size {self.block_size} left out"
         return text

@@ -75,7 +75,7 @@ def open_pairs(
 
     languages: "en-de" is from English to German. Files whose suffixes are the two languages are
     put into that order. valid: validation files, in the forms of data. split: read (and download)
-    only that one. Raises ValueError on bad input.
+    only that one; "test" of one's own files is all of their pairs. Raises ValueError on bad input.
     """
     source, target = parse_languages(languages)
     if split and split not in VERBS:
@@ -97,12 +97,13 @@ def open_pairs(
         }
         corpus = files_corpus(data, pair, files, cache, PUBLISHED)
     else:
-        first = own_files("--data", data, source, target, cache)
-        files = {"train": [first]}
+        flag = "--eval" if split == "test" else "--data"
+        first = own_files(flag, data, source, target, cache)
+        files = {"test" if split == "test" else "train": [first]}
         if valid:
             files["validation"] = [own_files("--valid", valid, source, target, cache)]
         name = first.paths[0].name.partition(".")[0] or first.paths[0].name
-        divided = "the given files" if valid else ""
+        divided = "the given files" if valid or split == "test" else ""
         corpus = files_corpus(name, (source, target), files, cache, divided)
     if split:
         corpus.pairs(split)  # says which there are
@@ -226,7 +227,7 @@ def own_files(flag: str, data: str, source: str, target: str, cache: Path) -> Al
         or (len(paths) == 1) != is_tsv(paths[0])
         or is_tsv(paths[-1]) != is_tsv(paths[0])
     ):
-        names = f"a name ({', '.join(NAMES)}), nor " if flag == "--data" else ""
+        names = f"a name ({', '.join(NAMES)}), nor " if flag != "--valid" else ""
         raise ValueError(f"{flag} {data} is not {names}{FORMS}")
     for path in paths:
         if not path.is_file():
@@ -252,10 +253,15 @@ def multi30k_files(pair: tuple[str, str], split: str, cache: Path) -> dict[str, 
 
 
 def full_pairs(parts: list[Aligned]) -> Iterator[tuple[str, str]]:
-    for part in parts:
-        for source, target in read_pairs(part.paths):
-            if source and target:
-                yield source, target
+    """The parts take turns: what a tokenizer learns from the beginning is a sample of them all."""
+    readers = [read_pairs(part.paths) for part in parts]
+    while readers:
+        for reader in list(readers):
+            pair = next(reader, None)
+            if pair is None:
+                readers.remove(reader)
+            elif all(pair):
+                yield pair
 
 
 def spaced(pairs: Callable, every: int, held_out: bool) -> Iterator[tuple[str, str]]:

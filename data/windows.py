@@ -75,22 +75,8 @@ class Windows:
     @classmethod
     def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
         """(train, validation); the tokenizer is learnt from the training text unless given."""
-        cache = Path(config.cache_dir)
-        corpus = open_corpus(config.data, cache)
-        tokenizer = tokenizer or get_tokenizer(config, sizes["vocab_size"], corpus, cache)
-        shape = {"block_size": sizes["block_size"], "batch_size": config.batch_size}
-        return tuple(
-            cls(
-                tokenize(corpus, split, tokenizer, cache),
-                corpus,
-                split,
-                tokenizer,
-                **shape,
-                seed=config.seed,
-                max_tokens=config.eval_tokens,
-            )
-            for split in ("train", "validation")
-        )
+        corpus = open_corpus(config.data, Path(config.cache_dir))
+        return both_splits(cls, corpus, config, sizes, tokenizer)
 
     def permutation(self, epoch: int) -> tuple[int, np.ndarray]:
         """(offset, order) of an epoch. The last two are kept: a batch may span both."""
@@ -147,6 +133,18 @@ class Windows:
         if self.split != "train" and len(self.chosen) < self.n_windows:
             scored = f", {len(self.chosen) * self.block_size:,} of them scored"
         return f"{len(self.ids):,} tokens from {self.text_bytes / 1e6:,.2f} MB{scored}"
+
+
+def both_splits(Data, corpus, config, sizes: dict, tokenizer: Tokenizer | None, **more):
+    """(train, validation) of a data class that reads token files: what there is to prepare."""
+    cache = Path(config.cache_dir)
+    tokenizer = tokenizer or get_tokenizer(config, sizes["vocab_size"], corpus, cache)
+    more |= {"block_size": sizes["block_size"], "batch_size": config.batch_size}
+    more |= {"seed": config.seed, "max_tokens": config.eval_tokens}
+    return tuple(
+        Data(tokenize(corpus, split, tokenizer, cache), corpus, split, tokenizer, **more)
+        for split in ("train", "validation")
+    )
 
 
 def get_tokenizer(config, vocab_size: int, corpus: Corpus, cache: Path) -> Tokenizer:

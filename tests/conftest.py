@@ -29,6 +29,7 @@ TOY = [
 ]
 
 TOY_PAIRS = ["--model=seq2seq", "--data=toy.tsv", "--n_ff=40", *TOY[1:]]
+TOY_PAIRS += ["--dtype=fp32", "--dropout=0"]
 
 
 def peer(name: str):

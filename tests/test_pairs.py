@@ -69,6 +69,7 @@ def folder(tmp_path, monkeypatch):
 
 def splits(block_size: int = 48, vocab_size: int = 300, **settings) -> tuple[Pairs, Pairs]:
     settings = {"batch_size": 3, "eval_tokens": 0, "valid": "valid.src,valid.tgt", **settings}
+    settings.setdefault("tokens_per_step", settings["batch_size"] * block_size)
     config = PairsConfig(data="train.src,train.tgt", cache_dir="cache", **settings)
     return Pairs.splits(config, {"vocab_size": vocab_size, "block_size": block_size})
 
@@ -286,7 +287,7 @@ def test_describe_counts_what_is_there(folder):
     source, target = np.sum(encoded, 0)
     told = train.describe()
     assert told.startswith(f"210 pairs, {source:,} source and {target:,} target tokens, ")
-    assert f"{train.n_batches:,} batches with" in told and "batches" not in validation.describe()
+    assert f"{train.n_batches:,} steps with" in told and "steps" not in validation.describe()
     padding = int(re.search(r"with (\d+)% padding", told)[1]) / 100
     real = cells = 0
     for i in range(train.n_batches):
@@ -324,6 +325,34 @@ def test_padding_of_real_sentences_is_little(folder):
         rows += len(batch["source"])
     assert real > 0.85 * cells
     assert rows / len(range(0, train.n_batches, 7)) > 64  # and the batches are as large as meant
+
+
+def rows_of(data: Pairs, batch: dict) -> list[tuple]:
+    """The pairs of a batch that have targets, as comparable tuples without padding."""
+    rows = []
+    keep = batch.get("source_keep", torch.ones_like(batch["source"], dtype=torch.bool))
+    for source, kept, target in zip(batch["source"], keep, batch["targets"], strict=True):
+        if (target != -100).any():
+            rows.append((*source[kept].tolist(), -1, *target[target != -100].tolist()))
+    return rows
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_step_holds_the_same_pairs_however_many_micro_batches_share_it(folder, parts):
+    """Cuts by micro-batch would give two processes other steps than one, and a run that goes on
+    with more of them would see pairs twice or never."""
+    whole, _ = splits(batch_size=8, tokens_per_step=8 * 48)
+    shared_out, _ = splits(batch_size=8 // parts, tokens_per_step=8 * 48)
+    assert shared_out.n_batches == parts * whole.n_batches
+    empty = 0
+    for step in range(2 * whole.n_batches + 1):
+        dealt = [shared_out.batch(step * parts + m) for m in range(parts)]
+        found = [row for batch in dealt for row in rows_of(shared_out, batch)]
+        assert sorted(found) == sorted(rows_of(whole, whole.batch(step)))
+        empty += sum(not rows_of(shared_out, batch) for batch in dealt)
+        sizes = [max(b["source"].numel(), b["targets"].numel()) for b in dealt]
+        assert max(sizes) <= 8 // parts * 48 + 48
+    assert (empty > 0) == (parts == 8)  # a part without pairs has a batch without targets
 
 
 # ---- find and cut --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, TOY_PAIRS
 
 import checkpoint as checkpoints
 import sample
@@ -88,10 +88,11 @@ def test_a_run_shows_its_plan_learns_and_leaves_what_it_promised(toy, capsys):
     assert settings["n_embd"] == 24 and settings["lr"] == 0.01
 
 
+@pytest.mark.parametrize("small", [TOY, TOY_PAIRS], ids=["gpt", "seq2seq"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adam"])
-def test_four_steps_are_two_and_two_bit_for_bit(toy, capsys, optimizer):
+def test_four_steps_are_two_and_two_bit_for_bit(toy_pairs, capsys, optimizer, small):
     """Partial resumption (no optimizer state, data from the start) goes unnoticed for days."""
-    flags = [*TOY, "--steps=4", "--dropout=0.2", f"--optimizer={optimizer}"]
+    flags = [*small, "--steps=4", "--dropout=0.2", f"--optimizer={optimizer}"]
     train.main([*flags, "--out=whole"])
     train.main([*flags, "--out=parts", "--stop_after=2"])
     assert "python train.py --resume --out parts" in capsys.readouterr().out
@@ -192,6 +193,8 @@ def test_init_takes_weights_sizes_and_tokenizer(toy):
         train.main([*other, "--n_embd=32"])
     with pytest.raises(ValueError, match="--pattern has no effect"):
         train.main([*other, "--pattern=char"])
+    with pytest.raises(ValueError, match=r"--model seq2seq is not the gpt of out.gpt.best\.pt"):
+        train.main([*other, "--model=seq2seq"])
 
 
 def test_runs_without_out_get_folders_of_their_own(toy):
@@ -344,9 +347,10 @@ def test_evaluation_does_not_depend_on_the_batch_size(toy, batch_size):
     assert report["loss"] == pytest.approx(want.item() / (len(validation.ids) - 1), rel=1e-6)
 
 
-def test_two_processes_train_like_one(toy):
+@pytest.mark.parametrize("small", [TOY, TOY_PAIRS], ids=["gpt", "seq2seq"])
+def test_two_processes_train_like_one(toy_pairs, small):
     """1 x 4 micro-batches, 2 x 2, and a run that changes from one to the other in the middle."""
-    flags = [*TOY, "--steps=6", "--tokens_per_step=256", "--eval_interval=3"]
+    flags = [*small, "--steps=6", "--tokens_per_step=256", "--eval_interval=3"]
     train.main([*flags, "--out=one"])
     done = torchrun(2, *flags, "--out=two")
     assert done.returncode == 0, done.stderr
