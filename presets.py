@@ -124,7 +124,8 @@ PRESETS = {
         "eval_interval": 250,
         "dtype": "bf16",  # on a processor without bf16 instructions, --dtype fp32 is faster
     },
-    # Dates in many spellings to ISO 8601, in 90 seconds on two cores.
+    # Dates in many spellings to ISO 8601, in 90 seconds on two cores. Small steps win: with four
+    # times the tokens in a step, 98.9% are right after the same time instead of 99.8%.
     "dates": {
         "model": "seq2seq",
         "data": "dates",
@@ -133,15 +134,15 @@ PRESETS = {
         "block_size": 64,
         "n_layer": 2,
         "n_head": 4,
-        "n_embd": 128,
+        "n_embd": 96,
         "n_ff": 256,
         "dropout": 0.0,
         "batch_size": 16,
         "tokens_per_step": 1024,
-        "steps": 1200,
-        "lr": 5e-3,
+        "steps": 1750,
+        "lr": 4e-3,
         "cooldown": 0.7,
-        "eval_interval": 400,
+        "eval_interval": 500,
     },
     # Multi30k with a small model, in 25 minutes on two cores; the sizes are those of Wu et al. 2021
     # (arXiv:2105.14462).

@@ -95,7 +95,8 @@ def test_command(toy_pairs, command):
         run(*trained)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     lines = "3 plus 4\n" if redirected else None
-    assert run(*launcher * (words[0] == "torchrun"), str(ROOT / name), *flags, lines=lines).strip()
+    told = run(*launcher * (words[0] == "torchrun"), str(ROOT / name), *flags, lines=lines)
+    assert told if task == "seq2seq" else told.strip()  # an untrained translator may write nothing
 
 
 def run(*words: str, lines: str | None = None) -> str:
