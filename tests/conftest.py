@@ -1,7 +1,10 @@
 """What the tests share: where optional data lies, optional peers, toy text and toy sizes."""
 
+import functools
+import http.server
 import importlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,20 @@ def toy_pairs(toy) -> Path:
     lines = [f"{n} plus {m}\t{n + m}\n" for n in range(20) for m in range(12)]
     (toy / "toy.tsv").write_text("".join(lines), encoding="utf-8")
     return toy
+
+
+@pytest.fixture
+def server(tmp_path):
+    """(folder, address): what lies in the folder can be downloaded from this machine."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()

@@ -1,13 +1,10 @@
 """data/: how text is found, split, streamed, tokenized once, and cut into windows."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import json
 import math
 import sysconfig
-import threading
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,22 +363,6 @@ def test_shakespeare_is_the_file_that_is_known(toy):
 
 
 # ---- downloads, from a server on this machine ----------------------------------------------------
-
-
-@pytest.fixture
-def server(tmp_path):
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
-        httpd.shutdown()
 
 
 def remote(content: bytes, *urls: str) -> Remote:

@@ -1,12 +1,9 @@
 """data/parallel.py and data/wmt.py: pairs found, held out, streamed, refused."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import io
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -38,22 +35,6 @@ def two_files(folder: Path, pairs, *, names=("train.en", "train.de"), end="\n") 
 
 def all_pairs(corpus):
     return {split: list(corpus.pairs(split)) for split in corpus.splits}
-
-
-@pytest.fixture
-def server(tmp_path):
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
-        httpd.shutdown()
 
 
 # ---- files of one's own --------------------------------------------------------------------------
