@@ -166,3 +166,15 @@ def test_under_autocast_it_stays_near_float32(monkeypatch, smoothing):
     assert not torch.equal(got[2], want[2])  # that autocast was heeded
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_gives_what_the_processor_gives(monkeypatch):
+    features, weight, targets = problem(101, 64, 24)
+    want = values_and_gradients(plain_cross_entropy, features, weight, targets, 0.1)
+    monkeypatch.setitem(losses.CHUNK, "cuda", 101 * 10)
+    there = (x.detach().cuda().requires_grad_(x.requires_grad) for x in (features, weight, targets))
+    got = values_and_gradients(linear_cross_entropy, *there, 0.1)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)

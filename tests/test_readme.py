@@ -66,10 +66,11 @@ def test_command(toy_pairs, command):
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     name, flags = words[script], words[script + 1 :]
     task = value(flags, "--model") or PRESETS.get(value(flags, "--preset"), {}).get("model", "gpt")
-    if "out/seq2seq" in command:
-        task = "seq2seq"
+    folder = next(iter(re.findall(r"out/[\w-]+", command)), f"out/{task}")
+    if name != "train.py" and folder != "out/gpt":
+        task = "seq2seq"  # which all other runs of the README are
     small = TOYS[task]
-    trained = [str(ROOT / "train.py"), "--steps=4", *small, "--out", f"out/{task}", "--keep=2"]
+    trained = [str(ROOT / "train.py"), "--steps=4", *small, "--out", folder, "--keep=2"]
     if name == "bench.py":
         flags = ["--only=optim", "--repeats=2"]
     elif name == "train.py" and "--dry_run" not in flags:
@@ -86,9 +87,6 @@ def test_command(toy_pairs, command):
             flags = [*keep, "--steps=2", *small, "--tokenizer=", "--stop_after=2"]
     elif name == "sample.py":
         run(*trained)
-        checkpoint = value(flags, "--checkpoint")
-        if checkpoint.endswith("average.pt"):
-            run(str(ROOT / "average.py"), "--run", f"out/{task}")
         flags = [f if f != "multi30k" else "toy.tsv" for f in flags]
         flags = [*flags, "--max_new_tokens=5", "--device=cpu"]
     elif name == "average.py":

@@ -659,11 +659,15 @@ def test_a_step_that_does_not_divide_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_gpu_trains_compiled_in_bf16_and_resumes(toy, capsys):
-    flags = [f for f in TOY if not f.startswith("--device")]
-    train.main([*flags, "--steps=20", "--device=cuda", "--lr=0.01", "--stop_after=10"])
+@pytest.mark.parametrize("small", [TOY, TOY_PAIRS], ids=["gpt", "seq2seq"])
+def test_gpu_trains_compiled_in_bf16_and_resumes(toy_pairs, capsys, small):
+    flags = [f for f in small if not f.startswith(("--device", "--dtype"))]
+    flags += ["--dtype=auto", "--steps=20", "--device=cuda", "--lr=0.01", "--out=out/run"]
+    train.main([*flags, "--stop_after=10"])
     train.main(["--resume"])
     assert "bfloat16, compiled" in capsys.readouterr().out
-    sample.main(["--prompt=1", "--prompt=22 times 3", "--device=cuda", "--max_new_tokens=9"])
-    assert "--- prompt 2, sample 1" in capsys.readouterr().out
-    assert losses("out/gpt")[-1] < 0.85 * losses("out/gpt")[0]
+    prompts = ["--prompt=1 plus 2", "--prompt=22 times 3"]
+    sample.main([*prompts, "--device=cuda", "--max_new_tokens=9"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 if small is TOY_PAIRS else "--- prompt 2, sample 1" in lines
+    assert losses("out/run")[-1] < 0.85 * losses("out/run")[0]
