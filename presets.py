@@ -124,8 +124,8 @@ PRESETS = {
         "eval_interval": 250,
         "dtype": "bf16",  # on a processor without bf16 instructions, --dtype fp32 is faster
     },
-    # Dates in many spellings to ISO 8601, in 90 seconds on two cores. Small steps win: at width 128,
-    # 500 steps of 4,096 tokens reach 98.9%, and 900 of 2,048 tokens in the same time 99.6%.
+    # Dates in many spellings to ISO 8601, in 90 seconds on two cores. Small steps win: at width
+    # 128, 500 steps of 4,096 tokens reach 98.9%, 900 of 2,048 in the same time 99.6%.
     "dates": {
         "model": "seq2seq",
         "data": "dates",
@@ -144,8 +144,8 @@ PRESETS = {
         "cooldown": 0.7,
         "eval_interval": 500,
     },
-    # Multi30k with a small model, in 25 to 30 minutes on two cores; the sizes are those of Wu et al. 2021
-    # (arXiv:2105.14462).
+    # Multi30k with a small model, in 25 to 30 minutes on two cores; the sizes are those of
+    # Wu et al. 2021 (arXiv:2105.14462).
     "transformer-tiny": TINY,
     # The same on one GPU, with the vocabulary and the length of training of that paper.
     "multi30k-gpu": {
