@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     if not config.run:
         raise ValueError("which run? name its folder with --run, out/seq2seq for one")
     folder = Path(config.run)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: name that of a run")
     paths = sorted(folder.glob("step-*.pt"))[-config.last :]
     if len(paths) < 2:
         raise ValueError(

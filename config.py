@@ -121,7 +121,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     Config, Settings = TASKS[task][0], CONFIGS[task]
     parser = cli.Parser(
         "Train a Transformer. Every flag has a default. A preset (see presets.py) replaces some\n"
-        "of the defaults below; without --preset, that of a first run on this machine does."
+        "of the defaults below; without --preset, that of a first run on this machine does.\n"
+        "The flags are those of a task: for the encoder-decoder's, add --model seq2seq."
     )
     cli.add_flags(parser, Settings, "training")
     cli.add_flags(parser, Config, f"sizes of the model ({task})")

@@ -273,6 +273,8 @@ def speak(
     """What `sample.py` does with a translator: score, translate prompts, or translate stdin."""
     if config.attention and not config.prompt:
         raise ValueError(f"--attention {config.attention} draws a sentence: add --prompt")
+    if not Path(config.attention).parent.is_dir():
+        raise ValueError(f"--attention {config.attention}: its folder does not exist, make it")
     if config.eval and config.prompt:
         raise ValueError("--eval and --prompt are two things to do: give one of them")
     if config.eval:
@@ -284,11 +286,11 @@ def speak(
         if config.attention:
             path = Path(config.attention)
             draw_attention(model, tokenizer, config.prompt[0], config, path)
-            print(f"cross-attention: {path}", file=sys.stderr)
+            print(f"cross-attention of {config.prompt[0]!r}: {path}", file=sys.stderr)
     else:
         alone, done = sys.stdin.isatty(), 0  # somebody types, and waits for each answer
         if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
-            sys.stdin.reconfigure(encoding="utf-8", newline="\n")
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
         quiet = True if alone or sys.stdout.isatty() else None
         with tqdm(unit="sentence", disable=quiet) as bar:
             for lines in chunks(sys.stdin, 1 if alone else 16 * config.batch_size):
