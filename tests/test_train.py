@@ -361,7 +361,8 @@ def test_two_processes_train_like_one(toy_pairs, small):
     one = weights(Path("one/latest.pt"))
     for other in ("two", "mixed"):
         two = weights(Path(f"{other}/latest.pt"))
-        for name in one:
+        # Softmax ignores the keys' bias: its gradient is rounding noise, which Adam makes large.
+        for name in (n for n in one if not n.endswith(".k.bias")):
             torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-4, msg=name)
         assert losses("one") == pytest.approx(losses(other), abs=1e-4)
         assert losses("one", "validation") == pytest.approx(losses(other, "validation"), abs=1e-5)
