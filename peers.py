@@ -48,6 +48,15 @@ MARIAN_NAMES = {
 }
 
 
+def marian_name(name: str) -> str:
+    """What Marian calls our parameter of that name."""
+    if name == "token_embedding.weight":
+        return "model.shared.weight"
+    side, layer, rest = name.split(".", 2)
+    part, kind = rest.rsplit(".", 1)
+    return f"model.{side}.layers.{layer}.{MARIAN_NAMES[part]}.{kind}"
+
+
 def hugging_face_marian(transformers, ours: Seq2Seq, end: int) -> nn.Module:
     """Marian with our sizes, weights and positions: the same function of the tokens."""
     c = ours.config
@@ -73,12 +82,7 @@ def hugging_face_marian(transformers, ours: Seq2Seq, end: int) -> nn.Module:
             **both,
         )
     )
-    weights = {"model.shared.weight": ours.token_embedding.weight}
-    for name, weight in ours.named_parameters():
-        if name != "token_embedding.weight":
-            side, layer, rest = name.split(".", 2)
-            part, kind = rest.rsplit(".", 1)
-            weights[f"model.{side}.layers.{layer}.{MARIAN_NAMES[part]}.{kind}"] = weight
+    weights = {marian_name(name): weight for name, weight in ours.named_parameters()}
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             # Theirs has all sines before all cosines; the order is without effect.

@@ -70,7 +70,7 @@ class Pairs:
             wanted = max(1, self.n_all * max_tokens // tokens)
             fitting = fitting[np.arange(wanted) * self.n_all // wanted]
         self.order = fitting[np.argsort(longer[fitting], kind="stable")]
-        self.longer, self.all_lengths, self.lengths = longer, lengths, lengths[fitting]
+        self.longer, self.lengths = longer, lengths
         self.cuts = cut(longer[self.order], self.parts * self.tokens_per_batch)
         self.n_batches = (len(self.cuts) - 1) * self.parts
         self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
@@ -137,14 +137,14 @@ class Pairs:
         }
 
     def describe(self) -> str:
-        source, target = self.lengths.sum(0)
+        source, target = self.lengths[self.order].sum(0)
         text = f"{len(self.order):,} pairs"
         if len(self.order) < self.n_all:
             text += f" of {self.n_all:,}, evenly spaced"
         text += f", {source:,} source and {target:,} target tokens"
         if self.split == "train":
             # Of the steps as they are before any shuffling; that changes little.
-            sides = [self.all_lengths[self.order[a:b]] for a, b in pairwise(self.cuts)]
+            sides = [self.lengths[self.order[a:b]] for a, b in pairwise(self.cuts)]
             padded = sum(len(side) * side.max(0).sum() for side in sides)
             padding = 1 - (source + target) / padded
             text += f", {len(sides):,} steps with {padding:.0%} padding"

@@ -11,7 +11,7 @@ from conftest import peer
 from decoding import write
 from model import attend, causal_mask, count_parameters, parameter_table
 from optim import make_optimizer
-from peers import MARIAN_NAMES, hugging_face_marian
+from peers import hugging_face_marian, marian_name
 from presets import PRESETS
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
 from translate import make_advance
@@ -91,14 +91,6 @@ def as_torch(name: str, tensors: dict) -> torch.Tensor:
     return tensors[f"{place}{module}.in_proj_{kind}"].chunk(3)["qkv".index(part)]
 
 
-def as_marian(name: str, tensors: dict) -> torch.Tensor:
-    if name == "token_embedding.weight":
-        return tensors["model.shared.weight"]
-    side, layer, rest = name.split(".", 2)
-    sublayer, kind = rest.rsplit(".", 1)
-    return tensors[f"model.{side}.layers.{layer}.{MARIAN_NAMES[sublayer]}.{kind}"]
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_equals_torch_nn_features_and_gradients(smoothing):
     """nn.TransformerEncoder and -Decoder without the final norms that the paper does not have."""
@@ -168,7 +160,7 @@ def test_equals_hugging_face_marian_logits_loss_and_gradients(V, n_head):
     found = dict(
         zip(trained, torch.autograd.grad(loss, [tensors[n] for n in trained]), strict=True)
     )
-    wanted = {name: as_marian(name, found) for name, _ in ours.named_parameters()}
+    wanted = {name: found[marian_name(name)] for name, _ in ours.named_parameters()}
     assert_near(gradients(ours, losses["loss"]), wanted)
 
 
