@@ -1,7 +1,7 @@
 """Speed beside the peers that are installed, in one interleaved run.
 
     python bench.py                    everything, about five minutes on two cores
-    python bench.py --only train       bpe, encode, optim, train, sample, seq2seq or translate
+    python bench.py --only train       bpe, encode, optim, train, sample, bert, seq2seq or translate
 
 Every contestant of a comparison is warmed up, then they take turns, so that what else the machine
 does hits all of them; the table shows the median time, the spread (the middle half of the times)
@@ -23,13 +23,14 @@ from torch import Tensor
 
 import cli
 import optim
+from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, SHAKESPEARE, fetch
 from data.pairs import pad
 from data.text import open_corpus
 from data.tokens import END_OF_TEXT
 from model import GPT, GPTConfig
-from peers import hugging_face_gpt2, hugging_face_marian, peer
+from peers import hugging_face_bert, hugging_face_gpt2, hugging_face_marian, peer
 from processes import Processes, pick_device
 from sample import SampleConfig, generate, lay_out_for_decoding, load_model, make_pick
 from seq2seq import Seq2Seq, Seq2SeqConfig
@@ -39,7 +40,7 @@ from translate import TranslateConfig, eval_pairs, translate_ids
 
 @dataclass
 class BenchConfig:
-    only: str = ""  # one of bpe, encode, optim, train, sample, seq2seq, translate; empty: all
+    only: str = ""  # one of bpe, encode, optim, train, sample, bert, seq2seq, translate; empty: all
     checkpoint: str = ""  # a trained seq2seq for translate; empty: random weights
     repeats: int = 7  # turns of each contestant
     device: str = "cpu"  # cpu, cuda or mps
@@ -240,6 +241,38 @@ def bench_train_step(config: BenchConfig, device: torch.device, dropout: float) 
     return [show(title, times, batch_size * sizes.block_size, "tokens")]
 
 
+def bench_bert(config: BenchConfig, device: torch.device) -> list[dict]:
+    """A pretraining step, 15% of the tokens masked, pairs of sentences; base on a GPU."""
+    if device.type == "cuda":
+        sizes, (B, T) = BERTConfig(vocab_size=30528), (256, 128)
+    else:
+        sizes, (B, T) = BERTConfig(8192, 128, 4, 4, 256), (16, 128)
+    ours = BERT(sizes).to(device)
+    tokens = torch.randint(sizes.vocab_size, (B, T), device=device)
+    segments = (torch.arange(T, device=device) > T // 2).long().repeat(B, 1)
+    positions = torch.randperm(B * T, device=device)[: round(0.15 * B * T)]
+    targets = torch.randint(sizes.vocab_size, positions.shape, device=device)
+    follows = torch.randint(2, (B,), device=device)
+    batch = {"tokens": tokens, "segments": segments, "nsp_targets": follows}
+    batch |= {"mlm_positions": positions, "mlm_targets": targets}
+    labels = torch.full_like(tokens, -100)
+    labels.view(-1)[positions] = targets
+
+    def their_loss(model: nn.Module) -> Tensor:
+        inputs = {"input_ids": tokens, "token_type_ids": segments}
+        return model(**inputs, labels=labels, next_sentence_label=follows).loss
+
+    transformers = peer("transformers")
+    theirs = hugging_face_bert(transformers, ours).to(device).train() if transformers else None
+    steps = training_steps(ours, theirs, batch, their_loss, config)
+    times = take_turns(steps, config.repeats, device)
+    title = (
+        f"pretraining step, BERT {sizes.n_layer} layers, width {sizes.n_embd}, vocabulary "
+        f"{sizes.vocab_size:,}, T {T}, batch {B}, dropout {sizes.dropout}, {config.dtype}"
+    )
+    return [show(title, times, B * T, "tokens")]
+
+
 def bench_seq2seq(config: BenchConfig, device: torch.device) -> list[dict]:
     """A training step of transformer-tiny (base on a GPU), label smoothing and padding included."""
     if device.type == "cuda":
@@ -374,6 +407,7 @@ BENCHES = {
     "optim": bench_optim,
     "train": bench_train,
     "sample": bench_sample,
+    "bert": bench_bert,
     "seq2seq": bench_seq2seq,
     "translate": bench_translate,
 }

@@ -71,8 +71,8 @@ def comments(cls: type) -> dict[str, str]:
 def add_flags(parser: Parser, cls: type, title: str) -> None:
     """One flag for each field of the dataclass, absent from the result unless it is given.
 
-    The types are str, int, float, bool, `bool | None` (None means: decided by the machine) and
-    list[str] (the flag may be repeated).
+    The types are str, int, float, bool, `bool | None` (None means: decided by the machine),
+    list[str] (the flag may be repeated) and tuple[str, str] (two values behind the flag).
     """
     group = parser.add_argument_group(title)
     helps, types = comments(cls), typing.get_type_hints(cls)
@@ -80,7 +80,7 @@ def add_flags(parser: Parser, cls: type, title: str) -> None:
         kind, flag = types[field.name], f"--{field.name}"
         default = field.default if field.default is not MISSING else field.default_factory()
         shown = "auto" if default is None else default
-        note = f" (default: {shown})" if shown not in ("", []) and shown is not False else ""
+        note = f" (default: {shown})" if shown not in ("", [], ()) and shown is not False else ""
         common = {
             "dest": field.name,
             "default": argparse.SUPPRESS,
@@ -94,6 +94,8 @@ def add_flags(parser: Parser, cls: type, title: str) -> None:
             group.add_argument(f"--no-{field.name}", action="store_false", **hidden)
         elif kind == list[str]:
             group.add_argument(flag, action="append", metavar="TEXT", **common)
+        elif kind == tuple[str, str]:
+            group.add_argument(flag, nargs=2, metavar="TEXT", **common)
         else:
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **common)
 

@@ -19,7 +19,7 @@ TASKS = checkpoints.TASKS
 
 @dataclass
 class TrainConfig:
-    model: str = "gpt"  # the task: gpt or seq2seq
+    model: str = "gpt"  # the task: gpt, bert or seq2seq
     preset: str = ""  # a named size and recipe of presets.py; empty: a first run for this machine
     data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .gz, .jsonl or a folder of them
     tokenizer: str = ""  # gpt2, or a tokenizer's .json; empty: trained on the training text
@@ -83,6 +83,24 @@ class TrainConfig:
 
 
 @dataclass
+class MaskedConfig(TrainConfig):
+    """What BERT's data asks beside that."""
+
+    data: str = "pydocs"  # pydocs, wikitext, wikitext103, or a path: .txt, .jsonl, .gz or a folder
+    valid: str = ""  # validation text, as for --data; empty: some of --data's documents
+    layout: str = ""  # lines (a sentence a line), prose or wikitext; empty: decided by the text
+    mlm_rate: float = 0.15  # share of the tokens that are hidden and asked for
+    whole_words: bool = False  # hide all tokens of a word, or none
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.mlm_rate < 1:
+            raise ValueError(
+                f"--mlm_rate {self.mlm_rate} is out of range: choose more than 0, but less than 1"
+            )
+
+
+@dataclass
 class PairsConfig(TrainConfig):
     """What the data of an encoder-decoder asks beside that."""
 
@@ -92,7 +110,7 @@ class PairsConfig(TrainConfig):
 
 
 # The flags of each task, beside those of its model.
-CONFIGS = {"gpt": TrainConfig, "seq2seq": PairsConfig}
+CONFIGS = {"gpt": TrainConfig, "bert": MaskedConfig, "seq2seq": PairsConfig}
 
 # What a resumed run may change: how and where it computes, not what.
 FREE_ON_RESUME = {
@@ -122,7 +140,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     parser = cli.Parser(
         "Train a Transformer. Every flag has a default. A preset (see presets.py) replaces some\n"
         "of the defaults below; without --preset, that of a first run on this machine does.\n"
-        "The flags are those of a task: for the encoder-decoder's, add --model seq2seq."
+        "The flags are those of a task: for BERT's, add --model bert, for those of the\n"
+        "encoder-decoder, --model seq2seq."
     )
     cli.add_flags(parser, Settings, "training")
     cli.add_flags(parser, Config, f"sizes of the model ({task})")

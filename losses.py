@@ -17,48 +17,67 @@ CHUNK = {"cpu": 2**20, "cuda": 2**28}  # logits held at a time: on a CPU, what i
 
 
 def plain_cross_entropy(
-    features: Tensor, weight: Tensor, targets: Tensor, smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """features (..., C), weight (V, C), targets (...) -> (summed smoothed loss, summed negative
-    log-likelihood); targets of -100 do not count, and the second has no gradient."""
-    logits, targets = F.linear(features, weight).flatten(0, -2).float(), targets.flatten()
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """features (..., C), weight (V, C), targets (...), bias (V,) -> (summed smoothed loss, summed
+    negative log-likelihood, number of targets that are the likeliest word); targets of -100 do not
+    count, and only the first has a gradient."""
+    logits, targets = F.linear(features, weight, bias).flatten(0, -2).float(), targets.flatten()
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    return loss, F.cross_entropy(logits.detach(), targets, reduction="sum")
+    logits = logits.detach()
+    nll = F.cross_entropy(logits, targets, reduction="sum")
+    return loss, nll, (logits.argmax(-1) == targets).sum()
 
 
 @torch.compiler.disable  # batches of many lengths would compile the loop below again and again
 def linear_cross_entropy(
-    features: Tensor, weight: Tensor, targets: Tensor, smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same as plain_cross_entropy, a chunk of logits at a time."""
     rows = max(1, CHUNK.get(features.device.type, 2**24) // weight.size(0))
+    features, targets = features.flatten(0, -2), targets.flatten()
     return LinearCrossEntropy.apply(
-        features.flatten(0, -2), weight, targets.flatten(), smoothing, rows, torch.is_grad_enabled()
+        features, weight, bias, targets, smoothing, rows, torch.is_grad_enabled()
     )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The gradient of a chunk's logits is known as soon as they are (softmax minus target), so
-    forward turns it at once into the gradients of features and weight, and the chunk is forgotten.
+    forward turns it at once into the gradients of features, weight and bias, and the chunk is
+    forgotten.
     """
 
     @staticmethod
-    def forward(ctx, features, weight, targets, smoothing, rows, wants_gradient):
+    def forward(ctx, features, weight, bias, targets, smoothing, rows, wants_gradient):
         device, V, dtype = features.device.type, len(weight), features.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         w, keep = weight.to(dtype), targets != -100
         loss = features.new_zeros((), dtype=torch.float32)
-        nll = torch.zeros_like(loss)
+        nll, right = torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.long)
         if wants_gradient:
             d_features = torch.empty_like(features)
             d_weight = torch.zeros_like(weight)
+            d_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, len(features), rows):
             part = slice(start, start + rows)
             x, kept = features[part].to(dtype), keep[part]
             target = targets[part].clamp(min=0)[:, None]
-            log_p = (x @ w.t()).float().log_softmax(-1)
-            chunk_nll = -(log_p.gather(1, target)[:, 0] * kept).sum()
+            logits = (x @ w.t()).float()
+            if bias is not None:
+                logits += bias
+            log_p = logits.log_softmax(-1)
+            of_target = log_p.gather(1, target)[:, 0]
+            right += ((of_target == log_p.amax(-1)) & kept).sum()
+            chunk_nll = -(of_target * kept).sum()
             nll += chunk_nll
             loss += (1 - smoothing) * chunk_nll
             if smoothing:
@@ -68,16 +87,19 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, smoothing - 1))
                 if smoothing:
                     d_logits -= smoothing / V
-                d_logits = d_logits.mul_(kept[:, None]).to(dtype)
+                d_logits = d_logits.mul_(kept[:, None])
+                if bias is not None:
+                    d_bias += d_logits.sum(0)
+                d_logits = d_logits.to(dtype)
                 d_features[part] = d_logits @ w
                 d_weight += d_logits.t() @ x
         if wants_gradient:
-            ctx.save_for_backward(d_features, d_weight)
-        ctx.mark_non_differentiable(nll)
-        return loss, nll
+            ctx.save_for_backward(d_features, d_weight, d_bias)
+        ctx.mark_non_differentiable(nll, right)
+        return loss, nll, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss, _):
-        d_features, d_weight = ctx.saved_tensors
-        return d_features * d_loss, d_weight * d_loss, None, None, None, None
+    def backward(ctx, d_loss, *_):
+        known = (None if d is None else d * d_loss for d in ctx.saved_tensors)
+        return *known, None, None, None, None

@@ -16,7 +16,6 @@ Axes, in all files: B batch, T query positions, S key positions, C width, H head
 V vocabulary.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -287,6 +286,17 @@ class Block(nn.Module):
         return self.residual(x, self.mlp_norm, self.mlp)
 
 
+def check_sizes(config, *rates: str) -> None:
+    """Raises ValueError for a size of a model below 1, or a probability that is none."""
+    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} is too small: it must be 1 or more")
+    for name in rates:
+        if not 0 <= getattr(config, name) < 1:
+            value = getattr(config, name)
+            raise ValueError(f"{name}={value} is out of range: choose 0 <= {name} < 1")
+
+
 # ---- GPT -----------------------------------------------------------------------------------------
 
 # GPT-2 was trained with the tanh approximation of GELU (Hendrycks and Gimpel, arXiv:1606.08415).
@@ -308,11 +318,7 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_ff = self.n_ff or 4 * self.n_embd
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is too small: it must be 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} is out of range: choose 0 <= dropout < 1")
+        check_sizes(self, "dropout")
 
     @property
     def attention_dropout(self) -> float:
@@ -426,21 +432,3 @@ def init_gpt(model: GPT) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
-    """[(component, parameters in one copy, copies)]; numbered blocks are counted as copies.
-
-    Works on the meta device too, where GPT-3's 175 billion parameters take no memory.
-    """
-    counts: dict[str, int] = {}
-    copies: dict[str, set[str]] = {}
-    for name, parameter in model.named_parameters():
-        module = name.rpartition(".")[0]
-        component = re.sub(r"\.\d+\.", ".*.", module)
-        # Inside a block, the sublayer is the component: q, k, v and proj are one attention.
-        component = ".".join(component.split(".")[:3]) if ".*." in component else component
-        number = re.search(r"\.(\d+)\.", module)
-        counts[component] = counts.get(component, 0) + parameter.numel()
-        copies.setdefault(component, set()).add(number[1] if number else "")
-    return [(c, n // len(copies[c]), len(copies[c])) for c, n in counts.items()]

@@ -3,6 +3,7 @@
 import torch
 import torch.nn as nn
 
+from bert import BERT, SEGMENTS
 from model import GPTConfig
 from seq2seq import Seq2Seq
 
@@ -87,5 +88,69 @@ def hugging_face_marian(transformers, ours: Seq2Seq, end: int) -> nn.Module:
         for name, parameter in theirs.named_parameters():
             # Theirs has all sines before all cosines; the order is without effect.
             parameter.copy_(ours.positions if "embed_positions" in name else weights.pop(name))
+    assert not weights, f"not taken over: {', '.join(weights)}"
+    return theirs
+
+
+# What Hugging Face's BERT calls the parts of ours.
+BERT_NAMES = {
+    "token_embedding": "bert.embeddings.word_embeddings",
+    "position_embedding": "bert.embeddings.position_embeddings",
+    "segment_embedding": "bert.embeddings.token_type_embeddings",
+    "embedding_norm": "bert.embeddings.LayerNorm",
+    "attention.q": "attention.self.query",
+    "attention.k": "attention.self.key",
+    "attention.v": "attention.self.value",
+    "attention.proj": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "mlp.fc": "intermediate.dense",
+    "mlp.proj": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+    "mlm_dense": "cls.predictions.transform.dense",
+    "mlm_norm": "cls.predictions.transform.LayerNorm",
+    "pooler": "bert.pooler.dense",
+    "nsp_head": "cls.seq_relationship",
+}
+
+
+def bert_name(name: str) -> str:
+    """What Hugging Face's BERT calls our parameter of that name."""
+    if name == "mlm_bias":
+        return "cls.predictions.bias"
+    module, kind = name.rsplit(".", 1)
+    if not module.startswith("blocks."):
+        return f"{BERT_NAMES[module]}.{kind}"
+    _, layer, part = module.split(".", 2)
+    return f"bert.encoder.layer.{layer}.{BERT_NAMES[part]}.{kind}"
+
+
+def hugging_face_bert(transformers, ours: BERT) -> nn.Module:
+    """BertForPreTraining, or without NSP BertForMaskedLM, with our sizes and weights. They have
+    neither a pre-LN BERT nor one without biases: ValueError."""
+    c = ours.config
+    if c.pre_ln or not c.bias:
+        raise ValueError(f"Hugging Face has no BERT with pre_ln={c.pre_ln} and bias={c.bias}")
+    Model = transformers.BertForPreTraining if c.nsp else transformers.BertForMaskedLM
+    theirs = Model(
+        transformers.BertConfig(
+            vocab_size=c.vocab_size,
+            max_position_embeddings=c.block_size,
+            type_vocab_size=SEGMENTS,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            hidden_size=c.n_embd,
+            intermediate_size=c.n_ff,
+            hidden_act="gelu",
+            hidden_dropout_prob=c.dropout,
+            attention_probs_dropout_prob=c.attention_dropout,
+            layer_norm_eps=c.ln_eps,
+            tie_word_embeddings=True,
+            pad_token_id=None,  # its embedding would get no gradient from the input
+        )
+    )
+    weights = {bert_name(name): weight for name, weight in ours.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(weights.pop(name))
     assert not weights, f"not taken over: {', '.join(weights)}"
     return theirs

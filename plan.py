@@ -1,13 +1,15 @@
 """What a run will do, told before it does it: the plan of training, the table of a dry run."""
 
 import json
+import re
 from dataclasses import asdict
 
 import torch
+import torch.nn as nn
 
 from checkpoint import TASKS
 from config import TrainConfig
-from model import count_parameters, parameter_table
+from model import count_parameters
 
 
 def describe(run) -> str:
@@ -53,3 +55,21 @@ def dry_run(config: TrainConfig, sizes: dict) -> None:
     print(f"{'total':<52}{count_parameters(model):>20,}")
     print(f"training takes {model.flops_per_token():.4g} floating-point operations a token")
     print(json.dumps({**asdict(config), **asdict(model.config)}, indent=1))
+
+
+def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
+    """[(component, parameters in one copy, copies)]; numbered blocks are counted as copies.
+
+    Works on the meta device too, where GPT-3's 175 billion parameters take no memory.
+    """
+    counts: dict[str, int] = {}
+    copies: dict[str, set[str]] = {}
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        component = re.sub(r"\.\d+\.", ".*.", module)
+        # Inside a block, the sublayer is the component: q, k, v and proj are one attention.
+        component = ".".join(component.split(".")[:3]) if ".*." in component else component
+        number = re.search(r"\.(\d+)\.", module)
+        counts[component] = counts.get(component, 0) + parameter.numel()
+        copies.setdefault(component, set()).add(number[1] if number else "")
+    return [(c, n // len(copies[c]), len(copies[c])) for c, n in counts.items()]

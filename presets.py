@@ -82,6 +82,39 @@ TINY = {
     "dtype": "bf16",  # on a processor without bf16 instructions, --dtype fp32 is faster
 }
 
+# Devlin et al. 2019, appendix A.2, in sequences of 128 (their first 90% of the steps).
+BERT_RECIPE = {
+    "model": "bert",
+    "data": "wikitext103",
+    "vocab_size": 30522,
+    "block_size": 512,
+    "batch_size": 32,
+    "tokens_per_step": 256 * 512,
+    "steps": 1_000_000,
+    "optimizer": "adamw",
+    "beta2": 0.999,
+    "weight_decay": 0.01,
+    "lr": 1e-4,
+    "warmup": 10_000,
+    "cooldown": 1.0,
+    "eval_interval": 5000,
+}
+
+PYDOCS = {
+    "model": "bert",
+    "data": "pydocs",
+    "vocab_size": 4096,
+    "block_size": 128,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "batch_size": 16,
+    "tokens_per_step": 2048,
+    "steps": 1000,
+    "lr": 3e-3,
+    "eval_interval": 250,
+}
+
 PRESETS = {
     # The first hour: two minutes on two cores, or a few on one GPU.
     "toy": {
@@ -167,6 +200,14 @@ PRESETS = {
         "lr": 5e-4,
         "batch_size": 48,
     },
+    "bert-base": {**BERT_RECIPE, "n_layer": 12, "n_head": 12, "n_embd": 768},
+    "bert-large": {**BERT_RECIPE, "n_layer": 24, "n_head": 16, "n_embd": 1024},
+    # Turc et al. 2019 (arXiv:1908.08962).
+    "bert-tiny": {**BERT_RECIPE, "n_layer": 2, "n_head": 2, "n_embd": 128},
+    "bert-mini": {**BERT_RECIPE, "n_layer": 4, "n_head": 4, "n_embd": 256},
+    "bert-small": {**BERT_RECIPE, "n_layer": 4, "n_head": 8, "n_embd": 512},
+    "bert-medium": {**BERT_RECIPE, "n_layer": 8, "n_head": 8, "n_embd": 512},
+    "pydocs": PYDOCS,
     "gpt1": {
         **GPT_RECIPE,
         "tokenizer": "",  # its own 40,478 tokens were not byte-level: the data's own, as many
@@ -230,4 +271,6 @@ def first_hour(task: str, device: str, data: str) -> str:
     """The preset of a run that names none. The recipe for dates is for nothing else."""
     if task == "seq2seq":
         return "dates" if data in ("", "dates") else "transformer-tiny"
+    if task == "bert":
+        return "pydocs"
     return "toy-gpu" if device == "cuda" else "toy"

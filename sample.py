@@ -5,7 +5,7 @@
 
 Told in small steps: tokens -> logits (`generate`, with a key-value cache), logits -> distribution
 -> token (`decoding.py`), tokens -> text (`TextStream`). What is said here of GPT's continuations,
-`translate.py` says of translations.
+`translate.py` says of translations, `fill.py` of masked words and embeddings.
 """
 
 import codecs
@@ -22,10 +22,12 @@ from torch import Tensor
 
 import checkpoint as checkpoints
 import cli
+import fill
 import translate
 from bpe import Tokenizer
 from data.tokens import END_OF_TEXT
 from decoding import choose, distribution
+from fill import FillConfig
 from processes import pick_device
 from translate import TranslateConfig
 
@@ -299,6 +301,7 @@ class Task(NamedTuple):
 
 RESPOND = {
     "gpt": Task(SampleConfig, complete, "", speak),
+    "bert": Task(FillConfig, fill.fill, "\n-> ", fill.speak),
     "seq2seq": Task(
         TranslateConfig, translate.translate, "\n-> ", translate.speak, translate.closing
     ),
@@ -322,8 +325,9 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = checkpoints.load(path) if path else {"task": "gpt"}
     task = RESPOND[checkpoint["task"]]
     parser = cli.Parser(
-        "Continue a text, or translate it, with a trained model. The flags are those of the\n"
-        "checkpoint's task: name it with --checkpoint beside --help to see them."
+        "Continue a text, translate it, or fill in its masked words, with a trained model. The\n"
+        "flags are those of the checkpoint's task: name it with --checkpoint beside --help to see\n"
+        "them."
     )
     cli.add_flags(parser, task.Config, f"sampling ({checkpoint['task']})")
     config = task.Config(**parser.parse(argv))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses import linear_cross_entropy
-from model import Block, Dropout, KVCache, count_parameters, padding_mask
+from model import Block, Dropout, KVCache, check_sizes, count_parameters, padding_mask
 
 
 @dataclass
@@ -40,13 +40,7 @@ class Seq2SeqConfig:
 
     def __post_init__(self):
         self.n_ff = self.n_ff or 4 * self.n_embd
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is too small: it must be 1 or more")
-        for name in ("dropout", "attention_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                value = getattr(self, name)
-                raise ValueError(f"{name}={value} is out of range: choose 0 <= {name} < 1")
+        check_sizes(self, "dropout", "attention_dropout", "label_smoothing")
         if self.n_embd % 2:
             raise ValueError(
                 f"n_embd={self.n_embd} is odd, but positions are pairs of a sine and a cosine: "
@@ -97,7 +91,7 @@ class Seq2Seq(nn.Module):
         features = self.decode(tokens, self.encode(source, source_keep), source_keep)
         if targets is None:
             return self.head(features)
-        loss, nll = linear_cross_entropy(
+        loss, nll, _ = linear_cross_entropy(
             features, self.token_embedding.weight, targets, self.config.label_smoothing
         )
         return {"loss": loss, "nll": nll}

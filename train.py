@@ -55,7 +55,10 @@ def count_targets(batch: dict[str, Tensor]) -> dict[str, int]:
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     if device.type != "cuda":
         return {k: v.to(device) for k, v in batch.items()}
-    return {k: v.pin_memory().to(device, non_blocking=True) for k, v in batch.items()}
+    return {
+        k: v if v.is_cuda else v.pin_memory().to(device, non_blocking=True)
+        for k, v in batch.items()
+    }
 
 
 def gradients(
@@ -280,8 +283,12 @@ class Run:
             self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         total = dict(zip(sums, group.sum([float(v) for v in sums.values()]), strict=True))
-        # What has no targets of its own, the nll of seq2seq, is told for each of the "targets".
-        mean = {n: s / max(counts.get(n, counts.get("loss", 0)), 1) for n, s in total.items()}
+        # Beside the losses: mlm_accuracy is told for each of the "mlm_targets", the nll of seq2seq,
+        # which has none of its own, for each of the "targets".
+        mean = {
+            n: s / max(counts.get(n.partition("_")[0], counts.get("loss", 0)), 1)
+            for n, s in total.items()
+        }
         record = {"step": step + 1, "split": "train", **mean, "loss": sum(mean[n] for n in counts)}
         return {**record, "lr": config.lr * factor, "grad_norm": norm, "skipped": self.skipped}
 
@@ -405,7 +412,7 @@ class Run:
         path = self.out / "best.pt"
         model, tokenizer, _ = sample.load_model(path, self.group.device)
         task, prompts = sample.RESPOND[self.config.model], self.data.prompts
-        texts = task.respond(model, tokenizer, prompts, task.Config(max_new_tokens=100))
+        texts = task.respond(model, tokenizer, prompts, task.Config())
         for prompt, text in zip(prompts, texts, strict=True):
             print(f"{'-' * 80}\n{prompt}{task.between}{text}")
         if task.closing:

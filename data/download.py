@@ -124,6 +124,24 @@ NEWSTESTS = statmt(
     "7a7deccf82ebb05ba508dba5eb21356492224e8f630ec4f992132b029b4b25e7",
 )
 
+# WikiText (Merity et al. 2016), raw: without <unk>. The sizes and sums of both archives are those
+# that Hugging Face's datasets published; its own copy of the small one is tried first.
+WIKITEXT2 = Remote(
+    "wikitext-2-raw-v1.zip",
+    (
+        "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
+        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-raw-v1.zip",
+    ),
+    4_721_645,
+    "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+)
+WIKITEXT103 = Remote(
+    "wikitext-103-raw-v1.zip",
+    ("https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip",),
+    191_984_949,
+    "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+)
+
 
 def file_sha256(path: Path) -> str:
     return file_hash(path, hashlib.sha256())

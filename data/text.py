@@ -67,13 +67,8 @@ class Corpus:
 def open_corpus(data: str, cache: Path) -> Corpus:
     """data is one of NAMES or a path; downloads go to `cache`. Raises ValueError on bad input."""
     if data == "stdlib":
-        folder = Path(sysconfig.get_paths()["stdlib"])
-        inside = ((p, p.relative_to(folder).parts[:-1]) for p in folder.rglob("*.py"))
-        files = [p for p, parts in inside if not STDLIB_SKIPS.intersection(parts)]
-        if not files:
-            raise ValueError(f"Python's standard library has no source at {folder}: pass --data")
-        prompts = ["def ", "class ", "import os"]
-        return folder_corpus("stdlib", folder, sorted_files(folder, files), cache, prompts)
+        folder, files = stdlib_files()
+        return folder_corpus("stdlib", folder, files, cache, ["def ", "class ", "import os"])
     if data == "shakespeare":
         path = fetch(SHAKESPEARE, cache)
         return file_corpus("shakespeare", path, cache, ["ROMEO:", "KING RICHARD III:", "O, "])
@@ -92,6 +87,16 @@ def open_corpus(data: str, cache: Path) -> Corpus:
     if not path.is_file():
         raise ValueError(f"--data {data} is no file or folder here, nor one of {', '.join(NAMES)}")
     return file_corpus(path.name.partition(".")[0] or path.name, path, cache)
+
+
+def stdlib_files() -> tuple[Path, list[Path]]:
+    """The folder of Python's standard library and its source files, without its tests."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    inside = ((p, p.relative_to(folder).parts[:-1]) for p in folder.rglob("*.py"))
+    files = [p for p, parts in inside if not STDLIB_SKIPS.intersection(parts)]
+    if not files:
+        raise ValueError(f"Python's standard library has no source at {folder}: pass --data")
+    return folder, sorted_files(folder, files)
 
 
 def sorted_files(folder: Path, files: list[Path]) -> list[Path]:

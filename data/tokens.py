@@ -8,8 +8,8 @@ allows it, else 4:
     4 bytes   bytes per token         32 bytes   SHA-256 of the corpus
     8 bytes   bytes of the text       the rest   zeros
 
-Every document begins with <|endoftext|>: so its first word is predicted from something, its end is
-learnt, and a sample that starts from that token is a document.
+Every document begins with a border token. GPT's is <|endoftext|>: so the first word is predicted
+from something, the end is learnt, and a sample that starts from that token is a document.
 """
 
 import os
@@ -57,8 +57,11 @@ def open_tokens(path: Path, tokenizer: Tokenizer, corpus_hash: str) -> TokenFile
     return TokenFile(path, np.empty(0, np.uint16) if ids is None else ids, text_bytes)
 
 
-def tokenize(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path) -> TokenFile:
-    """The token file of one split, from `cache` or made now, in parallel."""
+def tokenize(
+    corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path, border: str = END_OF_TEXT
+) -> TokenFile:
+    """The token file of one split, from `cache` or made now, in parallel. `border` is the special
+    token that stands before each document."""
     path = cache / f"{corpus.name}-{split}-{corpus.hash[:12]}-{tokenizer.hash[:12]}.tokens"
     if path.is_file():
         try:
@@ -68,24 +71,24 @@ def tokenize(corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path) -> T
     cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        write_tokens(temporary, corpus, split, tokenizer)
+        write_tokens(temporary, corpus, split, tokenizer, border)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return open_tokens(path, tokenizer, corpus.hash)
 
 
-def write_tokens(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> None:
+def write_tokens(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer, border: str) -> None:
     """Threads are enough: tiktoken's core lets go of Python's lock while it works."""
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
-    border = np.array([tokenizer.special_tokens[END_OF_TEXT]], dtype=f"<u{width}").tobytes()
+    mark = np.array([tokenizer.special_tokens[border]], dtype=f"<u{width}").tobytes()
     count = text_bytes = 0
     workers = os.cpu_count() or 1
     bar = tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=None)
 
     def encode(text: str, begins: bool) -> tuple[bytes, int]:
         ids = tokenizer.encode_numpy(text).astype(f"<u{width}").tobytes()
-        return (border if begins else b"") + ids, len(text.encode("utf-8"))
+        return (mark if begins else b"") + ids, len(text.encode("utf-8"))
 
     with path.open("wb") as file, ThreadPoolExecutor(workers) as pool, bar:
         file.write(bytes(HEADER_SIZE))

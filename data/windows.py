@@ -135,28 +135,50 @@ class Windows:
         return f"{len(self.ids):,} tokens from {self.text_bytes / 1e6:,.2f} MB{scored}"
 
 
-def both_splits(Data, corpus, config, sizes: dict, tokenizer: Tokenizer | None, **more):
-    """(train, validation) of a data class that reads token files: what there is to prepare."""
+def both_splits(
+    Data,
+    corpus,
+    config,
+    sizes: dict,
+    tokenizer: Tokenizer | None,
+    *,
+    special_tokens: tuple[str, ...] = (END_OF_TEXT,),
+    border: str = END_OF_TEXT,
+    **more,
+):
+    """(train, validation) of a data class that reads token files: what there is to prepare.
+
+    special_tokens are those that the task needs; `border` is the one before each document.
+    """
     cache = Path(config.cache_dir)
-    tokenizer = tokenizer or get_tokenizer(config, sizes["vocab_size"], corpus, cache)
+    if not tokenizer:
+        tokenizer = get_tokenizer(config, sizes["vocab_size"], corpus, cache, special_tokens)
     more |= {"block_size": sizes["block_size"], "batch_size": config.batch_size}
     more |= {"seed": config.seed, "max_tokens": config.eval_tokens}
     return tuple(
-        Data(tokenize(corpus, split, tokenizer, cache), corpus, split, tokenizer, **more)
+        Data(tokenize(corpus, split, tokenizer, cache, border), corpus, split, tokenizer, **more)
         for split in ("train", "validation")
     )
 
 
-def get_tokenizer(config, vocab_size: int, corpus: Corpus, cache: Path) -> Tokenizer:
+def get_tokenizer(
+    config, vocab_size: int, corpus: Corpus, cache: Path, special_tokens: tuple[str, ...]
+) -> Tokenizer:
     """GPT-2's own, one from a file, or (cached) one learnt from the training part of the corpus."""
-    if config.tokenizer == "gpt2":
-        return Tokenizer.from_gpt2_files(fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache))
     if config.tokenizer:
-        if not Path(config.tokenizer).is_file():
+        if config.tokenizer == "gpt2":
+            files = fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache)
+            tokenizer = Tokenizer.from_gpt2_files(*files)
+        elif Path(config.tokenizer).is_file():
+            tokenizer = Tokenizer.load(Path(config.tokenizer))
+        else:
             raise ValueError(f"--tokenizer {config.tokenizer} is no file here, and not gpt2")
-        tokenizer = Tokenizer.load(Path(config.tokenizer))
-        if END_OF_TEXT not in tokenizer.special_tokens:
-            raise ValueError(f"{config.tokenizer} lacks the special token {END_OF_TEXT}: add it")
+        lacking = [name for name in special_tokens if name not in tokenizer.special_tokens]
+        if lacking:
+            raise ValueError(
+                f"--tokenizer {config.tokenizer} lacks the special token {', '.join(lacking)}: "
+                "choose another, or leave the flag out to train one"
+            )
         return tokenizer
     if config.pattern not in PATTERNS:
         raise ValueError(f"--pattern {config.pattern} is not one of {', '.join(PATTERNS)}")
@@ -170,7 +192,7 @@ def get_tokenizer(config, vocab_size: int, corpus: Corpus, cache: Path) -> Token
         limited(corpus, TOKENIZER_CHARACTERS),
         vocab_size,
         PATTERNS[config.pattern],
-        (END_OF_TEXT,),
+        special_tokens,
         progress=True,
     )
     cache.mkdir(parents=True, exist_ok=True)

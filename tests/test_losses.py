@@ -20,10 +20,12 @@ def problem(V: int, N: int, C: int, dtype=torch.float32):
     return features, weight, targets
 
 
-def values_and_gradients(function, features, weight, targets, smoothing):
-    """(loss, nll, gradient of features, gradient of weight) of 3 · loss: a factor may get lost."""
-    loss, nll = function(features, weight, targets, smoothing)
-    return loss.detach(), nll, *torch.autograd.grad(3 * loss, (features, weight))
+def values_and_gradients(function, features, weight, targets, smoothing, bias=None):
+    """(loss, nll, gradient of features, of weight, and of bias) of 3 · loss: a factor may get
+    lost."""
+    loss, nll, _ = function(features, weight, targets, smoothing, bias)
+    inputs = (features, weight) if bias is None else (features, weight, bias)
+    return loss.detach(), nll, *torch.autograd.grad(3 * loss, inputs)
 
 
 def assert_same(got, want) -> None:
@@ -45,6 +47,31 @@ def test_a_chunk_at_a_time_is_the_same(monkeypatch, V, N, C, rows, smoothing):
     case = *problem(V, N, C), smoothing
     got = values_and_gradients(linear_cross_entropy, *case)
     assert_same(got, values_and_gradients(plain_cross_entropy, *case))
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_a_bias_of_the_words_is_the_same(monkeypatch, smoothing):
+    monkeypatch.setitem(losses.CHUNK, "cpu", 5 * 37)
+    case = *problem(37, 13, 7), smoothing, torch.randn(37, requires_grad=True)
+    got = values_and_gradients(linear_cross_entropy, *case)
+    want = values_and_gradients(plain_cross_entropy, *case)
+    assert len(got) == 5 and got[4].abs().min() > 0
+    assert_same(got, want)
+    # The bias changes something: without it the loss is another one.
+    assert abs(values_and_gradients(plain_cross_entropy, *case[:-1])[0] - want[0]) > 0.1
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, plain_cross_entropy])
+def test_the_number_of_right_words_is_that_of_the_highest_logits(monkeypatch, function):
+    monkeypatch.setitem(losses.CHUNK, "cpu", 5 * 7)
+    features, weight, targets = problem(7, 64, 13)
+    best = (features @ weight.T).argmax(-1)
+    targets[:32] = best[:32]
+    targets[::4] = -100
+    kept = [i for i in range(64) if targets[i] != -100]
+    want = sum(int(best[i]) == int(targets[i]) for i in kept)
+    assert 24 <= want < len(kept)
+    assert function(features, weight, targets)[2].item() == want
 
 
 def test_a_vocabulary_wider_than_a_chunk_goes_row_by_row(monkeypatch):
@@ -90,7 +117,7 @@ def test_smoothing_is_the_formula_of_the_docstring():
         if target != -100:
             wanted[row] = 0.2 / 37
             wanted[row, target] += 0.8
-    loss, nll = linear_cross_entropy(features, weight, targets, 0.2)
+    loss, nll, _ = linear_cross_entropy(features, weight, targets, 0.2)
     torch.testing.assert_close(loss, -(wanted * log_p).sum())
     kept = targets != -100
     torch.testing.assert_close(nll, -log_p[kept, targets[kept]].sum().detach())
@@ -124,18 +151,18 @@ def test_without_gradient_there_is_no_gradient_work():
     features, weight, targets = problem(37, 13, 7)
     one_product = 2 * 37 * 13 * 7
     with FlopCounterMode(display=False) as counter:
-        loss, nll = linear_cross_entropy(features, weight, targets, 0.1)
+        loss, nll, right = linear_cross_entropy(features, weight, targets, 0.1)
     assert loss.requires_grad and counter.get_total_flops() == 3 * one_product
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         quiet = linear_cross_entropy(features, weight, targets, 0.1)
     assert counter.get_total_flops() == one_product
     assert all(x.grad_fn is None and not x.requires_grad for x in quiet)
-    assert torch.equal(quiet[0], loss) and torch.equal(quiet[1], nll)
+    assert all(torch.equal(a, b) for a, b in zip(quiet, (loss, nll, right), strict=True))
 
 
 def test_the_second_number_has_no_gradient():
     for function in (linear_cross_entropy, plain_cross_entropy):
-        _, nll = function(*problem(37, 13, 7), 0.1)
+        _, nll, _ = function(*problem(37, 13, 7), 0.1)
         assert not nll.requires_grad
         with pytest.raises(RuntimeError, match="does not require grad"):
             nll.backward()

@@ -21,10 +21,10 @@ from model import (
     causal_mask,
     count_parameters,
     padding_mask,
-    parameter_table,
     prefix_mask,
     tanh_gelu,
 )
+from plan import parameter_table
 from presets import PRESETS
 
 SMALL = GPTConfig(vocab_size=37, block_size=13, n_layer=3, n_head=4, n_embd=28, n_ff=44)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import data.pairs
 from bpe import Tokenizer
 from config import PairsConfig
-from data.pairs import Pairs, cut, find, pad
+from data.buckets import cut, find
+from data.pairs import Pairs, pad
 from data.parallel import open_pairs
 from data.tokens import tokenize
 from processes import Processes
@@ -142,10 +143,11 @@ def test_the_number_of_batches_is_that_of_every_epoch(folder):
     assert train.tokens_per_batch == 96
     assert train.tokens_per_epoch == train.n_batches * 96
     for number in range(4):
-        pairs, order = train.epoch(number)
-        assert sorted(pairs) == sorted(train.order)
+        rows, order = train.buckets.epoch(number)
+        longer = train.buckets.lengths
+        assert sorted(rows) == list(range(len(TRAIN)))
         assert sorted(order) == list(range(train.n_batches))
-        assert np.array_equal(train.longer[pairs], train.longer[train.order])
+        assert np.array_equal(longer[rows], np.sort(longer))
 
 
 # ---- one batch -----------------------------------------------------------------------------------
@@ -244,16 +246,16 @@ def test_report_is_per_target_token(folder):
 
 def test_a_limited_evaluation_takes_evenly_spaced_pairs(folder):
     whole = splits()[1]
-    longer = int(whole.longer.sum())
+    longer = int(whole.buckets.lengths.sum())
     train, some = splits(eval_tokens=-(-longer // 4))
-    assert len(some.order) == 15 and len(train.order) == len(TRAIN)
-    assert np.sort(some.order).tolist() == [4 * k for k in range(15)]
+    assert len(some.chosen) == 15 and len(train.chosen) == len(TRAIN)
+    assert some.chosen.tolist() == [4 * k for k in range(15)]
     assert list(some.texts()) == VALID[::4]
     assert f"15 pairs of {len(VALID)}, evenly spaced" in some.describe()
-    assert splits(eval_tokens=1)[1].order.tolist() == [0]
-    assert len(splits(eval_tokens=10**9)[1].order) == len(VALID)
+    assert splits(eval_tokens=1)[1].chosen.tolist() == [0]
+    assert len(splits(eval_tokens=10**9)[1].chosen) == len(VALID)
     _, odd = splits(eval_tokens=-(-longer * 7 // 60))
-    gaps = np.diff([*np.sort(odd.order), len(VALID)])
+    gaps = np.diff([*odd.chosen, len(VALID)])
     assert len(gaps) == 7 and gaps.max() - gaps.min() <= 1
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from conftest import peer
 
 from decoding import write
-from model import attend, causal_mask, count_parameters, parameter_table
+from model import attend, causal_mask, count_parameters
 from optim import make_optimizer
 from peers import hugging_face_marian, marian_name
+from plan import parameter_table
 from presets import PRESETS
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
 from translate import make_advance

@@ -1,0 +1,168 @@
+"""BERT: the encoder that learns from masked words and from pairs of sentences.
+
+Every position sees all others, so the model cannot be asked for the next word. Instead some words
+of the input are hidden and asked for (masked language modelling, MLM), and the first position says
+whether the second part of the input follows the first in its document (next-sentence prediction,
+NSP). Which words, which pairs: `data/masked.py` and `data/sentence_pairs.py`.
+
+Left out on purpose: the variants of RoBERTa, ALBERT and ELECTRA, except what is a setting here
+(`nsp`, `pre_ln`, and the masking rate of the data). Heads for fine-tuning are another file's.
+
+Papers: BERT (Devlin et al. 2019, arXiv:1810.04805); GELU (Hendrycks and Gimpel, arXiv:1606.08415);
+without NSP: RoBERTa (Liu et al. 2019, arXiv:1907.11692); pre-LN, no dropout, no NSP in short
+runs: Cramming (Geiping and Goldstein 2022, arXiv:2212.14034). Axes as in `model.py`; N counts the
+masked positions of a batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses import linear_cross_entropy
+from model import Block, Dropout, check_sizes, count_parameters, padding_mask
+
+SEGMENTS = 2  # the two parts of the input
+
+
+@dataclass
+class BERTConfig:
+    vocab_size: int = 30522  # tokens that the model can read and write
+    block_size: int = 512  # longest input, with [CLS] and each [SEP]
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads; must divide n_embd
+    n_embd: int = 768  # width of the residual stream
+    n_ff: int = 0  # width inside the MLP; 0 means 4 x n_embd
+    dropout: float = 0.1  # probability, in embeddings and residual branches
+    attention_dropout: float = 0.1  # probability that a query misses a key
+    bias: bool = True  # biases in the linear layers and the LayerNorms
+    ln_eps: float = 1e-12  # added to the variance in LayerNorm
+    pre_ln: bool = False  # LayerNorm before each sublayer, instead of after it
+    nsp: bool = True  # pairs of sentences and their head; false: masked words alone, packed text
+
+    def __post_init__(self):
+        self.n_ff = self.n_ff or 4 * self.n_embd
+        check_sizes(self, "dropout", "attention_dropout")
+
+
+class BERT(nn.Module):
+    """Embeddings, encoder, pooler, and the two heads; MLM's output matrix is the embedding."""
+
+    def __init__(self, config: BERTConfig):
+        super().__init__()
+        self.config, C = config, config.n_embd
+        self.token_embedding = nn.Embedding(config.vocab_size, C)
+        self.position_embedding = nn.Embedding(config.block_size, C)
+        self.segment_embedding = nn.Embedding(SEGMENTS, C)
+        self.embedding_norm = nn.LayerNorm(C, config.ln_eps, bias=config.bias)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(config, pre_ln=config.pre_ln, act=F.gelu) for _ in range(config.n_layer)
+        )
+        # A pre-LN stack ends without a norm of its own; post-LN blocks have already normalised.
+        self.norm = (
+            nn.LayerNorm(C, config.ln_eps, bias=config.bias) if config.pre_ln else nn.Identity()
+        )
+        self.mlm_dense = nn.Linear(C, C)
+        self.mlm_norm = nn.LayerNorm(C, config.ln_eps)
+        self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        if config.nsp:
+            self.pooler = nn.Linear(C, C)
+            self.nsp_head = nn.Linear(C, 2)
+        init_bert(self)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        keep: Tensor | None = None,
+        mlm_positions: Tensor | None = None,
+        mlm_targets: Tensor | None = None,
+        nsp_targets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None] | dict[str, Tensor]:
+        """tokens (B, T) -> MLM logits (B, T, V) and NSP logits (B, 2), None without that head;
+        or, given targets, {"mlm": summed loss, "mlm_accuracy": number right, and so for "nsp"}.
+
+        segments (B, T) is 0 in the first part and 1 in the second; None: all 0. keep (B, T) is
+        False at padding; None: there is none. mlm_positions (N,) are the places in the flattened
+        (B·T) batch that mlm_targets (N,) belong to: the logits of all others are never computed.
+        nsp_targets (B,): 0, the second part follows the first; 1, it does not. Targets of -100 do
+        not count.
+        """
+        features = self.features(tokens, segments, keep)
+        if mlm_targets is None:
+            return self.mlm_logits(features), self.nsp_logits(features)
+        chosen = features.flatten(0, 1).index_select(0, mlm_positions)
+        sums = {}
+        sums["mlm"], _, sums["mlm_accuracy"] = linear_cross_entropy(
+            self.mlm_features(chosen),
+            self.token_embedding.weight,
+            mlm_targets,
+            bias=self.mlm_bias,
+        )
+        if nsp_targets is not None:
+            logits = self.nsp_logits(features).float()
+            sums["nsp"] = F.cross_entropy(logits, nsp_targets, reduction="sum")
+            sums["nsp_accuracy"] = (logits.argmax(-1) == nsp_targets).sum()
+        return sums
+
+    def features(
+        self, tokens: Tensor, segments: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, T) -> (B, T, C). Raises ValueError beyond block_size positions."""
+        T, block_size = tokens.size(1), self.config.block_size
+        if block_size < T:
+            raise ValueError(
+                f"{T} positions are more than block_size={block_size}: shorten the input"
+            )
+        segments = torch.zeros_like(tokens) if segments is None else segments
+        x = self.token_embedding(tokens) + self.position_embedding.weight[:T]
+        x = self.dropout(self.embedding_norm(x + self.segment_embedding(segments)))
+        mask = None if keep is None else padding_mask(keep)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return self.norm(x)
+
+    def mlm_features(self, features: Tensor) -> Tensor:
+        """(..., C) -> (..., C), what the products with all token embeddings are taken of."""
+        return self.mlm_norm(F.gelu(self.mlm_dense(features)))
+
+    def mlm_logits(self, features: Tensor) -> Tensor:
+        """(..., C) -> (..., V)"""
+        return F.linear(self.mlm_features(features), self.token_embedding.weight, self.mlm_bias)
+
+    def pooled(self, features: Tensor) -> Tensor:
+        """(B, T, C) -> (B, C): the first position, [CLS], made ready for a head."""
+        return torch.tanh(self.pooler(features[:, 0]))
+
+    def nsp_logits(self, features: Tensor) -> Tensor | None:
+        """(B, T, C) -> (B, 2)"""
+        return self.nsp_head(self.pooled(features)) if self.config.nsp else None
+
+    def flops_per_token(self) -> int:
+        """Of training: 6 for each weight of the blocks, 12·L·C·T for the attention scores, and 6
+        for each of MLM's head and output matrix at the 15% of positions that are masked."""
+        c = self.config
+        head = count_parameters(self.mlm_dense) + self.token_embedding.weight.numel()
+        weights = count_parameters(self.blocks) + 0.15 * head
+        return round(6 * weights) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def init_bert(model: BERT) -> None:
+    """The law of the paper's own code: a normal distribution cut off at two deviations, which
+    leaves a standard deviation of 0.88 · 0.02.
+
+    tensor                                       law
+    every embedding, every Linear      weight    N(0, 0.02) within ± 0.04
+    every                              bias      0
+    every LayerNorm                    weight    1
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        else:
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)

@@ -1,0 +1,96 @@
+"""Rows of known lengths -> batches of rows of similar length, so that little of them is padding."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Buckets:
+    """Steps of at most tokens_per_step tokens, padding included, each dealt out to `parts`
+    micro-batches.
+
+    Rows are sorted by length and cut into steps that are as full as that allows. Training: every
+    epoch shuffles the rows of equal length and the order of the steps, with the seed; each row
+    comes once. The lengths in sorted order are the same in every epoch, and so are the cuts: the
+    number of steps is fixed. How many micro-batches, and so processes, share a step changes
+    nothing about what is in it. Without shuffling, for an evaluation: the same batches each time.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, tokens_per_step: int, *, parts: int, seed: int, shuffle: bool
+    ):
+        self.lengths, self.parts, self.seed, self.shuffle = lengths, parts, seed, shuffle
+        self.order = np.argsort(lengths, kind="stable")
+        self.cuts = cut(lengths[self.order], tokens_per_step)
+        self.n_batches = (len(self.cuts) - 1) * parts
+        self.epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows in the order that the cuts divide, order of the steps). The last two are kept."""
+        if number not in self.epochs:
+            random = np.random.default_rng((self.seed, number))
+            shuffled = random.permutation(self.order)
+            rows = shuffled[np.argsort(self.lengths[shuffled], kind="stable")]
+            self.epochs = {k: v for k, v in self.epochs.items() if abs(k - number) < 2}
+            self.epochs[number] = rows, random.permutation(len(self.cuts) - 1)
+        return self.epochs[number]
+
+    def batch(self, i: int) -> tuple[int, np.ndarray, bool]:
+        """(epoch, rows, False) of micro-batch i. The last step of an epoch may have fewer rows
+        than parts: (epoch, one row that is not to be counted, True) then."""
+        rows, (i, part), number = self.order, divmod(i, self.parts), 0
+        if self.shuffle:
+            number, i = divmod(i, len(self.cuts) - 1)
+            rows, steps = self.epoch(number)
+            i = steps[i]
+        step = rows[self.cuts[i] : self.cuts[i + 1]]
+        if part >= len(step):
+            return number, step[:1], True
+        return number, step[part :: self.parts], False
+
+    def padding(self, sides: np.ndarray) -> tuple[int, float]:
+        """(steps of an epoch, share of them that is padding), as they are before any shuffling;
+        that changes little. sides (rows, k): the lengths of k sequences, each padded by itself."""
+        steps = [sides[self.order[a:b]] for a, b in pairwise(self.cuts)]
+        filled = sum(len(step) * int(step.max(0).sum()) for step in steps)
+        return len(steps), 1 - int(sides.sum()) / filled
+
+
+def cut(lengths: np.ndarray, tokens: int) -> list[int]:
+    """Ascending lengths -> borders of steps with (number of rows) · (longest) <= tokens."""
+    cuts, begin = [0], 0
+    while begin < len(lengths):
+        end = begin + max(1, tokens // int(lengths[begin]))
+        while end > begin + 1 and (
+            end > len(lengths) or (end - begin) * int(lengths[end - 1]) > tokens
+        ):
+            end -= 1
+        cuts.append(end)
+        begin = end
+    return cuts
+
+
+def evenly(n: int, wanted: int) -> np.ndarray:
+    """`wanted` of the numbers 0 to n - 1, evenly spaced."""
+    return np.arange(wanted) * n // wanted
+
+
+def find(ids: np.ndarray, token: int, block: int = 1 << 24) -> np.ndarray:
+    """Where `token` is, read in blocks: the ids may be a file larger than memory."""
+    places = [
+        np.flatnonzero(ids[start : start + block] == token) + start
+        for start in range(0, len(ids), block)
+    ]
+    return np.concatenate([np.empty(0, np.int64), *places])
+
+
+def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
+    """((B, L) ids with `fill` behind shorter rows, (B, L) bool, False at that padding)"""
+    lengths = np.array([len(row) for row in rows])
+    padded = np.full((len(rows), lengths.max()), fill, dtype=np.int64)
+    for into, row in zip(padded, rows, strict=True):
+        into[: len(row)] = row
+    return torch.from_numpy(padded), torch.from_numpy(np.arange(lengths.max()) < lengths[:, None])

@@ -1,0 +1,322 @@
+"""What a trained BERT says of text: words for a [MASK], whether one sentence follows another,
+embeddings of lines and the lines that are most alike, its scores on unseen text.
+
+All of it reads a text as training does: white space collapsed, one space in front (so that a word
+is the same token wherever it stands), between [CLS] and [SEP]. An embedding is one vector for a
+text; the mean of the last layer serves better than [CLS] where nothing was fine-tuned for it
+(Reimers and Gurevych 2019, arXiv:1908.10084, section 4). Axes as in `model.py`.
+
+Left out: words of several tokens at one [MASK], and drawing the masked words one after another.
+"""
+
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+from bpe import Tokenizer
+from data.buckets import pad_rows
+from data.masked import CLS, MASK, PAD, SEP, MaskedPairs, assemble
+from data.parallel import read_lines
+from data.sentence_pairs import NEXT, fit
+from data.sentences import NAMES, open_sentences
+from data.tokens import tokenize
+from data.wmt import replacing
+from translate import chunks
+
+POOLINGS = ("mean", "cls")
+QUERIES = 256  # lines whose similarities to the whole corpus are held at a time
+
+
+@dataclass
+class FillConfig:
+    checkpoint: str = ""  # the file to load; empty: the newest below out/
+    prompt: list[str] = field(default_factory=list)  # with [MASK]; or two without; none: read stdin
+    top: int = 5  # words for each [MASK], or similar lines for each query
+    embed: str = ""  # write an embedding of each line of this file, instead of filling in
+    out: str = "embeddings.npy"  # where --embed writes them: float32, (lines, n_embd)
+    similar: tuple[str, str] = ()  # two files: for each line of the first, the nearest in the other
+    pooling: str = "mean"  # an embedding is the mean over all tokens, or cls: that of [CLS]
+    eval: str = ""  # score instead: pydocs, wikitext, wikitext103, or a path, scored whole
+    layout: str = ""  # of the path of --eval: lines, prose or wikitext; empty: decided by the text
+    nsp: bool | None = None  # score pairs of sentences; false: packed text; auto: as in training
+    cache_dir: str = "data/cache"  # where --eval keeps downloads and token files
+    batch_size: int = 64  # texts at a time
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        cli.check_ranges(self, {"top": (1, None), "batch_size": (1, None)})
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"--pooling {self.pooling} is not known: choose {', '.join(POOLINGS)}")
+
+
+# ---- texts -> tokens -> features -----------------------------------------------------------------
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids as in training. Names of special tokens are text like any other."""
+    text = " ".join(text.split())
+    return tokenizer.encode(f" {text}") if text else []
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The same, but each [MASK] is that token. The space before it is dropped, for it belongs to
+    the token of the hidden word."""
+    *before, last = f" {' '.join(prompt.split())}".split(MASK)
+    ids = []
+    for part in before:
+        ids += [*tokenizer.encode(part.removesuffix(" ")), tokenizer.special_tokens[MASK]]
+    return ids + tokenizer.encode(last)
+
+
+def framed(model: nn.Module, tokenizer: Tokenizer, texts: list[list[int]]) -> list[np.ndarray]:
+    """[CLS] ids [SEP] of each text, cut at its end to what the model reads, and that is told."""
+    special, most = tokenizer.special_tokens, model.config.block_size - 2
+    long = sum(len(ids) > most for ids in texts)
+    if long:
+        note = f"note: {long:,} of {len(texts):,} texts have more than the {most} tokens that the"
+        tqdm.write(f"{note} model reads: their ends are left out", file=sys.stderr)
+    parts = [np.array(ids[:most], dtype=np.int64) for ids in texts]
+    return [assemble([part], special[CLS], special[SEP])[0] for part in parts]
+
+
+@torch.no_grad()
+def read(
+    model: nn.Module, rows: list[np.ndarray], pad: int, batch_size: int, bar: tqdm | None = None
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Yields (which rows, tokens (B, T), keep (B, T), features (B, T, C)) until all are read. Rows
+    of similar length share a batch, so that little of it is padding."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        tokens, keep = (x.to(device) for x in pad_rows([rows[i] for i in batch], pad))
+        yield batch, tokens, keep, model.features(tokens, keep=None if keep.all() else keep)
+        if bar is not None:
+            bar.update(len(batch))
+
+
+# ---- masked words --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    config: FillConfig,
+    bar: tqdm | None = None,
+    first: int = 0,
+) -> list[str]:
+    """For each prompt its likeliest words, "length 34.1%, index 12.0%, …", and for a prompt with
+    several masks such a line for each of them; whatever the batch, what the prompt gets alone.
+
+    Every mask is asked for by itself, with the others hidden too. Only ordinary tokens are
+    candidates, and their probabilities sum to 1. `first`: prompts are lines of text, this is the
+    number of the first of them. Raises ValueError for one without a [MASK], or with one beyond
+    what the model reads.
+    """
+    mask, most = tokenizer.special_tokens[MASK], model.config.block_size - 2
+    texts = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for number, ids in enumerate(texts):
+        name = f"line {first + number:,}" if first else f"the prompt {prompts[number]!r}"
+        if mask not in ids:
+            raise ValueError(f"{name} has no {MASK}: put it in the place of one of the words")
+        if mask in ids[most:]:
+            raise ValueError(
+                f"{name} has a {MASK} beyond the {most} tokens that the model reads: shorten it"
+            )
+    candidates = torch.tensor(sorted(tokenizer.ranks.values()), device=model.mlm_bias.device)
+    answers = [""] * len(prompts)
+    rows, pad = framed(model, tokenizer, texts), tokenizer.special_tokens[PAD]
+    for batch, tokens, _, features in read(model, rows, pad, config.batch_size, bar):
+        logits = model.mlm_logits(features[tokens == mask])[:, candidates].float()
+        shares, places = logits.softmax(-1).topk(min(config.top, len(candidates)))
+        found = zip(shares.tolist(), candidates[places].tolist(), strict=True)
+        lines = iter([words(tokenizer, ids, p) for p, ids in found])
+        for i, masks in zip(batch, (tokens == mask).sum(1).tolist(), strict=True):
+            own = [next(lines) for _ in range(masks)]
+            numbered = [f"{MASK} {n}: {line}" for n, line in enumerate(own, 1)]
+            answers[i] = own[0] if masks == 1 else "\n".join(numbered)
+    return answers
+
+
+def words(tokenizer: Tokenizer, ids: list[int], shares: list[float]) -> str:
+    """Tokens and their probabilities in words. A token that does not begin with a space would go on
+    with the word before it: ##ing."""
+    shown = []
+    for i, share in zip(ids, shares, strict=True):
+        text = tokenizer.decode_bytes([i]).decode("utf-8", "replace")
+        word = text.strip() or "␣"
+        shown.append(f"{word if text.startswith(' ') else f'##{word}'} {share:.1%}")
+    return ", ".join(shown)
+
+
+# ---- two sentences -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def follows(model: nn.Module, tokenizer: Tokenizer, first: str, second: str) -> float:
+    """The probability that the second text follows the first. Over-long ones are cut as in
+    training, so that they still touch. ValueError for a model without that head."""
+    if not model.config.nsp:
+        raise ValueError(
+            "this model was trained with --nsp=false and cannot say whether one prompt follows "
+            f"another: put a {MASK} into each"
+        )
+    special, most = tokenizer.special_tokens, model.config.block_size - 3
+    a, b = (np.array(encode(tokenizer, text), dtype=np.int64) for text in (first, second))
+    if len(a) + len(b) > most:
+        note = f"note: the two have {len(a) + len(b):,} tokens, the model reads {most}: the"
+        print(f"{note} first loses its beginning or the second its end", file=sys.stderr)
+    row = assemble(fit(a, b, most), special[CLS], special[SEP])
+    tokens, segments = (torch.from_numpy(ids)[None].to(model.mlm_bias.device) for ids in row)
+    return model.nsp_logits(model.features(tokens, segments)).float().softmax(-1)[0, NEXT].item()
+
+
+# ---- embeddings ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embed(
+    model: nn.Module, tokenizer: Tokenizer, lines: list[str], pooling: str, batch_size: int
+) -> np.ndarray:
+    """(lines, C) float32, whatever the batch. "mean": over [CLS], the text and [SEP], never over
+    padding; "cls": the last layer's [CLS]. An empty line is [CLS] [SEP]."""
+    rows = framed(model, tokenizer, [encode(tokenizer, line) for line in lines])
+    found = np.empty((len(lines), model.config.n_embd), dtype=np.float32)
+    with tqdm(total=len(lines), desc="embedding", unit="line", disable=None) as bar:
+        pad = tokenizer.special_tokens[PAD]
+        for batch, _, keep, features in read(model, rows, pad, batch_size, bar):
+            if pooling == "cls":
+                pooled = features[:, 0]
+            else:
+                pooled = (features * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
+            found[batch] = pooled.float().cpu().numpy()
+    return found
+
+
+def similarities(queries: np.ndarray, corpus: np.ndarray, top: int) -> tuple[np.ndarray, ...]:
+    """(Q, C), (N, C) -> cosine similarities (Q, top), best first, and rows of the corpus (Q, top),
+    of equals the earlier one first; top is N at most."""
+    queries, corpus = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, corpus))
+    best, lines = [], []
+    for start in range(0, len(queries), QUERIES):
+        scores = queries[start : start + QUERIES] @ corpus.T
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+        best.append(np.take_along_axis(scores, order, axis=1))
+        lines.append(order)
+    return np.concatenate(best), np.concatenate(lines)
+
+
+def lines_of(flag: str, path: str) -> list[str]:
+    if not Path(path).is_file():
+        raise ValueError(f"--{flag} {path} is no file here: name a text, one line for each vector")
+    lines = list(read_lines(Path(path)))
+    if not lines:
+        raise ValueError(f"--{flag} {path} is empty: give a text of one line or more")
+    return lines
+
+
+def write_embeddings(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) -> None:
+    path = Path(config.out)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--out {path} is a folder, or lies in none: name a file to write")
+    lines = lines_of("embed", config.embed)
+    found = embed(model, tokenizer, lines, config.pooling, config.batch_size)
+    with replacing(path) as file:
+        np.save(file, found)
+    print(f"{len(lines):,} embeddings of {found.shape[1]} numbers: {path}")
+
+
+def print_similar(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) -> None:
+    queries, corpus = (lines_of("similar", path) for path in config.similar)
+    vectors = (
+        embed(model, tokenizer, lines, config.pooling, config.batch_size)
+        for lines in (queries, corpus)
+    )
+    for query, scores, found in zip(queries, *similarities(*vectors, config.top), strict=True):
+        print(query.strip())
+        for score, i in zip(scores, found, strict=True):
+            print(f" {score:6.3f}  line {i + 1}: {corpus[i].strip()}")
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokenizer: Tokenizer, data: MaskedPairs) -> dict[str, float]:
+    """data.report of all its batches, each read once: losses per target, MLM's perplexity, and the
+    shares of right answers. `data` was made with this tokenizer."""
+    device = next(model.parameters()).device
+    sums, counts = Counter(), Counter()
+    for i in tqdm(range(data.n_batches), desc="scoring", unit="batch", disable=None):
+        batch = {name: tensor.to(device) for name, tensor in data.batch(i).items()}
+        for name, value in model(**batch).items():
+            sums[name] += float(value)
+        for name, tensor in batch.items():
+            if name.endswith("_targets"):
+                counts[name.removesuffix("_targets")] += int((tensor != -100).sum())
+    return data.report(sums, counts)
+
+
+def eval_data(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) -> MaskedPairs:
+    """What --eval names: the validation part of a named text, or one's own, whole."""
+    nsp = model.config.nsp if config.nsp is None else config.nsp
+    if nsp and not model.config.nsp:
+        raise ValueError(
+            "--nsp asks for pairs of sentences, but this model was trained with --nsp=false and "
+            "has no head for them: leave the flag out"
+        )
+    valid = "" if config.eval in NAMES else config.eval
+    if valid and not Path(valid).exists():
+        known = ", ".join(NAMES)
+        raise ValueError(f"--eval {valid} is no file or folder here, nor one of {known}")
+    cache = Path(config.cache_dir)
+    more = {"layout": config.layout, "by_sentence": nsp}
+    corpus = open_sentences(config.eval, cache, valid=valid, **more)
+    file = tokenize(corpus, "validation", tokenizer, cache, SEP)
+    sizes = {"block_size": model.config.block_size, "batch_size": config.batch_size}
+    return MaskedPairs(file, corpus, "validation", tokenizer, nsp=nsp, **sizes)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def speak(model: nn.Module, tokenizer: Tokenizer, config: FillConfig, checkpoint: dict) -> None:
+    """What `sample.py` does with a BERT: one of the flags' jobs, else words for lines of stdin."""
+    jobs = [f"--{name}" for name in ("prompt", "embed", "similar", "eval") if getattr(config, name)]
+    if len(jobs) > 1:
+        raise ValueError(f"{' and '.join(jobs)} are {len(jobs)} things to do: give one of them")
+    if config.eval:
+        data = eval_data(model, tokenizer, config)
+        print(f"{config.eval}: {data.describe()} ({data.rule})", flush=True)
+        report = evaluate(model, tokenizer, data)
+        print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))
+    elif config.embed:
+        write_embeddings(model, tokenizer, config)
+    elif config.similar:
+        print_similar(model, tokenizer, config)
+    elif len(config.prompt) == 2 and not any(MASK in prompt for prompt in config.prompt):
+        print(f"the second follows the first: {follows(model, tokenizer, *config.prompt):.1%}")
+    elif config.prompt:
+        print("\n".join(fill(model, tokenizer, config.prompt, config)))
+    else:
+        alone, done = sys.stdin.isatty(), 0  # somebody types, and waits for each answer
+        if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+        quiet = True if alone or sys.stdout.isatty() else None
+        with tqdm(unit="line", disable=quiet) as bar:
+            for lines in chunks(sys.stdin, 1 if alone else 16 * config.batch_size):
+                answers = fill(model, tokenizer, lines, config, bar, first=done + 1)
+                print("\n".join(answers), flush=True)
+                done += len(lines)
