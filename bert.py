@@ -37,7 +37,7 @@ class BERTConfig:
     n_ff: int = 0  # width inside the MLP; 0 means 4 x n_embd
     dropout: float = 0.1  # probability, in embeddings and residual branches
     attention_dropout: float = 0.1  # probability that a query misses a key
-    bias: bool = True  # biases in the linear layers and the LayerNorms
+    bias: bool = True  # biases in the linear layers and LayerNorms of the encoder
     ln_eps: float = 1e-12  # added to the variance in LayerNorm
     pre_ln: bool = False  # LayerNorm before each sublayer, instead of after it
     nsp: bool = True  # pairs of sentences and their head; false: masked words alone, packed text
@@ -48,7 +48,8 @@ class BERTConfig:
 
 
 class BERT(nn.Module):
-    """Embeddings, encoder, pooler, and the two heads; MLM's output matrix is the embedding."""
+    """Embeddings, encoder, the MLM head, whose output matrix is the embedding, and with
+    config.nsp the pooler and the NSP head."""
 
     def __init__(self, config: BERTConfig):
         super().__init__()
@@ -91,17 +92,17 @@ class BERT(nn.Module):
         nsp_targets (B,): 0, the second part follows the first; 1, it does not. Targets of -100 do
         not count.
         """
-        features = self.features(tokens, segments, keep)
-        if mlm_targets is None:
+        features, sums = self.features(tokens, segments, keep), {}
+        if mlm_targets is None and nsp_targets is None:
             return self.mlm_logits(features), self.nsp_logits(features)
-        chosen = features.flatten(0, 1).index_select(0, mlm_positions)
-        sums = {}
-        sums["mlm"], _, sums["mlm_accuracy"] = linear_cross_entropy(
-            self.mlm_features(chosen),
-            self.token_embedding.weight,
-            mlm_targets,
-            bias=self.mlm_bias,
-        )
+        if mlm_targets is not None:
+            chosen = features.flatten(0, 1).index_select(0, mlm_positions)
+            sums["mlm"], _, sums["mlm_accuracy"] = linear_cross_entropy(
+                self.mlm_features(chosen),
+                self.token_embedding.weight,
+                mlm_targets,
+                bias=self.mlm_bias,
+            )
         if nsp_targets is not None:
             logits = self.nsp_logits(features).float()
             sums["nsp"] = F.cross_entropy(logits, nsp_targets, reduction="sum")
@@ -138,12 +139,13 @@ class BERT(nn.Module):
         return torch.tanh(self.pooler(features[:, 0]))
 
     def nsp_logits(self, features: Tensor) -> Tensor | None:
-        """(B, T, C) -> (B, 2)"""
+        """(B, T, C) -> (B, 2), None without that head."""
         return self.nsp_head(self.pooled(features)) if self.config.nsp else None
 
     def flops_per_token(self) -> int:
         """Of training: 6 for each weight of the blocks, 12·L·C·T for the attention scores, and 6
-        for each of MLM's head and output matrix at the 15% of positions that are masked."""
+        for each of MLM's head and output matrix at 15% of the positions, the usual share of masked
+        ones. The pooler and NSP, at one position of each row, are left out."""
         c = self.config
         head = count_parameters(self.mlm_dense) + self.token_embedding.weight.numel()
         weights = count_parameters(self.blocks) + 0.15 * head

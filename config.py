@@ -12,7 +12,7 @@ import checkpoint as checkpoints
 import cli
 import optim
 from presets import PRESETS, first_hour
-from processes import pick_device
+from processes import multiplies_bf16, pick_device
 
 TASKS = checkpoints.TASKS
 
@@ -156,8 +156,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         if preset_task(preset) != task:
             raise ValueError(f"--preset {preset} is for --model {preset_task(preset)}, not {task}")
         base = {"model": task, "preset": preset, **PRESETS[preset]}
-        if device == "mps":
-            base.pop("dtype", None)  # fp32 is what can be trusted there
+        if not multiplies_bf16(device):
+            base.pop("dtype", None)  # fp32 is faster then, and on mps what can be trusted
         tokenizer = path or {**base, **given}.get("tokenizer")
         ignored = ("vocab_size", "pattern", "tokenizer") if path else ("vocab_size", "pattern")
         for name in ignored if tokenizer else ():

@@ -157,6 +157,7 @@ def words(tokenizer: Tokenizer, ids: list[int], shares: list[float]) -> str:
     for i, share in zip(ids, shares, strict=True):
         text = tokenizer.decode_bytes([i]).decode("utf-8", "replace")
         word = text.strip() or "␣"
+        word = word if word.isprintable() else ascii(word)[1:-1]  # half-trained models say such
         shown.append(f"{word if text.startswith(' ') else f'##{word}'} {share:.1%}")
     return ", ".join(shown)
 
@@ -254,9 +255,9 @@ def print_similar(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) ->
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, tokenizer: Tokenizer, data: MaskedPairs) -> dict[str, float]:
+def evaluate(model: nn.Module, data: MaskedPairs) -> dict[str, float]:
     """data.report of all its batches, each read once: losses per target, MLM's perplexity, and the
-    shares of right answers. `data` was made with this tokenizer."""
+    shares of right answers."""
     device = next(model.parameters()).device
     sums, counts = Counter(), Counter()
     for i in tqdm(range(data.n_batches), desc="scoring", unit="batch", disable=None):
@@ -300,7 +301,7 @@ def speak(model: nn.Module, tokenizer: Tokenizer, config: FillConfig, checkpoint
     if config.eval:
         data = eval_data(model, tokenizer, config)
         print(f"{config.eval}: {data.describe()} ({data.rule})", flush=True)
-        report = evaluate(model, tokenizer, data)
+        report = evaluate(model, data)
         print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))
     elif config.embed:
         write_embeddings(model, tokenizer, config)

@@ -30,7 +30,8 @@ def plain_cross_entropy(
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
     logits = logits.detach()
     nll = F.cross_entropy(logits, targets, reduction="sum")
-    return loss, nll, (logits.argmax(-1) == targets).sum()
+    of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return loss, nll, ((of_target == logits.amax(-1)) & (targets != -100)).sum()
 
 
 @torch.compiler.disable  # batches of many lengths would compile the loop below again and again

@@ -66,7 +66,7 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
     copies: dict[str, set[str]] = {}
     for name, parameter in model.named_parameters():
         module = name.rpartition(".")[0]
-        component = re.sub(r"\.\d+\.", ".*.", module)
+        component = re.sub(r"\.\d+\.", ".*.", module or name)
         # Inside a block, the sublayer is the component: q, k, v and proj are one attention.
         component = ".".join(component.split(".")[:3]) if ".*." in component else component
         number = re.search(r"\.(\d+)\.", module)

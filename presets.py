@@ -79,7 +79,7 @@ TINY = {
     "cooldown": 0.6,
     "eval_interval": 250,
     "eval_tokens": 0,
-    "dtype": "bf16",  # on a processor without bf16 instructions, --dtype fp32 is faster
+    "dtype": "bf16",  # where the processor has instructions for it, else fp32
 }
 
 # Devlin et al. 2019, appendix A.2, in sequences of 128 (their first 90% of the steps).
@@ -155,7 +155,7 @@ PRESETS = {
         "warmup": 30,
         "cooldown": 0.6,
         "eval_interval": 250,
-        "dtype": "bf16",  # on a processor without bf16 instructions, --dtype fp32 is faster
+        "dtype": "bf16",  # where the processor has instructions for it, else fp32
     },
     # Dates in many spellings to ISO 8601, in 90 seconds on two cores. Small steps win: at width
     # 128, 500 steps of 4,096 tokens reach 98.9%, 900 of 2,048 in the same time 99.6%.

@@ -45,6 +45,14 @@ class Processes:
                 raise ValueError("another process ended: see what it said") from error
 
 
+def multiplies_bf16(device: str) -> bool:
+    """Whether this machine's "cuda" or "cpu" has instructions for it; without them it is slow."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
 def pick_device(name: str) -> torch.device:
     """name is one of DEVICES; auto takes a GPU if there is one. Raises ValueError."""
     if name not in DEVICES:

@@ -121,7 +121,7 @@ def evaluate(model: nn.Module, data, group: Processes, autocast) -> dict[str, fl
 
 def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = device.type == "cuda" and processes.multiplies_bf16("cuda")
         return torch.bfloat16 if bf16 else torch.float32
     return torch.bfloat16 if config.dtype == "bf16" else torch.float32
 
@@ -417,7 +417,7 @@ class Run:
             print(f"{'-' * 80}\n{prompt}{task.between}{text}")
         if task.closing:
             print("-" * 80, *task.closing(model, tokenizer, self.validation), sep="\n")
-        prompt = ("--prompt", prompts[0]) if prompts[0] else ()
+        prompt = ("--prompt", prompts[0]) if any(prompts[:1]) else ()
         command = self.command("sample.py", "--checkpoint", str(path), *prompt)
         print(f"{'-' * 80}\ngo on with: {command}")
 

@@ -55,7 +55,9 @@ class MaskedPairs:
     ):
         training = split == "train"
         self.tokenizer, self.fingerprint, self.split = tokenizer, corpus.hash, split
-        self.prompts, self.rule = corpus.prompts, corpus.rule
+        # What is too long for the model is not shown; its [MASK] would be among what is cut off.
+        fits = [p for p in corpus.prompts if len(tokenizer.encode(p)) < block_size - 2]
+        self.prompts, self.rule = fits, corpus.rule
         self.seed = seed if training else 0
         self.rate = mlm_rate if training else EVALUATED_RATE
         self.tokens_per_batch = batch_size * block_size
@@ -107,7 +109,8 @@ class MaskedPairs:
         special = self.tokenizer.special_tokens
         inputs, segments, labels, positions, targets = [], [], [], [], []
         for row in self.chosen[rows]:
-            random = np.random.default_rng((self.seed, epoch, row))
+            # Not row 0: numpy pads a seed with zeros, and the order of the epoch has (seed, epoch).
+            random = np.random.default_rng((self.seed, epoch, row + 1))
             parts, label = self.rows.row(epoch, row, random)
             ids, segment = assemble(parts, special[CLS], special[SEP])
             hidden, places = self.masking(ids, self.rate, random)
@@ -164,7 +167,8 @@ class Masking:
     """Hides some of a row's tokens, never a special one.
 
     whole_words: all tokens of a word or none. A word ends where one of two neighbouring tokens has
-    something else than a letter or a digit at their border.
+    something else than a letter or a digit at their border; text without spaces, as Chinese is, has
+    words as long as its sentences, and is better masked token by token.
     """
 
     def __init__(self, tokenizer: Tokenizer, whole_words: bool = False):

@@ -26,15 +26,17 @@ SHORT = 0.1  # share of pairs with a random smaller length, so that short inputs
 class SentencePairs:
     """Pairs of runs of sentences, as long together as a row allows.
 
-    Each document is cut into chunks of sentences, once: about T tokens each, and a tenth of them
-    of a random smaller length. A chunk is a row, so a row's length is known and is the same in
-    every epoch. What changes with the epoch: where the chunk is divided in two; whether the second
-    part is replaced, and by what. Over-long pairs lose the beginning of the first part or the end
-    of the second, whichever part is longer, so that the two still touch where they are consecutive.
+    Each document is cut into chunks of sentences, once: a little more than the T tokens of a row
+    each, and a tenth of them of a random smaller length; the last chunk of a document begins early
+    enough to be full too. A chunk is a row, of a length that is the same in every epoch. What
+    changes with the epoch: where the chunk is divided in two; whether the second part is replaced,
+    and by what. What is too long loses the beginning of the first part or the end of the second,
+    whichever part is longer, so that the two still touch where they are consecutive.
 
-    The replacement begins with any sentence of any other document, each as likely as the other,
-    and is as long as what it replaces (it begins earlier where its document would end too soon):
-    neither its length nor the kind of its document may give it away.
+    Nothing but its sense may give a replacement away. It begins with any sentence of any other
+    document, each as likely as the other (earlier where its document would end too soon), and has
+    as many sentences as fill the row. A chunk that is all of a short document loses a piece of a
+    sentence, so that second parts end in the middle of one in either case.
     """
 
     def __init__(self, ids: np.ndarray, border: int, T: int, *, seed: int, what: str):
@@ -63,24 +65,26 @@ class SentencePairs:
                 f"no document of {what} has two sentences: give other text, name its --layout, or "
                 "train with --nsp=false"
             )
-        begin, end = self.tokens_before[self.chunks].T
-        self.lengths = np.minimum(end - begin, self.room) + 3
+        self.lengths = self.chunks[:, 2] + 3
 
     def cut(self, random: Generator) -> np.ndarray:
-        """(chunks, 2): first sentence, and the one behind the last. All documents at once, one
-        chunk of each in a turn; documents of a single sentence have none."""
-        at, end = self.first[:-1], self.first[1:]
-        at, end = at[end - at > 1], end[end - at > 1]
-        chunks = [np.empty((0, 2), np.int64)]
+        """(chunks, 3): first sentence, the one behind the last, tokens of the row. All documents
+        at once, one chunk of each in a turn; documents of a single sentence have none."""
+        before, several = self.tokens_before, np.diff(self.first) > 1
+        first, end = self.first[:-1][several], self.first[1:][several]
+        chunks, at = [np.empty((0, 3), np.int64)], first
         while len(at):
             short = random.random(len(at)) < SHORT
-            wanted = np.where(short, random.integers(2, self.room + 1, len(at)), self.room)
-            stop = np.searchsorted(self.tokens_before, self.tokens_before[at] + wanted)
-            stop = np.clip(stop, at + 2, end)
-            chunks.append(np.stack([at, stop], axis=1))
-            # A sentence that is left alone at the end takes the one before it along once more.
-            at = np.where(end - stop == 1, stop - 1, stop)
-            at, end = at[stop < end], end[stop < end]
+            room = np.where(short, random.integers(2, self.room + 1, len(at)), self.room)
+            stop = np.clip(np.searchsorted(before, before[at] + room), at + 2, end)
+            stop = np.minimum(stop, end)
+            back = np.searchsorted(before, before[end] - room, side="right") - 1
+            early = np.clip(np.minimum(back, end - 2), first, at)
+            begin = np.where(stop == end, early, at)
+            tokens, but_last = before[stop] - before[begin], before[stop - 1] - before[begin]
+            less = random.integers(but_last + 1, tokens + 1)
+            chunks.append(np.stack([begin, stop, np.where(tokens < room, less, room)], axis=1))
+            first, at, end = (x[stop < end] for x in (first, stop, end))
         chunks = np.concatenate(chunks)
         return chunks[np.argsort(chunks[:, 0], kind="stable")]  # as in the text
 
@@ -91,28 +95,31 @@ class SentencePairs:
         return ids[ids != self.border]
 
     def row(self, epoch: int, i: int, random: Generator) -> tuple[list[np.ndarray], int]:
-        first, stop = self.chunks[i]
-        room = int(self.lengths[i]) - 3
+        first, stop, room = self.chunks[i]
         middle = int(random.integers(first + 1, stop))
         a = self.tokens(first, middle)
         if random.random() < 0.5:
             b, label = self.tokens(middle, stop), NEXT
         else:
-            wanted = self.tokens_before[stop] - self.tokens_before[middle]
-            b, label = self.elsewhere(first, min(int(wanted), room), random), RANDOM
+            # As many sentences as fill the row, which is how the chunk itself came to its end.
+            b, label = self.elsewhere(first, max(1, room - len(a)), random), RANDOM
         return list(fit(a, b, room)), label
 
     def elsewhere(self, sentence: int, wanted: int, random: Generator) -> np.ndarray:
-        """Sentences of `wanted` tokens or a little more, from another document than this one's."""
-        own = self.document[sentence]
+        """Whole sentences of `wanted` tokens or a little more, from another document than this
+        one's, and less only where ten draws found none that has as many."""
+        before, own = self.tokens_before, self.document[sentence]
         begin, end = self.first[own], self.first[own + 1]
-        start = int(random.integers(len(self.begin) - (end - begin)))
-        start += (end - begin) * (start >= begin)
-        before, other = self.tokens_before, self.document[start]
-        stop = min(np.searchsorted(before, before[start] + wanted), self.first[other + 1])
+        for _ in range(10):
+            start = int(random.integers(len(self.begin) - (end - begin)))
+            start += (end - begin) * (start >= begin)
+            other = self.document[start]
+            first, last = self.first[other], self.first[other + 1]
+            if before[last] - before[first] >= wanted:
+                break
+        stop = min(np.searchsorted(before, before[start] + wanted), last)
         if before[stop] - before[start] < wanted:
-            start = np.searchsorted(before, before[stop] - wanted, side="right") - 1
-            start = max(start, self.first[other])
+            start = max(np.searchsorted(before, before[stop] - wanted, side="right") - 1, first)
         return self.tokens(start, stop)
 
     def describe(self, chosen: np.ndarray) -> str:

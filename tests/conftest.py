@@ -34,6 +34,9 @@ TOY = [
 TOY_PAIRS = ["--model=seq2seq", "--data=toy.tsv", "--n_ff=40", *TOY[1:]]
 TOY_PAIRS += ["--dtype=fp32", "--dropout=0"]
 
+TOY_BERT = ["--model=bert", "--data=toy-docs.txt", "--n_ff=40", *TOY[1:]]
+TOY_BERT += ["--dropout=0", "--attention_dropout=0", "--mlm_rate=0.3"]
+
 
 def peer(name: str):
     """An optional package to compare with. Absent, it skips the test; under CI it fails it."""
@@ -64,10 +67,13 @@ def seeded():
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch) -> Path:
-    """An empty working folder with a small text in it; caches and runs land there too."""
+    """An empty working folder with small texts in it, one of them documents of a sentence a line;
+    caches and runs land there too."""
     monkeypatch.chdir(tmp_path)
     lines = [f"{n} times {m} is {n * m}.\n" for n in range(30) for m in range(12)]
     (tmp_path / "toy.txt").write_text("".join(lines), encoding="utf-8")
+    documents = ["".join(lines[12 * n : 12 * n + 12]) for n in range(30)]
+    (tmp_path / "toy-docs.txt").write_text("\n".join(documents), encoding="utf-8")
     return tmp_path
 
 

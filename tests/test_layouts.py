@@ -19,8 +19,8 @@ from test_sentences import (
 
 import data.layouts
 import data.text
-from data.layouts import layout_of
-from data.sentences import open_sentences, split_sentences
+from data.layouts import layout_of, split_sentences
+from data.sentences import open_sentences
 
 # ---- the splitter --------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOY, TOY_PAIRS
+from conftest import ROOT, TOY, TOY_BERT, TOY_PAIRS
 
 from presets import PRESETS
 
@@ -23,8 +23,9 @@ LINES = [
 LINES += re.findall(r"^\| `(python [^`]+)`", README, re.MULTILINE)  # the table of results
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 SCRIPTS = {c for c in COMMANDS if re.match(r"(python|torchrun)\b.*\b\w+\.py\b", c)}
-TOYS = {"gpt": TOY, "seq2seq": TOY_PAIRS}
-FILES = ("--data", "--valid", "--languages", "--tokenizer", "--minutes")
+TOYS = {"gpt": TOY, "bert": TOY_BERT, "seq2seq": TOY_PAIRS}
+FOLDERS = {"out/gpt": "gpt", "out/bert": "bert", "out/crammed": "bert"}  # the rest: seq2seq
+FILES = ("--data", "--valid", "--languages", "--layout", "--tokenizer", "--minutes")
 
 
 def value(words: list[str], flag: str) -> str:
@@ -67,8 +68,8 @@ def test_command(toy_pairs, command):
     name, flags = words[script], words[script + 1 :]
     task = value(flags, "--model") or PRESETS.get(value(flags, "--preset"), {}).get("model", "gpt")
     folder = next(iter(re.findall(r"out/[\w-]+", command)), f"out/{task}")
-    if name != "train.py" and folder != "out/gpt":
-        task = "seq2seq"  # which all other runs of the README are
+    if name != "train.py":
+        task = FOLDERS.get(folder, "seq2seq")
     small = TOYS[task]
     trained = [str(ROOT / "train.py"), "--steps=4", *small, "--out", folder, "--keep=2"]
     if name == "bench.py":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, TOY, TOY_PAIRS
+from conftest import ROOT, TOY, TOY_BERT, TOY_PAIRS
 
 import checkpoint as checkpoints
 import sample
@@ -24,6 +24,9 @@ from logs import read_log
 from model import GPT, GPTConfig
 from processes import Processes
 
+ALL_TASKS = pytest.mark.parametrize(
+    "small", [TOY, TOY_PAIRS, TOY_BERT], ids=["gpt", "seq2seq", "bert"]
+)
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -88,7 +91,7 @@ def test_a_run_shows_its_plan_learns_and_leaves_what_it_promised(toy, capsys):
     assert settings["n_embd"] == 24 and settings["lr"] == 0.01
 
 
-@pytest.mark.parametrize("small", [TOY, TOY_PAIRS], ids=["gpt", "seq2seq"])
+@ALL_TASKS
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adam"])
 def test_four_steps_are_two_and_two_bit_for_bit(toy_pairs, capsys, optimizer, small):
     """Partial resumption (no optimizer state, data from the start) goes unnoticed for days."""
@@ -347,7 +350,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(toy, batch_size):
     assert report["loss"] == pytest.approx(want.item() / (len(validation.ids) - 1), rel=1e-6)
 
 
-@pytest.mark.parametrize("small", [TOY, TOY_PAIRS], ids=["gpt", "seq2seq"])
+@ALL_TASKS
 def test_two_processes_train_like_one(toy_pairs, small):
     """1 x 4 micro-batches, 2 x 2, and a run that changes from one to the other in the middle."""
     flags = [*small, "--steps=6", "--tokens_per_step=256", "--eval_interval=3"]
@@ -660,15 +663,15 @@ def test_a_step_that_does_not_divide_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("small", [TOY, TOY_PAIRS], ids=["gpt", "seq2seq"])
+@ALL_TASKS
 def test_gpu_trains_compiled_in_bf16_and_resumes(toy_pairs, capsys, small):
     flags = [f for f in small if not f.startswith(("--device", "--dtype"))]
     flags += ["--dtype=auto", "--steps=20", "--device=cuda", "--lr=0.01", "--out=out/run"]
     train.main([*flags, "--stop_after=10"])
     train.main(["--resume"])
     assert "bfloat16, compiled" in capsys.readouterr().out
-    prompts = ["--prompt=1 plus 2", "--prompt=22 times 3"]
-    sample.main([*prompts, "--device=cuda", "--max_new_tokens=9"])
+    flags = ["--prompt=1 plus 2 [MASK]", "--prompt=22 [MASK] 3", "--device=cuda"]
+    sample.main(flags if small is TOY_BERT else [*flags, "--max_new_tokens=9"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 if small is TOY_PAIRS else "--- prompt 2, sample 1" in lines
+    assert "--- prompt 2, sample 1" in lines if small is TOY else len(lines) == 2
     assert losses("out/run")[-1] < 0.85 * losses("out/run")[0]
