@@ -7,6 +7,7 @@ nothing is written twice. `--flag=false` and `--no-flag` both work for a bool.
 import argparse
 import difflib
 import inspect
+import io
 import math
 import os
 import re
@@ -16,6 +17,9 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import islice
+
+from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,6 +111,21 @@ def check_ranges(config: object, limits: dict[str, tuple[float, float | None]]) 
         if not low <= value < math.inf or (high is not None and value > high):
             wanted = f"{low} or more" if high is None else f"between {low} and {high}"
             raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
+
+
+def answer_stdin(
+    answer: Callable[[list[str], tqdm, int], list[str]], batch_size: int, unit: str
+) -> None:
+    """Prints the answer to each line of standard input: at once to somebody who types, else in
+    batches, with a bar. answer(lines, bar, number of the first line) -> texts."""
+    alone, done = sys.stdin.isatty(), 0
+    if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+    quiet = True if alone or sys.stdout.isatty() else None
+    with tqdm(unit=unit, disable=quiet) as bar:
+        while lines := list(islice(sys.stdin, 1 if alone else batch_size)):
+            print("\n".join(answer(lines, bar, done + 1)), flush=True)
+            done += len(lines)
 
 
 def command_line(*words: str) -> str:

@@ -9,7 +9,6 @@ text; the mean of the last layer serves better than [CLS] where nothing was fine
 Left out: words of several tokens at one [MASK], and drawing the masked words one after another.
 """
 
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ from data.sentence_pairs import NEXT, fit
 from data.sentences import NAMES, open_sentences
 from data.tokens import tokenize
 from data.wmt import replacing
-from translate import chunks
 
 POOLINGS = ("mean", "cls")
 QUERIES = 256  # lines whose similarities to the whole corpus are held at a time
@@ -312,12 +310,8 @@ def speak(model: nn.Module, tokenizer: Tokenizer, config: FillConfig, checkpoint
     elif config.prompt:
         print("\n".join(fill(model, tokenizer, config.prompt, config)))
     else:
-        alone, done = sys.stdin.isatty(), 0  # somebody types, and waits for each answer
-        if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
-            sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
-        quiet = True if alone or sys.stdout.isatty() else None
-        with tqdm(unit="line", disable=quiet) as bar:
-            for lines in chunks(sys.stdin, 1 if alone else 16 * config.batch_size):
-                answers = fill(model, tokenizer, lines, config, bar, first=done + 1)
-                print("\n".join(answers), flush=True)
-                done += len(lines)
+
+        def answer(lines: list[str], bar: tqdm, first: int) -> list[str]:
+            return fill(model, tokenizer, lines, config, bar, first)
+
+        cli.answer_stdin(answer, 16 * config.batch_size, "line")

@@ -4,11 +4,9 @@ The search itself is in `decoding.py`; here are its batches, its caches and its 
 chrF are sacrebleu's (Post 2018, arXiv:1804.08771), on detokenized text.
 """
 
-import io
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -156,11 +154,6 @@ def translate(
     return texts
 
 
-def chunks(lines: Iterator[str], size: int) -> Iterator[list[str]]:
-    while chunk := list(islice(lines, size)):
-        yield chunk
-
-
 # ---- scores --------------------------------------------------------------------------------------
 
 
@@ -288,12 +281,8 @@ def speak(
             draw_attention(model, tokenizer, config.prompt[0], config, path)
             print(f"cross-attention of {config.prompt[0]!r}: {path}", file=sys.stderr)
     else:
-        alone, done = sys.stdin.isatty(), 0  # somebody types, and waits for each answer
-        if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
-            sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
-        quiet = True if alone or sys.stdout.isatty() else None
-        with tqdm(unit="sentence", disable=quiet) as bar:
-            for lines in chunks(sys.stdin, 1 if alone else 16 * config.batch_size):
-                texts = translate(model, tokenizer, lines, config, bar, first=done + 1)
-                print("\n".join(texts), flush=True)
-                done += len(lines)
+
+        def answer(lines: list[str], bar: tqdm, first: int) -> list[str]:
+            return translate(model, tokenizer, lines, config, bar, first)
+
+        cli.answer_stdin(answer, 16 * config.batch_size, "sentence")

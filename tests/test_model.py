@@ -308,7 +308,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("preset", [k for k, v in PRESETS.items() if v.get("model", "gpt") == "gpt"])
+@pytest.mark.parametrize("preset", [k for k, v in PRESETS.items() if v["model"] == "gpt"])
 def test_every_preset_can_be_built_and_has_its_published_size(preset):
     sizes = {k: v for k, v in PRESETS[preset].items() if k in vars(GPTConfig())}
     with torch.device("meta"):
