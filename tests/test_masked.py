@@ -165,7 +165,7 @@ def test_short_rows_have_one_masked_token_or_word_at_least(folder):
     for name, whole in (("tiny", False), ("tiny", True), ("long", True)):
         train, _ = splits(name, whole_words=whole, vocab_size=260, block_size=48)
         sizes = {len(row.chosen) for row in epochs(train, 5)}
-        assert sizes == ({1} if name == "tiny" else {1, 2, 20})  # 2: both spaces
+        assert (min(sizes), max(sizes)) == (1, 1 if name == "tiny" else 20)
 
 
 @BOTH
@@ -240,6 +240,8 @@ def test_half_of_the_pairs_are_consecutive_the_others_from_two_documents(folder)
     assert_share(sum(row.label == NEXT for row in rows), len(rows), 0.5)
     for row in rows:
         a, b = parts(train, row)
+        if b == " ":  # the sentence lost all else
+            continue
         (own,), (other,) = ({DOCUMENT[c] for c in part if c != " "} for part in (a, b))
         assert a in STREAMS[own] and b in STREAMS[other]
         assert b[0] == " " and b[1] in firsts  # where a sentence begins
@@ -284,7 +286,7 @@ def test_every_sentence_is_in_a_chunk_and_every_chunk_once_an_epoch(folder):
 
 
 def test_rows_are_full_but_for_a_tenth(folder):
-    write("large.txt", words(30, longest=300))
+    write("large.txt", [*words(30, longest=300), *words(30, longest=4)])
     rows = splits("large", block_size=128)[0].rows
     tokens = rows.tokens_before[rows.first]
     long = np.diff(tokens)[rows.document[rows.chunks[:, 0]]] >= 125  # tokens of the document
@@ -299,16 +301,17 @@ def test_rows_are_full_but_for_a_tenth(folder):
 @pytest.mark.parametrize("block_size", [24, 96, 400])
 @pytest.mark.parametrize("longest", [4, 40])
 def test_neither_lengths_nor_ends_give_the_label_away(folder, longest, block_size):
-    """A replacement was cut to the length of what it replaced: it ended in the middle of a sentence
-    twice as often as what followed by right, and that told the label in 61 of 100 rows."""
+    """Replacements cut to the length of what they replaced ended in the middle of a sentence twice
+    as often as what followed by right, which told the label of 61 rows in 100 of real text."""
     write("unlike.txt", [*words(120, longest=longest), *words(60, seed=3, longest=4)])
     train, _ = splits("unlike", block_size=block_size)
     (stop,), border = train.tokenizer.encode("."), train.rows.border
     seen = {NEXT: [], RANDOM: []}
     for row in epochs(train, 12):
         seen[row.label].append((len(row.ids), row.ids.index(border), row.ids[-2] == stop))
-    for got, want in zip(*(np.mean(x, axis=0) for x in seen.values()), strict=True):
-        assert got == pytest.approx(want, rel=0.05)
+    consecutive, replaced = (np.mean(x, axis=0) for x in seen.values())
+    assert consecutive[:2] == pytest.approx(replaced[:2], rel=0.05)
+    assert consecutive[2] == pytest.approx(replaced[2], abs=0.08) and 0.1 < consecutive[2] < 0.9
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(2, 16))
