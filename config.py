@@ -91,9 +91,12 @@ class MaskedConfig(TrainConfig):
     layout: str = ""  # lines (a sentence a line), prose or wikitext; empty: decided by the text
     mlm_rate: float = 0.15  # share of the tokens that are hidden and asked for
     whole_words: bool = False  # hide all tokens of a word, or none
+    row_length: int = 0  # longest row, where that is not to be block_size
 
     def __post_init__(self):
         super().__post_init__()
+        if self.row_length < 0:
+            raise ValueError(f"--row_length {self.row_length} is out of range: choose 0 or more")
         if not 0 < self.mlm_rate < 1:
             raise ValueError(
                 f"--mlm_rate {self.mlm_rate} is out of range: choose more than 0, but less than 1"

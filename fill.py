@@ -268,7 +268,9 @@ def evaluate(model: nn.Module, data: MaskedPairs) -> dict[str, float]:
     return data.report(sums, counts)
 
 
-def eval_data(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) -> MaskedPairs:
+def eval_data(
+    model: nn.Module, tokenizer: Tokenizer, config: FillConfig, row_length: int = 0
+) -> MaskedPairs:
     """What --eval names: the validation part of a named text, or one's own, whole."""
     nsp = model.config.nsp if config.nsp is None else config.nsp
     if nsp and not model.config.nsp:
@@ -284,8 +286,8 @@ def eval_data(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) -> Mas
     more = {"layout": config.layout, "by_sentence": nsp}
     corpus = open_sentences(config.eval, cache, valid=valid, **more)
     file = tokenize(corpus, "validation", tokenizer, cache, SEP)
-    sizes = {"block_size": model.config.block_size, "batch_size": config.batch_size}
-    return MaskedPairs(file, corpus, "validation", tokenizer, nsp=nsp, **sizes)
+    sizes = {"block_size": model.config.block_size, "row_length": row_length, "nsp": nsp}
+    return MaskedPairs(file, corpus, "validation", tokenizer, batch_size=config.batch_size, **sizes)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -297,7 +299,7 @@ def speak(model: nn.Module, tokenizer: Tokenizer, config: FillConfig, checkpoint
     if len(jobs) > 1:
         raise ValueError(f"{' and '.join(jobs)} are {len(jobs)} things to do: give one of them")
     if config.eval:
-        data = eval_data(model, tokenizer, config)
+        data = eval_data(model, tokenizer, config, checkpoint["train_config"]["row_length"])
         print(f"{config.eval}: {data.describe()} ({data.rule})", flush=True)
         report = evaluate(model, data)
         print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))

@@ -32,6 +32,7 @@ HIDDEN, REPLACED = 0.8, 0.1  # of the chosen tokens: by [MASK], by a random toke
 class MaskedPairs:
     """Steps of at most tokens_per_step tokens, padding included, each dealt out to micro-batches
     of about tokens_per_batch = batch_size · block_size, by `Buckets`: each row once an epoch.
+    Rows of fewer tokens (row_length) make a step of more rows.
 
     Validation: in order, always with the same rows and masks, 15% of the tokens; if max_tokens is
     less than the text, evenly spaced rows of it.
@@ -49,11 +50,16 @@ class MaskedPairs:
         nsp: bool = True,
         mlm_rate: float = EVALUATED_RATE,
         whole_words: bool = False,
+        row_length: int = 0,
         tokens_per_step: int = 0,
         seed: int = 0,
         max_tokens: int = 0,
     ):
-        training = split == "train"
+        training, T = split == "train", row_length or block_size
+        if block_size < T:
+            raise ValueError(
+                f"--row_length {T} is more than --block_size {block_size}: choose less"
+            )
         self.tokenizer, self.fingerprint, self.split = tokenizer, corpus.hash, split
         # What is too long for the model is not shown; its [MASK] would be among what is cut off.
         fits = [p for p in corpus.prompts if len(tokenizer.encode(p)) < block_size - 2]
@@ -65,9 +71,9 @@ class MaskedPairs:
         border = tokenizer.special_tokens[SEP]
         place = {"seed": self.seed, "what": what}
         if nsp:
-            self.rows = SentencePairs(file.ids, border, block_size, **place)
+            self.rows = SentencePairs(file.ids, border, T, **place)
         else:
-            self.rows = PackedText(file.ids, border, block_size, training=training, **place)
+            self.rows = PackedText(file.ids, border, T, training=training, **place)
         lengths, self.n_all = self.rows.lengths, len(self.rows.lengths)
         self.chosen = np.arange(self.n_all)
         if not training and 0 < max_tokens < lengths.sum():
@@ -95,8 +101,8 @@ class MaskedPairs:
             layout=config.layout,
             by_sentence=sizes["nsp"],
         )
-        more = {"nsp": sizes["nsp"], "mlm_rate": config.mlm_rate}
-        more |= {"whole_words": config.whole_words, "tokens_per_step": config.tokens_per_step}
+        more = {"nsp": sizes["nsp"], "tokens_per_step": config.tokens_per_step}
+        more |= {k: getattr(config, k) for k in ("mlm_rate", "whole_words", "row_length")}
         return both_splits(
             cls, corpus, config, sizes, tokenizer, special_tokens=SPECIAL, border=SEP, **more
         )

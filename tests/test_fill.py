@@ -47,12 +47,13 @@ def bert(block_size=40, vocab_size=384, **settings) -> BERT:
     return model
 
 
-def save(folder, model: BERT) -> str:
+def save(folder, model: BERT, **flags) -> str:
     """A checkpoint file, as train.py writes it."""
     (folder / "out/bert").mkdir(parents=True, exist_ok=True)
     path = folder / "out/bert/best.pt"
     state = {"optimizer": {}, "step": 7, "best": 1.0, "skipped": 0}
-    settings = {"train_config": MaskedConfig(model="bert"), "data": "0" * 64, **state}
+    config = MaskedConfig(model="bert", **flags)
+    settings = {"train_config": config, "data": "0" * 64, **state}
     checkpoints.save(path, checkpoints.pack("bert", model, WORDS, **settings))
     return str(path)
 
@@ -394,22 +395,22 @@ def text_of_documents() -> str:
     return "\n\n".join("\n".join(document) for document in documents)
 
 
-def data_of(model: BERT, nsp: bool, batch_size: int = 2) -> MaskedPairs:
+def data_of(model: BERT, nsp: bool, row_length: int) -> MaskedPairs:
     corpus = open_sentences("text.txt", Path("cache"), valid="text.txt", by_sentence=nsp)
     file = tokenize(corpus, "validation", WORDS, Path("cache"), "[SEP]")
-    sizes = {"block_size": model.config.block_size, "batch_size": batch_size, "nsp": nsp}
-    return MaskedPairs(file, corpus, "validation", WORDS, **sizes)
+    sizes = {"block_size": model.config.block_size, "row_length": row_length, "nsp": nsp}
+    return MaskedPairs(file, corpus, "validation", WORDS, batch_size=2, **sizes)
 
 
-@pytest.mark.parametrize("nsp", [True, False])
+@pytest.mark.parametrize("nsp,row_length", [(True, 0), (False, 0), (True, 20)])
 @torch.no_grad()
-def test_the_scores_are_those_of_an_independent_sum(folder, capsys, nsp):
-    """Row by row, without padding, from the logits."""
+def test_the_scores_are_those_of_an_independent_sum(folder, capsys, nsp, row_length):
+    """Row by row, without padding, from the logits; rows as long as those of the training."""
     (folder / "text.txt").write_text(text_of_documents(), encoding="utf-8")
     model = bert()
     model.mlm_bias[WORDS.ranks[b" the"]] += 4  # so that some answers are right
-    save(folder, model)
-    data = data_of(model, nsp)
+    save(folder, model, row_length=row_length)
+    data = data_of(model, nsp, row_length)
     n, sums = Counter(), Counter()
     for i in range(data.n_batches):
         batch = data.batch(i)

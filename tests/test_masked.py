@@ -314,6 +314,21 @@ def test_neither_lengths_nor_ends_give_the_label_away(folder, longest, block_siz
     assert consecutive[2] == pytest.approx(replaced[2], abs=0.08) and 0.1 < consecutive[2] < 0.9
 
 
+@BOTH
+def test_rows_may_be_shorter_than_the_model_allows(folder, nsp):
+    """The paper's first steps are of rows of 128: the same tokens a step, in more of them."""
+    short, long, same = (
+        splits(nsp=nsp, block_size=96, row_length=n)[0] for n in (T, 0, 96)
+    )  # fmt: skip
+    assert short.rows.lengths.max() == T and long.rows.lengths.max() == 96
+    assert rows_of(long, long.batch(1)) == rows_of(same, same.batch(1))
+    batches = [short.batch(i)["tokens"] for i in range(short.n_batches)]
+    full = [len(tokens) for tokens in batches if tokens.size(1) == T]
+    assert max(full) == 4 * 96 // T and max(tokens.numel() for tokens in batches) <= 4 * 96
+    with pytest.raises(ValueError, match="--row_length 97 is more than --block_size 96: choose"):
+        splits(nsp=nsp, block_size=96, row_length=97)
+
+
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(2, 16))
 def test_fit_takes_one_token_after_the_other_from_the_longer_part(n, m, room):
     a, b = list(range(n)), list(range(100, 100 + m))
