@@ -31,6 +31,7 @@ from data.text import open_corpus
 from data.tokens import END_OF_TEXT
 from model import GPT, GPTConfig
 from peers import hugging_face_bert, hugging_face_gpt2, hugging_face_marian, peer
+from plan import least_seconds
 from processes import Processes, pick_device
 from sample import SampleConfig, generate, lay_out_for_decoding, load_model, make_pick
 from seq2seq import Seq2Seq, Seq2SeqConfig
@@ -66,8 +67,9 @@ def take_turns(
     return times
 
 
-def show(title: str, times: dict[str, list[float]], work: float, unit: str) -> dict:
-    """Prints the table; `work` is how many `unit` one turn does. Returns the figures."""
+def show(title: str, times: dict[str, list[float]], work: float, unit: str, least=0.0) -> dict:
+    """Prints the table; `work` is how many `unit` one turn does, and `least` how long that takes at
+    the GPU's peak rate, the share of which is the MFU. Returns the figures."""
     print(f"\n{title}")
     names = list(times)
     base = statistics.median(times[names[-1]])
@@ -76,9 +78,10 @@ def show(title: str, times: dict[str, list[float]], work: float, unit: str) -> d
         middle = statistics.median(times[name])
         low, _, high = statistics.quantiles(times[name], n=4)
         figures[name] = {"seconds": middle, "rate": work / middle, "ratio": base / middle}
+        figures[name] |= {"mfu": least / middle} if least else {}
         print(
             f"  {name:<28}{middle:>9.3f} s  ({low:.3f} to {high:.3f}){work / middle:>14,.1f} "
-            f"{unit}/s{base / middle:>8.2f} x"
+            f"{unit}/s{base / middle:>8.2f} x" + f"{least / middle:>8.1%} MFU" * (least > 0)
         )
     return {"title": title, "unit": unit, "contestants": figures}
 
@@ -225,8 +228,9 @@ def bench_train_step(config: BenchConfig, device: torch.device, dropout: float) 
     batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
     transformers = peer("transformers")
     theirs = hugging_face_gpt2(transformers, sizes).to(device).train() if transformers else None
+    ours = GPT(sizes).to(device)
     steps = training_steps(
-        GPT(sizes).to(device),
+        ours,
         theirs,
         batch,
         lambda model: model(batch["tokens"], labels=batch["tokens"]).loss,
@@ -238,15 +242,19 @@ def bench_train_step(config: BenchConfig, device: torch.device, dropout: float) 
         f"{sizes.vocab_size:,}, T {sizes.block_size}, batch {batch_size}, dropout {dropout}, "
         f"{config.dtype}"
     )
-    return [show(title, times, batch_size * sizes.block_size, "tokens")]
+    work = batch_size * sizes.block_size
+    least = least_seconds(ours.flops_per_token() * work, device)
+    return [show(title, times, work, "tokens", least)]
 
 
 def bench_bert(config: BenchConfig, device: torch.device) -> list[dict]:
     """A pretraining step, 15% of the tokens masked, pairs of sentences; base on a GPU."""
-    if device.type == "cuda":
-        sizes, (B, T) = BERTConfig(vocab_size=30528), (256, 128)
-    else:
-        sizes, (B, T) = BERTConfig(8192, 128, 4, 4, 256), (16, 128)
+    shapes = [(128, 256), (512, 64)] if device.type == "cuda" else [(128, 16)]
+    return [bench_bert_step(config, device, *shape) for shape in shapes]
+
+
+def bench_bert_step(config: BenchConfig, device: torch.device, T: int, B: int) -> dict:
+    sizes = BERTConfig(30528, T) if device.type == "cuda" else BERTConfig(8192, T, 4, 4, 256)
     ours = BERT(sizes).to(device)
     tokens = torch.randint(sizes.vocab_size, (B, T), device=device)
     segments = (torch.arange(T, device=device) > T // 2).long().repeat(B, 1)
@@ -270,7 +278,8 @@ def bench_bert(config: BenchConfig, device: torch.device) -> list[dict]:
         f"pretraining step, BERT {sizes.n_layer} layers, width {sizes.n_embd}, vocabulary "
         f"{sizes.vocab_size:,}, T {T}, batch {B}, dropout {sizes.dropout}, {config.dtype}"
     )
-    return [show(title, times, B * T, "tokens")]
+    least = least_seconds(ours.flops_per_token() * B * T, device)
+    return show(title, times, B * T, "tokens", least)
 
 
 def bench_seq2seq(config: BenchConfig, device: torch.device) -> list[dict]:

@@ -11,6 +11,9 @@ from checkpoint import TASKS
 from config import TrainConfig
 from model import count_parameters
 
+# Floating-point operations per second in bf16, without sparsity, from the data sheets.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
 
 def describe(run) -> str:
     """Of a train.Run that is about to begin or go on."""
@@ -73,3 +76,9 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
         counts[component] = counts.get(component, 0) + parameter.numel()
         copies.setdefault(component, set()).add(number[1] if number else "")
     return [(c, n // len(copies[c]), len(copies[c])) for c, n in counts.items()]
+
+
+def least_seconds(flops: float, device: torch.device) -> float:
+    """What that many operations take at the peak rate of a known GPU; 0 elsewhere."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops / peak for known, peak in PEAK.items() if known in name), 0.0)
