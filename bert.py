@@ -6,7 +6,7 @@ whether the second part of the input follows the first in its document (next-sen
 NSP). Which words, which pairs: `data/masked.py` and `data/sentence_pairs.py`.
 
 Left out on purpose: the variants of RoBERTa, ALBERT and ELECTRA, except what is a setting here
-(`nsp`, `pre_ln`, and the masking rate of the data). Heads for fine-tuning are another file's.
+(`nsp`, `pre_ln`, and the masking rate of the data); heads for fine-tuning.
 
 Papers: BERT (Devlin et al. 2019, arXiv:1810.04805); GELU (Hendrycks and Gimpel, arXiv:1606.08415);
 without NSP: RoBERTa (Liu et al. 2019, arXiv:1907.11692); pre-LN, no dropout, no NSP in short
@@ -127,7 +127,7 @@ class BERT(nn.Module):
         return self.norm(x)
 
     def mlm_features(self, features: Tensor) -> Tensor:
-        """(..., C) -> (..., C), what the products with all token embeddings are taken of."""
+        """(..., C) -> (..., C): the transform of the MLM head, before its output matrix."""
         return self.mlm_norm(F.gelu(self.mlm_dense(features)))
 
     def mlm_logits(self, features: Tensor) -> Tensor:
@@ -143,9 +143,9 @@ class BERT(nn.Module):
         return self.nsp_head(self.pooled(features)) if self.config.nsp else None
 
     def flops_per_token(self) -> int:
-        """Of training: 6 for each weight of the blocks, 12·L·C·T for the attention scores, and 6
-        for each of MLM's head and output matrix at 15% of the positions, the usual share of masked
-        ones. The pooler and NSP, at one position of each row, are left out."""
+        """Of training, in rows of block_size: 6 for each weight of the blocks, 12·L·C·T for the
+        attention scores, and 6 for each of MLM's head and output matrix at 15% of the positions,
+        the usual rate. The pooler and NSP, at one position of each row, are left out."""
         c = self.config
         head = count_parameters(self.mlm_dense) + self.token_embedding.weight.numel()
         weights = count_parameters(self.blocks) + 0.15 * head

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
-from data.masked import MaskedPairs
+from data.masked import MaskedText
 from data.pairs import Pairs
 from data.windows import Windows
 from model import GPT, GPTConfig
@@ -26,7 +26,7 @@ FORMAT = 1
 # What `--model NAME` means: the sizes, the model, and the data with its way of making batches.
 TASKS = {
     "gpt": (GPTConfig, GPT, Windows),
-    "bert": (BERTConfig, BERT, MaskedPairs),
+    "bert": (BERTConfig, BERT, MaskedText),
     "seq2seq": (Seq2SeqConfig, Seq2Seq, Pairs),
 }
 

@@ -10,8 +10,8 @@ Left out: words of several tokens at one [MASK], and drawing the masked words on
 """
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,15 +24,17 @@ from tqdm import tqdm
 import cli
 from bpe import Tokenizer
 from data.buckets import pad_rows
-from data.masked import CLS, MASK, PAD, SEP, MaskedPairs, assemble
+from data.masked import CLS, MASK, PAD, SEP, MaskedText, assemble
 from data.parallel import read_lines
 from data.sentence_pairs import NEXT, fit
 from data.sentences import NAMES, open_sentences
 from data.tokens import tokenize
 from data.wmt import replacing
+from evaluation import evaluate
+from processes import Processes
 
 POOLINGS = ("mean", "cls")
-QUERIES = 256  # lines whose similarities to the whole corpus are held at a time
+SCORES = 2**22  # similarities that are held, and sorted, at a time
 
 
 @dataclass
@@ -119,20 +121,23 @@ def fill(
     several masks such a line for each of them; whatever the batch, what the prompt gets alone.
 
     Every mask is asked for by itself, with the others hidden too. Only ordinary tokens are
-    candidates, and their probabilities sum to 1. `first`: prompts are lines of text, this is the
-    number of the first of them. Raises ValueError for one without a [MASK], or with one beyond
-    what the model reads.
+    candidates, and their probabilities sum to 1. Raises ValueError for a prompt without a [MASK],
+    or with one beyond what the model reads. `first`: prompts are lines of a text, this is the
+    number of the first of them; such a line gets a note instead, and an empty answer.
     """
     mask, most = tokenizer.special_tokens[MASK], model.config.block_size - 2
     texts = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for number, ids in enumerate(texts):
-        name = f"line {first + number:,}" if first else f"the prompt {prompts[number]!r}"
         if mask not in ids:
-            raise ValueError(f"{name} has no {MASK}: put it in the place of one of the words")
-        if mask in ids[most:]:
-            raise ValueError(
-                f"{name} has a {MASK} beyond the {most} tokens that the model reads: shorten it"
-            )
+            wrong = f"has no {MASK}: put it in the place of one of the words"
+        elif mask in ids[most:]:
+            wrong = f"has a {MASK} beyond the {most} tokens that the model reads: shorten it"
+        else:
+            continue
+        if not first:
+            raise ValueError(f"the prompt {prompts[number]!r} {wrong}")
+        tqdm.write(f"note: line {first + number:,} {wrong}", file=sys.stderr)
+        texts[number] = []
     candidates = torch.tensor(sorted(tokenizer.ranks.values()), device=model.mlm_bias.device)
     answers = [""] * len(prompts)
     rows, pad = framed(model, tokenizer, texts), tokenizer.special_tokens[PAD]
@@ -144,7 +149,7 @@ def fill(
         for i, masks in zip(batch, (tokens == mask).sum(1).tolist(), strict=True):
             own = [next(lines) for _ in range(masks)]
             numbered = [f"{MASK} {n}: {line}" for n, line in enumerate(own, 1)]
-            answers[i] = own[0] if masks == 1 else "\n".join(numbered)
+            answers[i] = "\n".join(own if masks == 1 else numbered)
     return answers
 
 
@@ -209,8 +214,9 @@ def similarities(queries: np.ndarray, corpus: np.ndarray, top: int) -> tuple[np.
     of equals the earlier one first; top is N at most."""
     queries, corpus = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, corpus))
     best, lines = [], []
-    for start in range(0, len(queries), QUERIES):
-        scores = queries[start : start + QUERIES] @ corpus.T
+    some = max(1, SCORES // len(corpus))
+    for start in range(0, len(queries), some):
+        scores = queries[start : start + some] @ corpus.T
         order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
         best.append(np.take_along_axis(scores, order, axis=1))
         lines.append(order)
@@ -252,25 +258,9 @@ def print_similar(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) ->
 # ---- scores --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, data: MaskedPairs) -> dict[str, float]:
-    """data.report of all its batches, each read once: losses per target, MLM's perplexity, and the
-    shares of right answers."""
-    device = next(model.parameters()).device
-    sums, counts = Counter(), Counter()
-    for i in tqdm(range(data.n_batches), desc="scoring", unit="batch", disable=None):
-        batch = {name: tensor.to(device) for name, tensor in data.batch(i).items()}
-        for name, value in model(**batch).items():
-            sums[name] += float(value)
-        for name, tensor in batch.items():
-            if name.endswith("_targets"):
-                counts[name.removesuffix("_targets")] += int((tensor != -100).sum())
-    return data.report(sums, counts)
-
-
 def eval_data(
     model: nn.Module, tokenizer: Tokenizer, config: FillConfig, row_length: int = 0
-) -> MaskedPairs:
+) -> MaskedText:
     """What --eval names: the validation part of a named text, or one's own, whole."""
     nsp = model.config.nsp if config.nsp is None else config.nsp
     if nsp and not model.config.nsp:
@@ -287,7 +277,7 @@ def eval_data(
     corpus = open_sentences(config.eval, cache, valid=valid, **more)
     file = tokenize(corpus, "validation", tokenizer, cache, SEP)
     sizes = {"block_size": model.config.block_size, "row_length": row_length, "nsp": nsp}
-    return MaskedPairs(file, corpus, "validation", tokenizer, batch_size=config.batch_size, **sizes)
+    return MaskedText(file, corpus, "validation", tokenizer, batch_size=config.batch_size, **sizes)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -301,7 +291,8 @@ def speak(model: nn.Module, tokenizer: Tokenizer, config: FillConfig, checkpoint
     if config.eval:
         data = eval_data(model, tokenizer, config, checkpoint["train_config"]["row_length"])
         print(f"{config.eval}: {data.describe()} ({data.rule})", flush=True)
-        report = evaluate(model, data)
+        group = Processes(0, 1, model.mlm_bias.device)
+        report = evaluate(model, data, group, nullcontext, progress=True)
         print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))
     elif config.embed:
         write_embeddings(model, tokenizer, config)

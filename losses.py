@@ -24,14 +24,13 @@ def plain_cross_entropy(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """features (..., C), weight (V, C), targets (...), bias (V,) -> (summed smoothed loss, summed
-    negative log-likelihood, number of targets that are the likeliest word); targets of -100 do not
-    count, and only the first has a gradient."""
+    negative log-likelihood, number of targets that are the likeliest word, of equal ones the
+    first); targets of -100 do not count, and only the first has a gradient."""
     logits, targets = F.linear(features, weight, bias).flatten(0, -2).float(), targets.flatten()
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
     logits = logits.detach()
     nll = F.cross_entropy(logits, targets, reduction="sum")
-    of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return loss, nll, ((of_target == logits.amax(-1)) & (targets != -100)).sum()
+    return loss, nll, (logits.argmax(-1) == targets).sum()
 
 
 @torch.compiler.disable  # batches of many lengths would compile the loop below again and again
@@ -75,10 +74,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = (x @ w.t()).float()
             if bias is not None:
                 logits += bias
+            right += (logits.argmax(-1) == targets[part]).sum()
             log_p = logits.log_softmax(-1)
-            of_target = log_p.gather(1, target)[:, 0]
-            right += ((of_target == log_p.amax(-1)) & kept).sum()
-            chunk_nll = -(of_target * kept).sum()
+            chunk_nll = -(log_p.gather(1, target)[:, 0] * kept).sum()
             nll += chunk_nll
             loss += (1 - smoothing) * chunk_nll
             if smoothing:

@@ -82,8 +82,9 @@ TINY = {
     "dtype": "bf16",  # where the processor has instructions for it, else fp32
 }
 
-# Devlin et al. 2019, appendix A.2: the first nine tenths of their steps, in rows of 128. For the
-# rest: --init FILE --row_length 512 --tokens_per_step 131072 --steps 100000.
+# Devlin et al. 2019, appendix A.2: the first nine tenths of their steps, in rows of 128. The rest
+# goes on from there (Adam's averages begin anew): --preset bert-base --init FILE --row_length 512
+# --tokens_per_step 131072 --steps 100000 --lr 1e-5 --warmup 0 --floor 0
 BERT_RECIPE = {
     "model": "bert",
     "data": "wikitext103",
@@ -99,6 +100,7 @@ BERT_RECIPE = {
     "lr": 1e-4,
     "warmup": 10_000,
     "cooldown": 1.0,
+    "floor": 0.1,
     "eval_interval": 5000,
 }
 

@@ -48,7 +48,7 @@ class Processes:
 def multiplies_bf16(device: str) -> bool:
     """Whether this machine's "cuda" or "cpu" has instructions for it; without them it is slow."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 

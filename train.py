@@ -36,29 +36,10 @@ import plan
 import processes
 import sample
 from config import TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
+from evaluation import count_targets, evaluate, to_device
 from logs import RunLog, clock, draw_curves
 from model import Block
 from processes import Interruption, Processes
-
-# ---- gradients of one step, and evaluation: all that is particular about them is counting -------
-
-
-def loss_name(key: str) -> str:
-    """The batch's "mlm_targets" belong to the loss "mlm", plain "targets" to "loss"."""
-    return key.removesuffix("targets").removesuffix("_") or "loss"
-
-
-def count_targets(batch: dict[str, Tensor]) -> dict[str, int]:
-    return {loss_name(k): int((v != -100).sum()) for k, v in batch.items() if k.endswith("targets")}
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if device.type != "cuda":
-        return {k: v.to(device) for k, v in batch.items()}
-    return {
-        k: v if v.is_cuda else v.pin_memory().to(device, non_blocking=True)
-        for k, v in batch.items()
-    }
 
 
 def gradients(
@@ -91,31 +72,6 @@ def gradients(
     return sums, counts
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, data, group: Processes, autocast) -> dict[str, float]:
-    """data.report of the sums over the whole evaluation, of which each process does a slice.
-
-    Float64 sums over fixed examples: neither the batch size nor the number of processes changes
-    the result beyond rounding.
-    """
-    model.eval()
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    mine = range(group.rank, data.n_batches, group.world)
-    for i in mine or [0]:  # with less batches than processes, the idle ones still learn the names
-        batch = data.batch(i)
-        with autocast():
-            losses = model(**to_device(batch, group.device))
-        for into, found in ((sums, losses), (counts, count_targets(batch))):
-            for name, value in found.items():
-                into[name] = into.get(name, 0.0) + (float(value) if mine else 0.0)
-    model.train()
-    total = group.sum([*sums.values(), *counts.values()])
-    return data.report(
-        dict(zip(sums, total, strict=False)), dict(zip(counts, total[len(sums) :], strict=True))
-    )
-
-
 # ---- how the model is run ------------------------------------------------------------------------
 
 
@@ -136,7 +92,9 @@ def recompute_blocks(model: nn.Module) -> None:
 def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn.Module:
     """The compiled model, tried on batches; the model as it is, and one line, where that fails."""
     try:
-        fast = torch.compile(model)
+        shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
+        # A graph for each length of a batch would be compiled, until torch gives up.
+        fast = torch.compile(model, dynamic=True if len(shapes) > 1 else None)
         for batch in batches:
             with autocast():
                 losses = fast(**batch)

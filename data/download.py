@@ -125,19 +125,23 @@ NEWSTESTS = statmt(
 )
 
 # WikiText (Merity et al. 2016), raw: without <unk>. The sizes and sums of both archives are those
-# that Hugging Face's datasets published; its own copy of the small one is tried first.
+# that Hugging Face's datasets published. Their first address (research.metamind.io) is gone.
 WIKITEXT2 = Remote(
     "wikitext-2-raw-v1.zip",
     (
         "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
-        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-raw-v1.zip",
+        "https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
     ),
     4_721_645,
     "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
 )
 WIKITEXT103 = Remote(
     "wikitext-103-raw-v1.zip",
-    ("https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip",),
+    (
+        "https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/"
+        "wikitext-103-raw-v1.zip",
+        "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+    ),
     191_984_949,
     "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
 )

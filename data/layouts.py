@@ -1,10 +1,11 @@
-r"""Text files -> documents made of sentences, line by line. A file has one of three layouts:
+r"""Text files -> documents made of sentences, line by line. A file has one of these layouts:
 
-    lines     BERT's own: a sentence a line, a blank line between documents;
-    wikitext  " = Title = " begins a document, " = = Section = = " is dropped, any other line is a
-              paragraph;
-    prose     a blank line ends a paragraph, two of them or a form feed end the document. Lines are
-              joined, except those of more than 120 characters: they are paragraphs already.
+    lines       BERT's own: a sentence a line, a blank line between documents;
+    wikitext    " = Title = " begins a document, " = = Section = = " is dropped, any other line is
+                a paragraph;
+    prose       a blank line ends a paragraph, two of them or a form feed end the document. Lines
+                are joined, except those of more than 120 characters: they are paragraphs already;
+    paragraphs  prose of which every paragraph counts as a document.
 
 Where none is given, the first 64 kB of a file decide: wikitext if a line is such a title; lines if
 80% of the lines that are not blank end like a sentence and these lines hold at most 1.2 sentences
@@ -25,6 +26,7 @@ from data.text import Part, is_jsonl, jsonl_documents
 LAYOUTS = {
     "lines": "a sentence a line, a blank line between documents",
     "prose": "prose, two blank lines between documents",
+    "paragraphs": "prose, every paragraph a document",
     "wikitext": "a title before each document",
 }
 HEAD = 1 << 16  # characters that decide the layout
@@ -38,6 +40,7 @@ ABBREVIATIONS = {
     *("e.g", "i.e", "cf", "vs", "viz", "al", "approx", "ca", "resp", "incl"),
     *("mr", "mrs", "ms", "dr", "prof", "st", "sr", "jr", "rev", "hon", "messrs", "mt"),
     *("gen", "col", "capt", "lt", "sgt", "gov", "sen", "rep", "fig", "figs", "eq", "vol", "pp"),
+    *("sec", "ch", "chap", "ed", "eds"),
     *("jan", "feb", "aug", "sept", "oct", "nov", "dec"),
 }
 OPENING = "\"'“‘„«‹([{<*_`¿¡–—$#@"
@@ -164,9 +167,16 @@ def prose_paragraphs(lines: Iterable[str]) -> Iterator[str | None]:
         yield " ".join(held)
 
 
+def single_paragraphs(lines: Iterable[str]) -> Iterator[str | None]:
+    for paragraph in prose_paragraphs(lines):
+        if paragraph is not None:
+            yield from (paragraph, None)
+
+
 PARAGRAPHS = {
     "lines": sentence_lines,
     "prose": prose_paragraphs,
+    "paragraphs": single_paragraphs,
     "wikitext": wikitext_paragraphs,
 }
 

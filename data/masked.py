@@ -10,6 +10,7 @@ of (seed, epoch, row), like everything else that is drawn here.
 """
 
 import math
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ EVALUATED_RATE = 0.15  # of tokens in an evaluation, however training masks: so 
 HIDDEN, REPLACED = 0.8, 0.1  # of the chosen tokens: by [MASK], by a random token; the rest stays
 
 
-class MaskedPairs:
+class MaskedText:
     """Steps of at most tokens_per_step tokens, padding included, each dealt out to micro-batches
     of about tokens_per_batch = batch_size · block_size, by `Buckets`: each row once an epoch.
     Rows of fewer tokens (row_length) make a step of more rows.
@@ -56,10 +57,6 @@ class MaskedPairs:
         max_tokens: int = 0,
     ):
         training, T = split == "train", row_length or block_size
-        if block_size < T:
-            raise ValueError(
-                f"--row_length {T} is more than --block_size {block_size}: choose less"
-            )
         self.tokenizer, self.fingerprint, self.split = tokenizer, corpus.hash, split
         # What is too long for the model is not shown; its [MASK] would be among what is cut off.
         fits = [p for p in corpus.prompts if len(tokenizer.encode(p)) < block_size - 2]
@@ -94,6 +91,11 @@ class MaskedPairs:
     @classmethod
     def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
         """(train, validation); the vocabulary is learnt from the training text only."""
+        row_length, block_size = config.row_length, sizes["block_size"]
+        if row_length > block_size:
+            raise ValueError(
+                f"--row_length {row_length} is more than --block_size {block_size}: choose less"
+            )
         corpus = open_sentences(
             config.data,
             Path(config.cache_dir),
@@ -173,8 +175,9 @@ class Masking:
     """Hides some of a row's tokens, never a special one.
 
     whole_words: all tokens of a word or none. A word ends where one of two neighbouring tokens has
-    something else than a letter or a digit at their border; text without spaces, as Chinese is, has
-    words as long as its sentences, and is better masked token by token.
+    something else than a letter, mark or digit at their border. A word of more tokens than are to
+    be chosen in the row never is; text without spaces, as Chinese is, has words as long as its
+    sentences, and is masked token by token where none fits.
     """
 
     def __init__(self, tokenizer: Tokenizer, whole_words: bool = False):
@@ -186,9 +189,10 @@ class Masking:
         if whole_words:
             self.starts, self.ends = (np.zeros(tokenizer.vocab_size, dtype=bool) for _ in "ab")
             for token, i in tokenizer.ranks.items():
-                # Bytes from 128 on are parts of letters beyond ASCII.
+                text = token.decode("utf-8", "replace")  # U+FFFD for a part of a character
                 self.starts[i], self.ends[i] = (
-                    bytes([b]).isalnum() or b >= 128 for b in (token[0], token[-1])
+                    unicodedata.category(c)[0] in "LMN" or c == "\ufffd"
+                    for c in (text[0], text[-1])
                 )
 
     def __call__(
@@ -207,11 +211,12 @@ class Masking:
 
     def choose(self, ids: np.ndarray, count: int, random: Generator) -> np.ndarray:
         """`count` of the indices of ids; of whole words, as many as fit into the count."""
-        if not self.whole_words or not len(ids):
-            return random.permutation(len(ids))[:count]
-        inside = np.append(False, self.ends[ids[:-1]] & self.starts[ids[1:]])
-        word = np.cumsum(~inside) - 1
-        order = random.permutation(word[-1] + 1)
-        taken = np.cumsum(np.bincount(word)[order]) <= count
-        taken[0] = True
-        return np.flatnonzero(np.isin(word, order[taken]))
+        if self.whole_words and len(ids):
+            inside = np.append(False, self.ends[ids[:-1]] & self.starts[ids[1:]])
+            word = np.cumsum(~inside) - 1
+            size = np.bincount(word)
+            order = random.permutation(np.flatnonzero(size <= count))
+            taken = order[np.cumsum(size[order]) <= count]
+            if len(taken):
+                return np.flatnonzero(np.isin(word, taken))
+        return random.permutation(len(ids))[:count]

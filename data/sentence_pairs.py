@@ -34,15 +34,16 @@ class SentencePairs:
     whichever part is longer, so that the two still touch where they are consecutive.
 
     Nothing but its sense may give a replacement away. It begins with any sentence of any other
-    document, each as likely as the other (earlier where its document would end too soon), and has
-    as many sentences as fill the row. A chunk that is all of a short document loses a piece of a
-    sentence, so that second parts end in the middle of one in either case.
+    document but the first one, which follows nothing, or earlier where that document would end too
+    soon; and it has as many sentences as fill the row. A chunk that is all of a short document
+    loses a piece of a sentence, so that second parts end in the middle of one in either case.
+    Documents of a single sentence are left out.
     """
 
     def __init__(self, ids: np.ndarray, border: int, T: int, *, seed: int, what: str):
         self.ids, self.border, self.room = ids, border, T - 3  # [CLS] and two [SEP]
         if self.room < 2:
-            raise ValueError(f"--block_size {T} has no room for two parts: choose 5 or more")
+            raise ValueError(f"rows of {T} tokens have no room for two parts: choose 5 or more")
         borders = find(ids, border)
         lengths = np.diff(np.append(borders, len(ids))) - 1
         opens = lengths == 0  # the border of a document has the one of its first sentence behind it
@@ -51,20 +52,16 @@ class SentencePairs:
         self.document = (np.cumsum(opens) - 1)[~opens]
         # document d has the sentences first[d] to first[d + 1] - 1
         self.first = np.append(np.flatnonzero(np.diff(self.document, prepend=-1)), len(lengths))
-        documents = len(self.first) - 1
-        if documents < 2:
+        sizes = np.diff(self.first)
+        if (sizes > 1).sum() < 2:
             raise ValueError(
-                f"next-sentence prediction needs two documents, and {what} has {documents}: give "
-                "more (blank lines between them, or a folder of files), or train with --nsp=false"
+                "next-sentence prediction needs two documents of two sentences or more, and "
+                f"{what} has {(sizes > 1).sum()}: give more text, another --layout, or --nsp=false"
             )
         # Numbered as they come here, whatever documents of no sentence lie between.
-        self.document = np.repeat(np.arange(documents), np.diff(self.first))
+        self.document = np.repeat(np.arange(len(sizes)), sizes)
+        self.inner = np.delete(np.arange(len(lengths)), self.first[:-1])  # they follow another one
         self.chunks = self.cut(np.random.default_rng(seed))
-        if not len(self.chunks):
-            raise ValueError(
-                f"no document of {what} has two sentences: give other text, name its --layout, or "
-                "train with --nsp=false"
-            )
         self.lengths = self.chunks[:, 2] + 3
 
     def cut(self, random: Generator) -> np.ndarray:
@@ -77,7 +74,6 @@ class SentencePairs:
             short = random.random(len(at)) < SHORT
             room = np.where(short, random.integers(2, self.room + 1, len(at)), self.room)
             stop = np.clip(np.searchsorted(before, before[at] + room), at + 2, end)
-            stop = np.minimum(stop, end)
             back = np.searchsorted(before, before[end] - room, side="right") - 1
             early = np.clip(np.minimum(back, end - 2), first, at)
             begin = np.where(stop == end, early, at)
@@ -109,12 +105,12 @@ class SentencePairs:
         """Whole sentences of `wanted` tokens or a little more, from another document than this
         one's, and less only where ten draws found none that has as many."""
         before, own = self.tokens_before, self.document[sentence]
-        begin, end = self.first[own], self.first[own + 1]
+        begin, end = (self.first[d] - d for d in (own, own + 1))  # of its part of self.inner
         for _ in range(10):
-            start = int(random.integers(len(self.begin) - (end - begin)))
-            start += (end - begin) * (start >= begin)
+            place = int(random.integers(len(self.inner) - (end - begin)))
+            start = self.inner[place + (end - begin) * (place >= begin)]
             other = self.document[start]
-            first, last = self.first[other], self.first[other + 1]
+            first, last = self.first[other] + 1, self.first[other + 1]
             if before[last] - before[first] >= wanted:
                 break
         stop = min(np.searchsorted(before, before[start] + wanted), last)
@@ -145,11 +141,11 @@ class PackedText:
         self.ids, self.seed, self.width = ids[1:], seed, T - 2  # the first border is before all
         n = len(self.ids)
         if self.width < 1:
-            raise ValueError(f"--block_size {T} has no room for a token: choose 3 or more")
+            raise ValueError(f"rows of {T} tokens have no room for a word: choose 3 or more")
         if n < (self.width if training else 1):
             raise ValueError(
-                f"{what} has {n:,} tokens, fewer than the {self.width:,} of one row: choose "
-                f"--block_size {max(n, 1) + 2} or less, or give more text"
+                f"{what} has {n:,} tokens, fewer than the {self.width:,} of one row: choose rows "
+                f"of {max(n, 1) + 2} (--block_size or --row_length) or less, or give more text"
             )
         self.max_offset = min(self.width - 1, n - self.width) if training else 0
         starts = np.arange(0, n - self.max_offset, self.width)

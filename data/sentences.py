@@ -4,7 +4,8 @@ r"""A name, a file or a folder -> documents made of sentences, streamed: what BE
 - wikitext, wikitext103: WikiText-2 and WikiText-103, raw, split as published;
 - a text file, a .jsonl (a document a line, under "text"), or a folder of .txt, .md, .rst and
   .jsonl, each also as .gz, all of it UTF-8, in one of the layouts of data/layouts.py: a sentence a
-  line, prose, or WikiText.
+  line, prose, or WikiText. Of prose that is one document, the paragraphs are what pairs of
+  sentences are taken from, unless the layout is given.
 
 The split is by whole documents, counted over all files in order, and never by chance: every tenth
 validates; of 4 to 19 the last two, of 2 or 3 the last; of a single one its last tenth of sentences.
@@ -19,7 +20,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -113,6 +114,8 @@ def open_sentences(
         files = {"train": own_files("--data", data, layout, cache)}
         if valid:
             files["validation"] = own_files("--valid", valid, layout, cache)
+        if by_sentence and not layout:
+            files = {split: divisible(parts) for split, parts in files.items()}
         path = Path(data)
         name = path.resolve().name if path.is_dir() else path.name.partition(".")[0] or path.name
         divided, prompts = "the given files validate", []
@@ -225,6 +228,14 @@ def own_files(flag: str, data: str, layout: str, cache: Path) -> list[TextFile]:
     for path in paths:
         check_text(path)
     return [TextFile(p, layout or layout_of(p), known_sha256(p, cache)) for p in paths]
+
+
+def divisible(files: list[TextFile]) -> list[TextFile]:
+    """The same; where they are a single document of prose, one for each of its paragraphs."""
+    begun = (begins for _, begins in all_sentences(files) if begins)
+    if len(files) == 1 and files[0].layout == "prose" and len(list(islice(begun, 2))) < 2:
+        return [replace(files[0], layout="paragraphs")]
+    return files
 
 
 def wikitext_files(name: str, cache: Path) -> dict[str, Path]:

@@ -18,7 +18,7 @@ import sample
 from bert import BERT, BERTConfig
 from bpe import GPT2_PATTERN, Tokenizer
 from config import MaskedConfig
-from data.masked import SPECIAL, MaskedPairs
+from data.masked import SPECIAL, MaskedText
 from data.sentences import open_sentences
 from data.tokens import tokenize
 from fill import FillConfig, embed, encode, encode_prompt, evaluate, fill, follows, similarities
@@ -395,11 +395,11 @@ def text_of_documents() -> str:
     return "\n\n".join("\n".join(document) for document in documents)
 
 
-def data_of(model: BERT, nsp: bool, row_length: int) -> MaskedPairs:
+def data_of(model: BERT, nsp: bool, row_length: int) -> MaskedText:
     corpus = open_sentences("text.txt", Path("cache"), valid="text.txt", by_sentence=nsp)
     file = tokenize(corpus, "validation", WORDS, Path("cache"), "[SEP]")
     sizes = {"block_size": model.config.block_size, "row_length": row_length, "nsp": nsp}
-    return MaskedPairs(file, corpus, "validation", WORDS, batch_size=2, **sizes)
+    return MaskedText(file, corpus, "validation", WORDS, batch_size=2, **sizes)
 
 
 @pytest.mark.parametrize("nsp,row_length", [(True, 0), (False, 0), (True, 20)])

@@ -1,0 +1,56 @@
+"""Losses counted per target, and a model scored on all batches of some data."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from processes import Processes
+
+
+def loss_name(key: str) -> str:
+    """The batch's "mlm_targets" belong to the loss "mlm", plain "targets" to "loss"."""
+    return key.removesuffix("targets").removesuffix("_") or "loss"
+
+
+def count_targets(batch: dict[str, Tensor]) -> dict[str, int]:
+    return {loss_name(k): int((v != -100).sum()) for k, v in batch.items() if k.endswith("targets")}
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    if device.type != "cuda":
+        return {k: v.to(device) for k, v in batch.items()}
+    return {
+        k: v if v.is_cuda else v.pin_memory().to(device, non_blocking=True)
+        for k, v in batch.items()
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data, group: Processes, autocast, progress: bool = False
+) -> dict[str, float]:
+    """data.report of the sums over the whole evaluation, of which each process does a slice.
+
+    Float64 sums over fixed examples: neither the batch size nor the number of processes changes
+    the result beyond rounding.
+    """
+    training = model.training
+    model.eval()
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    mine = range(group.rank, data.n_batches, group.world)
+    shown = {"desc": "scoring", "unit": "batch", "disable": None if progress else True}
+    # With less batches than processes, the idle ones still learn the names.
+    for i in tqdm(mine or [0], **shown):
+        batch = data.batch(i)
+        with autocast():
+            losses = model(**to_device(batch, group.device))
+        for into, found in ((sums, losses), (counts, count_targets(batch))):
+            for name, value in found.items():
+                into[name] = into.get(name, 0.0) + (float(value) if mine else 0.0)
+    model.train(training)
+    total = group.sum([*sums.values(), *counts.values()])
+    return data.report(
+        dict(zip(sums, total, strict=False)), dict(zip(counts, total[len(sums) :], strict=True))
+    )
