@@ -188,8 +188,8 @@ class Run:
         self.eager_or_compiled = self.model
         if want:
             self.say("compiling the model; that takes a minute")
-            # The second batch may have another shape: then the compiler allows for any.
-            batches = [to_device(self.data.batch(i), device) for i in (0, 1)]
+            # If they have unlike shapes, with padding or without, the compiler allows for any.
+            batches = [to_device(self.data.batch(i), device) for i in range(8)]
             self.eager_or_compiled = compiled(self.model, batches, self.autocast)
         self.forward = self.eager_or_compiled
         if group.world > 1:

@@ -4,6 +4,7 @@ import io
 import re
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,13 @@ import sample
 from bert import BERT, BERTConfig
 from bpe import GPT2_PATTERN, Tokenizer
 from config import MaskedConfig
+from data import sentences
 from data.masked import SPECIAL, MaskedText
 from data.sentences import open_sentences
 from data.tokens import tokenize
-from fill import FillConfig, embed, encode, encode_prompt, evaluate, fill, follows, similarities
+from evaluation import evaluate
+from fill import FillConfig, embed, encode, encode_prompt, fill, follows, similarities
+from processes import Processes
 
 TEXT = "the cat sat on the mat and the dog ran to the house while the rain was falling down " * 20
 WORDS = Tokenizer.train([TEXT], 320, GPT2_PATTERN, SPECIAL)
@@ -241,7 +245,7 @@ def test_names_of_special_tokens_in_a_line_are_text():
 
 
 def test_similarities_are_those_of_torch_and_of_equals_the_earlier_comes_first(monkeypatch):
-    monkeypatch.setattr(fill_file, "QUERIES", 2)  # so that the queries need three turns
+    monkeypatch.setattr(fill_file, "SCORES", 30)  # so that the queries need three turns
     queries, corpus = torch.randn(5, 7), torch.randn(13, 7)
     corpus[11] = corpus[2]
     scores, lines = similarities(queries.numpy(), corpus.numpy(), 13)
@@ -284,12 +288,18 @@ def test_somebody_who_types_gets_each_answer_at_once(folder, capsys, monkeypatch
     assert seen == ["", *(f"{answer}\n" for answer in answers)]
 
 
-def test_a_line_without_a_mask_is_named_by_its_number(folder, capsys, monkeypatch):
-    lines = ["the [MASK]\n"] * 20 + ["the cat\n"]  # chunks of 16 lines
+def test_a_line_without_a_mask_is_named_by_its_number_and_the_next_is_answered(
+    folder, capsys, monkeypatch
+):
+    lines = ["the [MASK]\n"] * 20 + ["the cat\n", "\n", "cat " * 60 + "[MASK]\n", "the [MASK]\n"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
-    with pytest.raises(ValueError, match=r"^line 21 has no \[MASK\]: put it in the place of"):
-        sample.main(["--device=cpu", "--batch_size=1"])
-    assert capsys.readouterr().out.count("\n") == 16
+    sample.main(["--device=cpu", "--batch_size=1"])  # chunks of 16 lines
+    captured = capsys.readouterr()
+    first, *answers = captured.out.splitlines()
+    assert first and answers == [first] * 19 + ["", "", "", first]
+    assert "note: line 21 has no [MASK]: put it in the place of" in captured.err
+    assert "note: line 22 has no" in captured.err
+    assert "note: line 23 has a [MASK] beyond the 38 tokens" in captured.err
 
 
 def test_two_prompts_without_a_mask_are_a_pair(folder, capsys):
@@ -434,7 +444,8 @@ def test_the_scores_are_those_of_an_independent_sum(folder, capsys, nsp, row_len
     expected = {"loss": mean["mlm"] + mean.get("nsp", 0), **mean}
     expected["perplexity"] = np.exp(mean["mlm"])
     assert data.n_batches > 2 and n["mlm"] > 20 and 0 < mean["mlm_accuracy"] < 1
-    assert evaluate(model, data) == pytest.approx(expected, rel=1e-4)
+    found = evaluate(model, data, Processes(0, 1, torch.device("cpu")), nullcontext)
+    assert found == pytest.approx(expected, rel=1e-4)
 
     printed = run(capsys, "--eval=text.txt", f"--nsp={nsp}", "--batch_size=5", "--cache_dir=c")
     head, scores = printed.splitlines()
@@ -446,13 +457,11 @@ def test_the_scores_are_those_of_an_independent_sum(folder, capsys, nsp, row_len
 
 
 def test_the_validation_part_of_a_named_text_is_scored(folder, capsys, monkeypatch):
-    (folder / "text.txt").write_text(text_of_documents(), encoding="utf-8")
-    asked = []
-
-    def stand_in(data, cache, **more):
-        asked.append((data, more))
-        return open_sentences("text.txt", cache, by_sentence=more["by_sentence"])
-
-    monkeypatch.setattr(fill_file, "open_sentences", stand_in)
-    assert run(capsys, "--eval=pydocs", "--no-nsp").startswith("pydocs: ")
-    assert asked == [("pydocs", {"valid": "", "layout": "", "by_sentence": False})]
+    blocks = text_of_documents().strip().split("\n\n")
+    documents = [block.split("\n") for block in blocks] * 3
+    monkeypatch.setattr(sentences, "pydocs", lambda: documents)
+    text = "\n\n".join("\n".join(document) for document in documents[9::10])
+    (folder / "held.txt").write_text(text, encoding="utf-8")
+    for nsp in ("--nsp", "--no-nsp"):
+        named, own = (run(capsys, f"--eval={x}", nsp) for x in ("pydocs", "held.txt"))
+        assert named.startswith("pydocs: ") and named.splitlines()[1] == own.splitlines()[1]

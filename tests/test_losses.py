@@ -65,8 +65,10 @@ def test_a_bias_of_the_words_is_the_same(monkeypatch, smoothing):
 def test_the_number_of_right_words_is_that_of_the_highest_logits(monkeypatch, function):
     monkeypatch.setitem(losses.CHUNK, "cpu", 5 * 7)
     features, weight, targets = problem(7, 64, 13)
+    with torch.no_grad():
+        weight[1::2] = weight[:-1:2]  # of equal logits, which bf16 often has, the first one counts
     best = (features @ weight.T).argmax(-1)
-    targets[:32] = best[:32]
+    targets[:32], targets[32:40] = best[:32], (best[32:40] + 1) % 7
     targets[::4] = -100
     kept = [i for i in range(64) if targets[i] != -100]
     want = sum(int(best[i]) == int(targets[i]) for i in kept)

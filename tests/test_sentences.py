@@ -199,6 +199,28 @@ def test_of_a_single_document_its_last_tenth_validates(tmp_path, number, held):
     assert f"{held} of {number} sentences, the last of the one document" in corpus.rule
 
 
+def test_paragraphs_of_a_single_document_of_prose_make_pairs(tmp_path):
+    """Where nothing but single blank lines divides a text, pairs of sentences would find none."""
+    blocks = [f"Here begins part {i},\nwrapped. {i} goes on there. It ends." for i in range(30)]
+    one = "\n\n".join(blocks)
+    parts = [
+        [f"Here begins part {i}, wrapped.", f"{i} goes on there.", "It ends."] for i in range(30)
+    ]
+    corpus = opened(tmp_path, one)
+    assert documents(corpus, "validation") == parts[9::10] and "every paragraph" in corpus.rule
+    assert len(documents(corpus, "train")) == 27
+    again = opened(tmp_path, one, valid=str(tmp_path / "a.txt"))
+    assert documents(again, "train") == documents(again, "validation") == parts
+    # Running text stays whole; so does what has a border of documents, or a layout that was given.
+    whole = opened(tmp_path, one, by_sentence=False)
+    assert sum(border for _, border in whole.pieces("train")) == 1
+    assert len(everything(opened(tmp_path, one, layout="prose"))) == 2  # divided to validate
+    assert len(everything(opened(tmp_path, f"{one}\n\n\n{one}"))) == 2
+    (tmp_path / "b.txt").write_text("More. Text.", encoding="utf-8")
+    folder = open_sentences(str(tmp_path), tmp_path / "cache")
+    assert "every paragraph" not in folder.rule
+
+
 def test_given_validation_text_is_all_that_validates(tmp_path):
     (tmp_path / "v.txt").write_text(WRAPPED, encoding="utf-8")
     want = numbered(25)

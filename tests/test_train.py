@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from conftest import ROOT, TOY, TOY_BERT, TOY_PAIRS
 import checkpoint as checkpoints
 import sample
 import train
+from bert import BERT, BERTConfig
 from bpe import Tokenizer
-from config import TrainConfig, divide_step, prepare_folder, resolve
+from config import MaskedConfig, TrainConfig, divide_step, prepare_folder, resolve
+from data.masked import MaskedText
 from logs import read_log
 from model import GPT, GPTConfig
 from processes import Processes
@@ -215,7 +218,7 @@ def test_bf16_trains(toy):
 
 
 def test_compile_that_fails_falls_back_to_eager_in_one_line(toy, capsys, monkeypatch):
-    def broken(model):
+    def broken(model, dynamic):
         raise RuntimeError("no compiler here\nand a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
@@ -225,11 +228,40 @@ def test_compile_that_fails_falls_back_to_eager_in_one_line(toy, capsys, monkeyp
     assert "eager" in out and "long story" not in out
 
 
+def test_batches_of_many_lengths_compile_to_a_few_graphs(toy, monkeypatch):
+    """A graph for each length, and after eight of them torch would go on without compiling."""
+    random, real, graphs = Random(0), torch.compile, []
+    lengths = [[random.randint(1, 12) for _ in range(random.randint(2, 30))] for _ in range(60)]
+    text = "\n\n".join("\n".join("word " * n + "." for n in document) for document in lengths)
+    Path("long.txt").write_text(text, encoding="utf-8")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        torch, "compile", lambda model, dynamic: real(model, dynamic=dynamic, backend=backend)
+    )
+    torch._dynamo.reset()
+    sizes = {"vocab_size": 320, "block_size": 16, "nsp": True}
+    settings = {"data": "long.txt", "layout": "lines", "batch_size": 4, "tokens_per_step": 64}
+    data, _ = MaskedText.splits(MaskedConfig(**settings), sizes)
+    model = BERT(BERTConfig(**sizes, n_layer=1, n_head=2, n_embd=16, dropout=0))
+    first = [data.batch(i) for i in range(8)]
+    fast, late = train.compiled(model, first, no_autocast), set()
+    assert graphs and fast is not model
+    for i in range(8, 80):
+        known = len(graphs)
+        fast(**data.batch(i))
+        late |= {i} if len(graphs) > known else set()
+    assert len(late) <= 1  # the first batch with padding, or without
+
+
 def test_compiled_weights_keep_their_names(toy, monkeypatch):
     """A prefix that compile adds once made checkpoints load as random weights, without a word."""
 
     class Compiled(nn.Module):
-        def __init__(self, model):
+        def __init__(self, model, dynamic):
             super().__init__()
             self._orig_mod = model
 
