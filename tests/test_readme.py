@@ -25,6 +25,8 @@ COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 SCRIPTS = {c for c in COMMANDS if re.match(r"(python|torchrun)\b.*\b\w+\.py\b", c)}
 TOYS = {"gpt": TOY, "bert": TOY_BERT, "seq2seq": TOY_PAIRS}
 FOLDERS = {"out/gpt": "gpt", "out/bert": "bert", "out/crammed": "bert"}  # the rest: seq2seq
+STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt"}
+STAND_INS |= {"queries.txt": "toy-docs.txt", "lines.txt": "toy.txt"}
 FILES = ("--data", "--valid", "--languages", "--layout", "--tokenizer", "--minutes")
 
 
@@ -88,8 +90,8 @@ def test_command(toy_pairs, command):
             flags = [*keep, "--steps=2", *small, "--tokenizer=", "--stop_after=2"]
     elif name == "sample.py":
         run(*trained)
-        flags = [f if f != "multi30k" else "toy.tsv" for f in flags]
-        flags = [*flags, "--max_new_tokens=5", "--device=cpu"]
+        flags = [STAND_INS.get(f, f) for f in flags] + ["--device=cpu"]
+        flags += ["--max_new_tokens=5"] * (task != "bert")
     elif name == "average.py":
         run(*trained)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
