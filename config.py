@@ -91,7 +91,7 @@ class MaskedConfig(TrainConfig):
     layout: str = ""  # lines (a sentence a line), prose or wikitext; empty: decided by the text
     mlm_rate: float = 0.15  # share of the tokens that are hidden and asked for
     whole_words: bool = False  # hide all tokens of a word, or none
-    row_length: int = 0  # most tokens of a row; 0: block_size
+    row_length: int = 0  # most tokens of a row, block_size at most; 0: that many
 
     def __post_init__(self):
         super().__post_init__()

@@ -56,7 +56,7 @@ class MaskedText:
         seed: int = 0,
         max_tokens: int = 0,
     ):
-        training, T = split == "train", row_length or block_size
+        training, T = split == "train", min(row_length or block_size, block_size)
         self.tokenizer, self.fingerprint, self.split = tokenizer, corpus.hash, split
         # What is too long for the model is not shown; its [MASK] would be among what is cut off.
         fits = [p for p in corpus.prompts if len(tokenizer.encode(p)) < block_size - 2]
@@ -91,11 +91,6 @@ class MaskedText:
     @classmethod
     def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
         """(train, validation); the vocabulary is learnt from the training text only."""
-        row_length, block_size = config.row_length, sizes["block_size"]
-        if row_length > block_size:
-            raise ValueError(
-                f"--row_length {row_length} is more than --block_size {block_size}: choose less"
-            )
         corpus = open_sentences(
             config.data,
             Path(config.cache_dir),

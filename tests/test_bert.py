@@ -236,8 +236,13 @@ def test_every_preset_can_be_built_and_has_its_published_size(preset):
     c, n = model.config, count_parameters(model)
     assert (c.n_layer, c.n_embd, c.n_head) == SIZES.get(preset, (c.n_layer, c.n_embd, c.n_head))
     heads = sum(p.numel() for k, p in model.named_parameters() if k.startswith(("mlm", "nsp")))
-    both = by_hand(c.vocab_size, c.block_size, c.n_layer, c.n_embd, c.n_ff)
-    assert (n - heads, n) == both == COUNTS.get(preset, both)
+    base, both = by_hand(c.vocab_size, c.block_size, c.n_layer, c.n_embd, c.n_ff)
+    if not c.nsp:  # no pooler and no head of two classes
+        pooler = c.n_embd * (c.n_embd + 1)
+        base, both = base - pooler, both - pooler - 2 * (c.n_embd + 1)
+    if c.pre_ln:  # one LayerNorm more, at the end of the stack
+        base, both = base + 2 * c.n_embd, both + 2 * c.n_embd
+    assert (n - heads, n) == (base, both) == COUNTS.get(preset, (base, both))
     assert n == sum(one * copies for _, one, copies in parameter_table(model))
     assert set(COUNTS) == set(SIZES) < set(PRESETS)
 
