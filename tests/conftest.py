@@ -35,7 +35,7 @@ TOY_PAIRS = ["--model=seq2seq", "--data=toy.tsv", "--n_ff=40", *TOY[1:]]
 TOY_PAIRS += ["--dtype=fp32", "--dropout=0"]
 
 TOY_BERT = ["--model=bert", "--data=toy-docs.txt", "--n_ff=40", *TOY[1:]]
-TOY_BERT += ["--dropout=0", "--attention_dropout=0", "--mlm_rate=0.3"]
+TOY_BERT += ["--dtype=fp32", "--dropout=0", "--attention_dropout=0", "--mlm_rate=0.3"]
 
 
 def peer(name: str):
