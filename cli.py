@@ -122,6 +122,8 @@ def answer_stdin(
     if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
         sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
     quiet = True if alone or sys.stdout.isatty() else None
+    if alone:
+        print(f"type a {unit} and Enter; Ctrl-D ends", file=sys.stderr)
     with tqdm(unit=unit, disable=quiet) as bar:
         while lines := list(islice(sys.stdin, 1 if alone else batch_size)):
             print("\n".join(answer(lines, bar, done + 1)), flush=True)

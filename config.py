@@ -88,8 +88,8 @@ class MaskedConfig(TrainConfig):
 
     data: str = "pydocs"  # pydocs, wikitext, wikitext103, or a path: .txt, .jsonl, .gz or a folder
     valid: str = ""  # validation text, as for --data; empty: some of --data's documents
-    layout: str = ""  # lines (a sentence a line), prose or wikitext; empty: decided by the text
-    mlm_rate: float = 0.15  # share of the tokens that are hidden and asked for
+    layout: str = ""  # lines, prose, paragraphs or wikitext (data/layouts.py); empty: by the text
+    mlm_rate: float = 0.15  # share of the tokens that training asks for; an evaluation: 0.15
     whole_words: bool = False  # hide all tokens of a word, or none
     row_length: int = 0  # most tokens of a row, block_size at most; 0: that many
 
@@ -135,7 +135,9 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     checkpoint = checkpoints.load(path) if path else None
     task = checkpoint["task"] if checkpoint else given.get("model", preset_task(preset))
     if path and given.get("model", task) != task:
-        raise ValueError(f"--model {given['model']} is not the {task} of {path}: leave it out")
+        raise ValueError(
+            f"--model {given['model']} cannot begin from the {task} of {path}: leave one out"
+        )
     if task not in TASKS:
         raise ValueError(f"--model {task} is not known: choose {', '.join(TASKS)}")
 

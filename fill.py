@@ -34,6 +34,7 @@ from evaluation import evaluate
 from processes import Processes
 
 POOLINGS = ("mean", "cls")
+VERDICT = ", or give two prompts without one to hear whether the second follows the first"
 SCORES = 2**22  # similarities that are held, and sorted, at a time
 
 
@@ -47,7 +48,9 @@ class FillConfig:
     similar: tuple[str, str] = ()  # two files: for each line of the first, the nearest in the other
     pooling: str = "mean"  # an embedding is the mean over all tokens, or cls: that of [CLS]
     eval: str = ""  # score instead: pydocs, wikitext, wikitext103, or a path, scored whole
-    layout: str = ""  # of the path of --eval: lines, prose or wikitext; empty: decided by the text
+    layout: str = (
+        ""  # of the path of --eval: lines, prose, paragraphs, wikitext; empty: by the text
+    )
     nsp: bool | None = None  # score pairs of sentences; false: packed text; auto: as in training
     cache_dir: str = "data/cache"  # where --eval keeps downloads and token files
     batch_size: int = 64  # texts at a time
@@ -135,7 +138,7 @@ def fill(
         else:
             continue
         if not first:
-            raise ValueError(f"the prompt {prompts[number]!r} {wrong}")
+            raise ValueError(f"the prompt {prompts[number]!r} {wrong}{VERDICT * (mask not in ids)}")
         tqdm.write(f"note: line {first + number:,} {wrong}", file=sys.stderr)
         texts[number] = []
     candidates = torch.tensor(sorted(tokenizer.ranks.values()), device=model.mlm_bias.device)

@@ -152,7 +152,7 @@ class MaskedText:
         text = self.rows.describe(self.chosen)
         if len(self.chosen) < self.n_all:
             text += f", evenly spaced among {self.n_all:,}"
-        text += f", {lengths.sum():,} tokens"
+        text += f", {lengths.sum():,} tokens, {self.rate:.0%} of them asked for"
         if self.split == "train":
             steps, padding = self.buckets.padding(lengths[:, None])
             text += f", {steps:,} steps with {padding:.1%} padding"

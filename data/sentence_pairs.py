@@ -56,7 +56,8 @@ class SentencePairs:
         if (sizes > 1).sum() < 2:
             raise ValueError(
                 "next-sentence prediction needs two documents of two sentences or more, and "
-                f"{what} has {(sizes > 1).sum()}: give more text, another --layout, or --nsp=false"
+                f"{what} has {(sizes > 1).sum()}: give more, another --layout (paragraphs, for "
+                "prose without two blank lines), or --nsp=false"
             )
         # Numbered as they come here, whatever documents of no sentence lie between.
         self.document = np.repeat(np.arange(len(sizes)), sizes)
@@ -120,7 +121,11 @@ class SentencePairs:
 
     def describe(self, chosen: np.ndarray) -> str:
         documents = len(np.unique(self.document[self.chunks[chosen, 0]]))
-        return f"{len(chosen):,} pairs of runs of sentences from {documents:,} documents"
+        text = f"{len(chosen):,} pairs of runs of sentences from {documents:,} documents"
+        first, stop, room = self.chunks[chosen].T
+        tokens = self.tokens_before[stop] - self.tokens_before[first]
+        lost = np.maximum(tokens - room, 0).sum() / tokens.sum()
+        return text + f" ({lost:.0%} of their tokens are beyond a row)" * bool(lost > 0.25)
 
 
 def fit(a: np.ndarray, b: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:

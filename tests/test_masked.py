@@ -335,6 +335,13 @@ def test_neither_lengths_nor_ends_give_the_label_away(folder, longest, block_siz
     assert consecutive[2] == pytest.approx(replaced[2], abs=0.08) and 0.1 < consecutive[2] < 0.9
 
 
+def test_sentences_longer_than_a_row_are_told(folder):
+    write("longer.txt", [[" ".join([*["sun"] * 90, f"{i}."])] * 3 for i in range(30)])
+    told = splits("longer")[0].describe()
+    assert int(re.search(r"\((\d+)% of their tokens are beyond a row\)", told)[1]) > 80
+    assert "beyond a row" not in splits("words", block_size=128)[0].describe()
+
+
 @BOTH
 def test_rows_may_be_shorter_than_the_model_allows(folder, nsp):
     """The paper's first steps are of rows of 128: the same tokens a step, in more of them."""
@@ -487,7 +494,7 @@ def test_describe_counts_what_is_there_and_a_limited_evaluation_is_evenly_spaced
     kind = "pairs of runs of sentences from {} documents, " if nsp else "rows of running text, "
     for data, documents in ((train, 90), (whole, 12)):
         rows, tokens = epochs(data), int(data.buckets.lengths.sum())
-        text = f"{len(rows):,} {kind.format(documents)}{tokens:,} tokens"
+        text = f"{len(rows):,} {kind.format(documents)}{tokens:,} tokens, 15% of them asked for"
         real = sum(len(row.ids) for row in rows)  # some replacements are shorter than planned
         assert 0.97 * tokens < real <= tokens and (nsp or real == tokens)
         if data is train:

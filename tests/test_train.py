@@ -199,7 +199,9 @@ def test_init_takes_weights_sizes_and_tokenizer(toy):
         train.main([*other, "--n_embd=32"])
     with pytest.raises(ValueError, match="--pattern has no effect"):
         train.main([*other, "--pattern=char"])
-    with pytest.raises(ValueError, match=r"--model seq2seq is not the gpt of out.gpt.best\.pt"):
+    with pytest.raises(
+        ValueError, match=r"--model seq2seq cannot begin from the gpt of out.gpt.best\.pt"
+    ):
         train.main([*other, "--model=seq2seq"])
 
 
