@@ -357,13 +357,9 @@ class Tokenizer:
     def from_gpt2_files(cls, vocab_bpe: str | Path, encoder_json: str | Path) -> Tokenizer:
         """GPT-2's own two files, checked against each other. The ids are tiktoken's.
 
-        vocab.bpe lists the merges in order, encoder.json the ids; both write bytes as printable
-        characters: one that is printable in Latin-1 as itself, the others as U+0100 and up.
+        vocab.bpe lists the merges in order, encoder.json the ids; both in `byte_characters`.
         """
-        byte_of = {chr(b): b for b in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]}
-        n_printable = len(byte_of)
-        for b in sorted(set(range(256)) - set(byte_of.values())):
-            byte_of[chr(256 + len(byte_of) - n_printable)] = b
+        byte_of = byte_characters()
         try:
             lines = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:]  # a version first
             names = [*byte_of, *(line.replace(" ", "") for line in lines if line)]
@@ -375,6 +371,16 @@ class Tokenizer:
         if ids != {name: i for i, name in enumerate(names)} | special_tokens:
             raise ValueError(f"{vocab_bpe} and {encoder_json} do not belong together: ids differ")
         return cls(ranks, GPT2_PATTERN, special_tokens)
+
+
+def byte_characters() -> dict[str, int]:
+    """The characters in which GPT-2's files, and Hugging Face's, write bytes -> the bytes, in the
+    order of their ids: one that is printable in Latin-1 is itself, the others are U+0100 and up."""
+    byte_of = {chr(b): b for b in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]}
+    n_printable = len(byte_of)
+    for b in sorted(set(range(256)) - set(byte_of.values())):
+        byte_of[chr(256 + len(byte_of) - n_printable)] = b
+    return byte_of
 
 
 def _by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:

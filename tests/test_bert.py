@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bert import BERT, BERTConfig, init_bert
+from families import rows, to_ours
 from model import count_parameters
-from peers import bert_name, hugging_face_bert
+from peers import hugging_face_bert
 from plan import parameter_table
 from presets import PRESETS
 
@@ -101,8 +102,9 @@ def test_equals_hugging_face_logits_losses_and_gradients(nsp, dtype, atol):
     given = batch() if nsp else without(batch(), "nsp_targets")
     theirs = hugging_face_bert(peer("transformers"), ours).eval().to(dtype)
     tensors = dict(theirs.named_parameters())
-    assert set(tensors) == {bert_name(name) for name, _ in ours.named_parameters()}
-    assert theirs.get_output_embeddings().weight is tensors[bert_name("token_embedding.weight")]
+    assert set(tensors) == {row.theirs for row in rows("bert", ours.config)}
+    embedding = tensors["bert.embeddings.word_embeddings.weight"]
+    assert theirs.get_output_embeddings().weight is embedding
     want = theirs(**as_theirs(given))
     mlm, following = ours(**inputs(given))
     chosen = (want.prediction_logits if nsp else want.logits).flatten(0, 1)
@@ -123,7 +125,8 @@ def test_equals_hugging_face_logits_losses_and_gradients(nsp, dtype, atol):
         assert following is None and set(losses) == {"mlm", "mlm_accuracy"}
     torch.testing.assert_close(total.to(dtype), want.loss, rtol=1e-5, atol=0)
     found = dict(zip(tensors, torch.autograd.grad(want.loss, tensors.values()), strict=True))
-    wanted = {name: found[bert_name(name)] for name, _ in ours.named_parameters()}
+    shapes = {name: tuple(gradient.shape) for name, gradient in found.items()}
+    _, wanted, _ = to_ours("bert", ours.config, shapes, found.__getitem__)
     got = gradients(ours, total)
     assert_near(got, wanted)
     for name in wanted if dtype == torch.float64 else []:

@@ -24,7 +24,12 @@ LINES += re.findall(r"^\| `(python [^`]+)`", README, re.MULTILINE)  # the table 
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 SCRIPTS = {c for c in COMMANDS if re.match(r"(python|torchrun)\b.*\b\w+\.py\b", c)}
 TOYS = {"gpt": TOY, "bert": TOY_BERT, "seq2seq": TOY_PAIRS}
-FOLDERS = {"out/gpt": "gpt", "out/bert": "bert", "out/crammed": "bert"}  # the rest: seq2seq
+FOLDERS = {
+    "out/gpt": "gpt",
+    "out/gpt2": "gpt",
+    "out/bert": "bert",
+    "out/crammed": "bert",
+}  # the rest: seq2seq
 STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt"}
 STAND_INS |= {"queries.txt": "toy-docs.txt", "lines.txt": "toy.txt"}
 FILES = ("--data", "--valid", "--languages", "--layout", "--tokenizer", "--minutes")
@@ -94,6 +99,11 @@ def test_command(toy_pairs, command):
         flags += ["--max_new_tokens=5"] * (task != "bert")
     elif name == "average.py":
         run(*trained)
+    elif name == "convert.py":
+        run(*trained[:-3], "--out", "out/gpt")
+        if flags[0] == "import":  # what would be downloaded is exported instead
+            run(str(ROOT / name), "export", "out/gpt/best.pt", "--to=theirs")
+            flags[1] = "theirs"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     lines = "3 plus 4\n" if redirected else None
     told = run(*launcher * (words[0] == "torchrun"), str(ROOT / name), *flags, lines=lines)

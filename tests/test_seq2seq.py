@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from conftest import peer
 
 from decoding import write
+from families import to_ours
 from model import attend, causal_mask, count_parameters
 from optim import make_optimizer
-from peers import hugging_face_marian, marian_name
+from peers import hugging_face_marian
 from plan import parameter_table
 from presets import PRESETS
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
@@ -135,8 +136,8 @@ def test_equals_torch_nn_features_and_gradients(smoothing):
 
 @pytest.mark.parametrize("V,n_head", [(37, 4), (53, 7)])
 def test_equals_hugging_face_marian_logits_loss_and_gradients(V, n_head):
-    """Theirs has a table of positions with all sines in front of all cosines; peers.py gives it
-    ours. Which column is called which is without effect on what a trained model can do."""
+    """Theirs has a table of positions with all sines in front of all cosines: its whole residual
+    stream is ours in that order."""
     transformers = peer("transformers")
     ours, given = small(vocab_size=V, n_head=n_head, label_smoothing=0.0), batch()
     # The padding token's embedding gets no gradient there: the batch does not use it.
@@ -161,7 +162,8 @@ def test_equals_hugging_face_marian_logits_loss_and_gradients(V, n_head):
     found = dict(
         zip(trained, torch.autograd.grad(loss, [tensors[n] for n in trained]), strict=True)
     )
-    wanted = {name: found[marian_name(name)] for name, _ in ours.named_parameters()}
+    shapes = {name: tuple(gradient.shape) for name, gradient in found.items()}
+    _, wanted, _ = to_ours("seq2seq", ours.config, shapes, found.__getitem__)
     assert_near(gradients(ours, losses["loss"]), wanted)
 
 

@@ -1,0 +1,475 @@
+"""How Hugging Face writes our three families: for each, one table of settings and one of tensors.
+
+The same rows serve both directions. What is not in a table does not pass: a setting that we do not
+have must have the value we compute with, and a tensor that is missing, too many or of another
+shape is an error that lists all of them.
+
+Two things are more than names. GPT-2 keeps its matrices transposed, and q, k and v in one. Marian
+has all sines before all cosines where Seq2Seq has them in turn, so the whole residual stream of a
+trained model is in another order: whatever reads it, writes it or scales it is reordered.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bert import BERT, SEGMENTS, BERTConfig
+from model import GPT, GPTConfig, causal_mask
+from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
+
+Get = Callable[[str], Tensor]  # a tensor by Hugging Face's name
+
+# The largest sizes that are believed: beyond all published models of these families.
+LIMITS = {
+    "vocab_size": 2**24,
+    "block_size": 2**20,
+    "n_layer": 1000,
+    "n_head": 1000,
+    "n_embd": 2**16,
+    "n_ff": 2**18,
+}
+
+# Kinds of modules: what is done to their weight and their bias on the way to ours.
+KINDS = {
+    "table": {"weight": ""},
+    "plain": {"weight": "", "bias": ""},
+    "conv1d": {"weight": "transposed", "bias": ""},
+    "lone": {"": ""},  # a parameter that belongs to no module of ours
+    # Marian's, where the residual stream is in another order:
+    "stream_table": {"weight": "columns"},
+    "reads_stream": {"weight": "columns", "bias": ""},
+    "writes_stream": {"weight": "rows", "bias": "rows"},
+}
+
+
+class Row(NamedTuple):
+    """One tensor of theirs, and those of ours that it consists of, joined along the outputs."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    how: str  # "", transposed, rows or columns
+
+
+class Derived(NamedTuple):
+    """A tensor that others determine. Files may have it; it is checked, not read."""
+
+    what: str
+    holds: Callable[[Tensor, Get, Any], bool]  # (it, the others, our config); sizes first
+    make: Callable[[Any], Tensor] | None = None  # for one that has to be written
+
+
+class Family(NamedTuple):
+    title: str
+    model_type: str
+    architecture: str
+    Config: type
+    Model: type
+    settings: dict[str, tuple[str, Any]]  # theirs -> (ours, their default); None says nothing
+    fixed: dict[str, tuple[Any, tuple]]  # theirs -> (their default, what we compute with)
+    own: dict[str, Any]  # settings of ours that they have in this one value only
+    prefix: str  # of all tensors but the heads'; files without heads leave it out
+    heads: tuple[str, ...]  # how the names outside it begin
+    modules: tuple[tuple[str, str, str], ...]  # (theirs, ours, kind); {}: number of the layer
+    derived: dict[str, Derived]
+
+
+def same_as(name: str) -> Derived:
+    return Derived(name, lambda tensor, get, config: torch.equal(tensor, get(name)))
+
+
+def is_causal_mask(tensor: Tensor, get: Get, config: GPTConfig) -> bool:
+    T = config.block_size
+    return tensor.shape == (1, 1, T, T) and torch.equal(tensor[0, 0].bool(), causal_mask(T, T))
+
+
+def is_masked_bias(tensor: Tensor, get: Get, config: GPTConfig) -> bool:
+    return tensor.numel() == 1 and tensor.item() <= -1e4
+
+
+def counts_up(tensor: Tensor, get: Get, config: BERTConfig) -> bool:
+    T = config.block_size
+    return tensor.shape == (1, T) and torch.equal(tensor[0].long(), torch.arange(T))
+
+
+def is_sinusoids(tensor: Tensor, get: Get, config: Seq2SeqConfig) -> bool:
+    T, C = config.block_size, config.n_embd
+    if tensor.shape != (T, C):
+        return False
+    apart = (tensor.float()[:, stream_order(C)] - sinusoids(T, C)).abs().max()
+    return apart.item() <= max(1e-6, torch.finfo(tensor.dtype).eps)
+
+
+def is_zero(tensor: Tensor, get: Get, config: Seq2SeqConfig) -> bool:
+    return tensor.shape == (1, config.vocab_size) and not tensor.any()
+
+
+GPT2 = Family(
+    "GPT-2",
+    "gpt2",
+    "GPT2LMHeadModel",
+    GPTConfig,
+    GPT,
+    settings={
+        "vocab_size": ("vocab_size", 50257),
+        "n_positions": ("block_size", 1024),
+        "n_ctx": ("block_size", None),
+        "n_layer": ("n_layer", 12),
+        "n_head": ("n_head", 12),
+        "n_embd": ("n_embd", 768),
+        "n_inner": ("n_ff", None),
+        "embd_pdrop": ("dropout", 0.1),
+        "attn_pdrop": ("dropout", 0.1),
+        "resid_pdrop": ("dropout", 0.1),
+        "layer_norm_epsilon": ("ln_eps", 1e-5),
+    },
+    fixed={
+        "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
+        "scale_attn_weights": (True, (True,)),
+        "scale_attn_by_inverse_layer_idx": (False, (False,)),
+        "reorder_and_upcast_attn": (False, (False,)),
+        "add_cross_attention": (False, (False,)),
+        "tie_word_embeddings": (True, (True,)),
+    },
+    own={"pre_ln": True, "bias": True},
+    prefix="transformer.",
+    heads=("lm_head.",),
+    modules=(
+        ("transformer.wte", "token_embedding", "table"),
+        ("transformer.wpe", "position_embedding", "table"),
+        ("transformer.h.{}.ln_1", "blocks.{}.attention_norm", "plain"),
+        (
+            "transformer.h.{}.attn.c_attn",
+            "blocks.{}.attention.q blocks.{}.attention.k blocks.{}.attention.v",
+            "conv1d",
+        ),
+        ("transformer.h.{}.attn.c_proj", "blocks.{}.attention.proj", "conv1d"),
+        ("transformer.h.{}.ln_2", "blocks.{}.mlp_norm", "plain"),
+        ("transformer.h.{}.mlp.c_fc", "blocks.{}.mlp.fc", "conv1d"),
+        ("transformer.h.{}.mlp.c_proj", "blocks.{}.mlp.proj", "conv1d"),
+        ("transformer.ln_f", "norm", "plain"),
+    ),
+    derived={
+        "lm_head.weight": same_as("transformer.wte.weight"),
+        "transformer.h.{}.attn.bias": Derived("the causal mask", is_causal_mask),
+        "transformer.h.{}.attn.masked_bias": Derived("-10000 or less", is_masked_bias),
+    },
+)
+
+BERT_FAMILY = Family(
+    "BERT",
+    "bert",
+    "BertForPreTraining",
+    BERTConfig,
+    BERT,
+    settings={
+        "vocab_size": ("vocab_size", 30522),
+        "max_position_embeddings": ("block_size", 512),
+        "num_hidden_layers": ("n_layer", 12),
+        "num_attention_heads": ("n_head", 12),
+        "hidden_size": ("n_embd", 768),
+        "intermediate_size": ("n_ff", 3072),
+        "hidden_dropout_prob": ("dropout", 0.1),
+        "attention_probs_dropout_prob": ("attention_dropout", 0.1),
+        "layer_norm_eps": ("ln_eps", 1e-12),
+    },
+    fixed={
+        "hidden_act": ("gelu", ("gelu",)),
+        "type_vocab_size": (2, (SEGMENTS,)),
+        "position_embedding_type": ("absolute", ("absolute",)),
+        "is_decoder": (False, (False,)),
+        "add_cross_attention": (False, (False,)),
+        "tie_word_embeddings": (True, (True,)),
+    },
+    own={"pre_ln": False, "bias": True},
+    prefix="bert.",
+    heads=("cls.",),
+    modules=(
+        ("bert.embeddings.word_embeddings", "token_embedding", "table"),
+        ("bert.embeddings.position_embeddings", "position_embedding", "table"),
+        ("bert.embeddings.token_type_embeddings", "segment_embedding", "table"),
+        ("bert.embeddings.LayerNorm", "embedding_norm", "plain"),
+        ("bert.encoder.layer.{}.attention.self.query", "blocks.{}.attention.q", "plain"),
+        ("bert.encoder.layer.{}.attention.self.key", "blocks.{}.attention.k", "plain"),
+        ("bert.encoder.layer.{}.attention.self.value", "blocks.{}.attention.v", "plain"),
+        ("bert.encoder.layer.{}.attention.output.dense", "blocks.{}.attention.proj", "plain"),
+        ("bert.encoder.layer.{}.attention.output.LayerNorm", "blocks.{}.attention_norm", "plain"),
+        ("bert.encoder.layer.{}.intermediate.dense", "blocks.{}.mlp.fc", "plain"),
+        ("bert.encoder.layer.{}.output.dense", "blocks.{}.mlp.proj", "plain"),
+        ("bert.encoder.layer.{}.output.LayerNorm", "blocks.{}.mlp_norm", "plain"),
+        ("bert.pooler.dense", "pooler", "plain"),
+        ("cls.predictions.bias", "mlm_bias", "lone"),
+        ("cls.predictions.transform.dense", "mlm_dense", "plain"),
+        ("cls.predictions.transform.LayerNorm", "mlm_norm", "plain"),
+        ("cls.seq_relationship", "nsp_head", "plain"),
+    ),
+    derived={
+        "bert.embeddings.position_ids": Derived("0, 1, 2, …", counts_up),
+        "cls.predictions.decoder.weight": same_as("bert.embeddings.word_embeddings.weight"),
+        "cls.predictions.decoder.bias": same_as("cls.predictions.bias"),
+    },
+)
+
+
+def marian_layer(side: str, attentions: dict[str, str]) -> tuple[tuple[str, str, str], ...]:
+    """The modules of one layer; attentions: their name -> ours, which its norm has too."""
+    there, here, rows = f"model.{side}.layers.{{}}.", f"{side}.{{}}.", []
+    for theirs, ours in attentions.items():
+        rows += [(f"{theirs}.{x}_proj", f"{ours}.{x}", "reads_stream") for x in "qkv"]
+        rows += [(f"{theirs}.out_proj", f"{ours}.proj", "writes_stream")]
+        rows += [(f"{theirs}_layer_norm", f"{ours}_norm", "writes_stream")]
+    rows += [("fc1", "mlp.fc", "reads_stream"), ("fc2", "mlp.proj", "writes_stream")]
+    rows += [("final_layer_norm", "mlp_norm", "writes_stream")]
+    return tuple((there + theirs, here + ours, kind) for theirs, ours, kind in rows)
+
+
+MARIAN = Family(
+    "Marian",
+    "marian",
+    "MarianMTModel",
+    Seq2SeqConfig,
+    Seq2Seq,
+    settings={
+        "vocab_size": ("vocab_size", 58101),
+        "decoder_vocab_size": ("vocab_size", None),
+        "max_position_embeddings": ("block_size", 1024),
+        "encoder_layers": ("n_layer", 12),
+        "decoder_layers": ("n_layer", 12),
+        "encoder_attention_heads": ("n_head", 16),
+        "decoder_attention_heads": ("n_head", 16),
+        "d_model": ("n_embd", 1024),
+        "encoder_ffn_dim": ("n_ff", 4096),
+        "decoder_ffn_dim": ("n_ff", 4096),
+        "dropout": ("dropout", 0.1),
+        "attention_dropout": ("attention_dropout", 0.0),
+    },
+    fixed={
+        "activation_function": ("gelu", ("relu",)),
+        "activation_dropout": (0.0, (0.0,)),
+        "encoder_layerdrop": (0.0, (0.0,)),
+        "decoder_layerdrop": (0.0, (0.0,)),
+        "scale_embedding": (False, (True,)),
+        "normalize_before": (False, (False,)),
+        "normalize_embedding": (False, (False,)),
+        "add_final_layer_norm": (False, (False,)),
+        "static_position_embeddings": (True, (True,)),
+        "share_encoder_decoder_embeddings": (True, (True,)),
+        "tie_word_embeddings": (True, (True,)),
+        "is_encoder_decoder": (True, (True,)),
+    },
+    own={"bias": True, "ln_eps": 1e-5},
+    prefix="model.",
+    heads=("lm_head.", "final_logits_bias"),
+    modules=(
+        ("model.shared", "token_embedding", "stream_table"),
+        *marian_layer("encoder", {"self_attn": "attention"}),
+        *marian_layer("decoder", {"self_attn": "attention", "encoder_attn": "cross"}),
+    ),
+    derived={
+        "lm_head.weight": same_as("model.shared.weight"),
+        "model.encoder.embed_tokens.weight": same_as("model.shared.weight"),
+        "model.decoder.embed_tokens.weight": same_as("model.shared.weight"),
+        "model.encoder.embed_positions.weight": Derived("the sinusoids", is_sinusoids),
+        "model.decoder.embed_positions.weight": Derived("the sinusoids", is_sinusoids),
+        "final_logits_bias": Derived(
+            "zeros, for Seq2Seq has no such bias", is_zero, lambda c: torch.zeros(1, c.vocab_size)
+        ),
+    },
+)
+
+FAMILIES = {"gpt": GPT2, "bert": BERT_FAMILY, "seq2seq": MARIAN}
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def our_config(settings: dict) -> tuple[str, Any]:
+    """What config.json says -> (task, our config). Raises ValueError, with its name, for a setting
+    that we do not compute with and for a size that cannot be. BERT's nsp is for `to_ours` to find.
+    """
+    known = {family.model_type: task for task, family in FAMILIES.items()}
+    task = known.get(str(settings.get("model_type")))
+    if task is None:
+        raise ValueError(
+            f"model_type={settings.get('model_type')!r} is not known: only {', '.join(known)} are"
+        )
+    family, found, source = FAMILIES[task], {}, {}
+    for name, (default, allowed) in family.fixed.items():
+        if settings.get(name, default) not in allowed:
+            raise ValueError(
+                f"{name}={settings.get(name, default)!r} is not supported: "
+                f"our {family.title} has {' or '.join(map(repr, allowed))}"
+            )
+    for name, (ours, default) in family.settings.items():
+        value = settings.get(name, default)
+        if value is None:
+            continue
+        if ours in LIMITS:
+            fits = type(value) is int and 1 <= value <= LIMITS[ours]
+            wanted = f"an integer from 1 to {LIMITS[ours]:,}"
+        else:
+            fits = type(value) in (int, float) and (value > 0 or ours != "ln_eps") and value < 1
+            wanted = "a number below 1" + (" and above 0" if ours == "ln_eps" else "")
+        if not fits:
+            raise ValueError(f"{name}={value!r} cannot be: it must be {wanted}")
+        if found.setdefault(ours, value) != value:
+            raise ValueError(
+                f"{name}={value} differs from {source[ours]}={found[ours]}: not supported, "
+                "they are one setting here"
+            )
+        source.setdefault(ours, name)
+    return task, family.Config(**found)
+
+
+def their_settings(task: str, config: Any) -> dict:
+    """Our config -> what config.json says of the model, without the ids of tokens. Raises
+    ValueError for a model that Hugging Face's class cannot be."""
+    family = FAMILIES[task]
+    if any(getattr(config, name) != value for name, value in family.own.items()):
+        ours = " and ".join(f"{name}={getattr(config, name)}" for name in family.own)
+        raise ValueError(f"Hugging Face has no {family.title} with {ours}")
+    settings = {name: getattr(config, ours) for name, (ours, _) in family.settings.items()}
+    settings |= {name: allowed[0] for name, (_, allowed) in family.fixed.items()}
+    alone = task == "bert" and not config.nsp
+    architecture = "BertForMaskedLM" if alone else family.architecture
+    return {"model_type": family.model_type, "architectures": [architecture], **settings}
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+def stream_order(C: int) -> Tensor:
+    """theirs[stream_order(C)] is ours: sine 0, cosine 0, sine 1, … from all sines, all cosines."""
+    return torch.arange(C).view(2, -1).t().flatten()
+
+
+def numbered(name: str, layers: int) -> list[str]:
+    return [name.replace("{}", str(i)) for i in range(layers)] if "{}" in name else [name]
+
+
+def rows(task: str, config: Any) -> list[Row]:
+    """The table of a model of these sizes, tensor by tensor."""
+    found = []
+    for theirs, ours, kind in FAMILIES[task].modules:
+        if task == "bert" and not config.nsp and ours in ("pooler", "nsp_head"):
+            continue
+        for there, here in zip(*(numbered(x, config.n_layer) for x in (theirs, ours)), strict=True):
+            for part, how in KINDS[kind].items():
+                end = f".{part}" if part else ""
+                found.append(Row(there + end, tuple(x + end for x in here.split()), how))
+    return found
+
+
+def canonical(family: Family, names: Mapping[str, Any]) -> dict[str, str]:
+    """{the table's name: the file's}. Encoders without heads leave the prefix out, and the oldest
+    files of BERT call a norm's weight gamma and its bias beta. Raises ValueError for names that
+    mean the same."""
+    prefix = "" if any(name.startswith(family.prefix) for name in names) else family.prefix
+    found, twice = {}, []
+    for name in names:
+        full = name if name.startswith(family.heads) else prefix + name
+        full = full.replace("LayerNorm.gamma", "LayerNorm.weight")
+        full = full.replace("LayerNorm.beta", "LayerNorm.bias")
+        if full in found:
+            twice.append(f"{name} is {found[full]} again")
+        found[full] = name
+    refuse(family, {"double": twice})
+    return found
+
+
+def refuse(family: Family, wrong: dict[str, list[str]]) -> None:
+    """Raises ValueError if anything is listed: all of it, but no more than 20 of a kind."""
+    parts = []
+    for kind, names in wrong.items():
+        rest = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+        if names:
+            parts.append(f"{kind}: {', '.join(names[:20])}{rest}")
+    if parts:
+        raise ValueError(f"the tensors are not those of {family.title}; {'; '.join(parts)}")
+
+
+def to_ours(
+    task: str, config: Any, shapes: Mapping[str, tuple[int, ...]], get: Get
+) -> tuple[Any, dict[str, Tensor], list[str]]:
+    """Their tensors -> (our config, our state, names of ours that the file does not have).
+
+    `shapes` are all that the file holds, `get` reads one of them by its name there. Only BERT may
+    lack something: without pooler and its head it has nsp=False, and a head that the file lacks is
+    told. Raises ValueError that lists every missing, surplus or misshapen tensor, before any is
+    read, or all that are not what they should be derived from.
+    """
+    family, names = FAMILIES[task], canonical(FAMILIES[task], shapes)
+    absent: set[str] = set()
+    if task == "bert":
+        nsp = any(name.startswith(("bert.pooler.", "cls.seq_relationship.")) for name in names)
+        config = replace(config, nsp=nsp)
+        for head in ("cls.predictions.", "cls.seq_relationship."):
+            own = [row.theirs for row in rows(task, config) if row.theirs.startswith(head)]
+            absent.update(own if not names.keys() & set(own) else [])
+    with torch.device("meta"):
+        state = family.Model(config).state_dict()
+    wanted, table = {}, rows(task, config)
+    for row in table:
+        first, *rest = (state[name].shape for name in row.ours)
+        shape = (first[0] + sum(s[0] for s in rest), *first[1:])
+        wanted[row.theirs] = shape[::-1] if row.how == "transposed" else shape
+    derived = {
+        name: law for key, law in family.derived.items() for name in numbered(key, config.n_layer)
+    }
+    shape_of = {name: tuple(shapes[there]) for name, there in names.items()}
+    refuse(
+        family,
+        {
+            "missing": [n for n in wanted if n not in shape_of and n not in absent],
+            "surplus": [n for n in shape_of if n not in wanted and n not in derived],
+            "misshapen": [
+                f"{n} {shape_of[n]} instead of {shape}"
+                for n, shape in wanted.items()
+                if n in shape_of and shape_of[n] != shape
+            ],
+        },
+    )
+
+    def read(name: str) -> Tensor:
+        return get(names[name])
+
+    false = [
+        f"{name} is not {law.what}"
+        for name, law in derived.items()
+        if name in names and not law.holds(read(name), read, config)
+    ]
+    refuse(family, {"wrong": false})
+    state, fresh = {}, []
+    for row in table:
+        if row.theirs in absent:
+            fresh += row.ours
+            continue
+        tensor = turned(read(row.theirs), row.how)
+        for name, part in zip(row.ours, tensor.chunk(len(row.ours)), strict=True):
+            state[name] = part.contiguous()
+    return config, state, fresh
+
+
+def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state, whole -> their tensors, those that are tied or derived left out."""
+    found = {}
+    for row in rows(task, config):
+        joined = torch.cat([state[name] for name in row.ours])
+        found[row.theirs] = turned(joined, row.how, back=True).contiguous()
+    for name, law in FAMILIES[task].derived.items():
+        if law.make:
+            found[name] = law.make(config)
+    return found
+
+
+def turned(tensor: Tensor, how: str, back: bool = False) -> Tensor:
+    """What Row.how says, from theirs to ours, or back."""
+    if how == "transposed":
+        return tensor.t()
+    if how not in ("rows", "columns"):
+        return tensor
+    axis = 0 if how == "rows" else 1
+    order = stream_order(tensor.size(axis))
+    return tensor.index_select(axis, order.argsort() if back else order)

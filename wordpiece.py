@@ -1,0 +1,390 @@
+"""WordPiece, the tokenizer of BERT: text to token ids and, spaces aside, back.
+
+A text is cleaned, split at white space and around every punctuation mark and Chinese character,
+and each word is cut from left to right into the longest pieces that the vocabulary has. A piece
+inside a word is written with "##" before it. A word that cannot be cut is one [UNK].
+
+    "Élan, unhugged"  ->  elan , unhugged  ->  el ##an , un ##hug ##ged      (lowercase)
+
+Training starts from characters and joins the two neighbours that occur together most often for
+how often they occur at all: score = count(ab) / (count(a) · count(b)). Joining the pair with the
+highest score raises the likelihood of the text the most for each time it occurs. Four steps for
+"pit pits spit bat bats", min_frequency 1:
+
+    pieces      p 2   b 2   s 1   ##i 3   ##t 5   ##s 2   ##p 1   ##a 2
+    pairs       s ##p 1/(1·1)   b ##a 2/(2·2)   p ##i 2/(2·3)   ##p ##i 1/(1·3)   ##i ##t 3/(3·5)
+                ##a ##t 2/(2·5)   ##t ##s 2/(5·2)
+    join        s ##p -> sp, then b ##a -> ba, then of equal scores (1/3) the lower pair of ids:
+                p ##i -> pi, and sp ##i, now 1/(1·1), -> spi
+
+Left out: the text before tokenization (decode() cannot restore spaces and accents), dropout, and
+accents that stay where capitals go (strip_accents apart from lowercase).
+
+Papers: Schuster and Nakajima 2012, "Japanese and Korean Voice Search" (the training); Wu et al.
+2016, "Google's Neural Machine Translation System" (arXiv:1609.08144, section 4.1); Devlin et al.
+2019, "BERT" (arXiv:1810.04805), whose released code set what counts as a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable
+from functools import cached_property, lru_cache
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from tqdm import tqdm
+
+from pieces import INSIDE, learn
+
+UNK = "[UNK]"
+SPECIAL = ("[PAD]", UNK, "[CLS]", "[SEP]", "[MASK]")
+LONGEST_WORD = 100  # characters; a longer word is [UNK]
+MAX_TOKENS = 1 << 22  # eight times the largest BERT vocabulary in use (LaBSE's 501,153)
+MAX_BYTES = 1 << 27  # of a vocab.txt
+CACHED_CHUNKS = 1 << 16  # stretches without a space whose ids are remembered
+# What Hugging Face's clean-up puts behind a word without a space.
+CLINGING = (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")
+
+# Chinese characters as BERT's code lists them: no Hangul, no kana, no later extensions.
+IDEOGRAPH = re.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
+
+
+# ---- text -> words -------------------------------------------------------------------------------
+
+
+def split_words(text: str, lowercase: bool) -> list[str]:
+    """The words of `text`: what is between white space, punctuation marks and Chinese characters,
+    and each of these marks and characters. `lowercase` also takes the accents off.
+
+    Equal to Hugging Face's Rust library: every character is looked at alone, so a capital sigma
+    becomes σ at a word's end too (ς in BERT's own code). The exceptions are characters that
+    Unicode has added or reclassified since version 8, for the library has stayed there, and the
+    Chinese characters U+2B820 to U+2B91F, which it forgets.
+    """
+    text = "".join(map(_clean, text))
+    if lowercase:
+        text = "".join(map(_plain, unicodedata.normalize("NFD", text)))
+    # Only now: decomposed, some signs become punctuation (U+2260, not equal, holds an "=").
+    return "".join(map(_apart, text)).split()
+
+
+@lru_cache(1 << 16)
+def _clean(c: str) -> str:
+    if c in "\t\n\r":
+        return " "
+    if c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs"):
+        return ""
+    if IDEOGRAPH.match(c):
+        return f" {c} "
+    return " " if c.isspace() else c
+
+
+@lru_cache(1 << 16)
+def _plain(c: str) -> str:
+    return "" if unicodedata.category(c) == "Mn" else c.lower()
+
+
+@lru_cache(1 << 16)
+def _apart(c: str) -> str:
+    """The printable ASCII signs all count as punctuation, also $+<=>^`|~, which are symbols."""
+    sign = "!" <= c <= "~" and not c.isalnum()
+    return f" {c} " if sign or unicodedata.category(c).startswith("P") else c
+
+
+def _chunks(text: str) -> list[str]:
+    """Cuts where white space is for certain: no rule above looks across a space."""
+    return text.replace("\n", " ").split(" ")
+
+
+# ---- the tokenizer -------------------------------------------------------------------------------
+
+
+class WordPiece:
+    """Its state is two plain values; everything else follows from them.
+
+    tokens          the vocabulary: a token's place is its id.
+    lowercase       whether capitals and accents are taken away first ("uncased").
+    special_tokens  name -> id of those of SPECIAL that are among the tokens. encode() produces
+                    them only where the caller allows it by name, and [UNK] where it must.
+    """
+
+    def __init__(self, tokens: list[str], lowercase: bool = True):
+        """ValueError for a vocabulary without [UNK], or that vocab.txt could not hold."""
+        _check_state(tokens, lowercase)
+        self.tokens, self.lowercase, self.vocab_size = tokens, lowercase, len(tokens)
+        self.ids = {token: i for i, token in enumerate(tokens)}
+        self.special_tokens = {name: self.ids[name] for name in SPECIAL if name in self.ids}
+        self._longest = max(map(len, tokens))
+        self._cache: dict[str, list[int]] = {}
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        lowercase: bool = True,
+        special_tokens: Collection[str] = SPECIAL,
+        min_frequency: int = 2,
+        progress: bool = False,
+    ) -> WordPiece:
+        """Special tokens get the first ids, then come all characters, sorted, then joined pairs.
+
+        A pair seen fewer than min_frequency times is not joined; when no pair is left, the
+        vocabulary stays smaller than asked for. `texts` is streamed, and names of special tokens
+        in it are text. ValueError for settings out of range.
+
+        The score prefers what is rare: with min_frequency 2 much of a small vocabulary goes to
+        names, and raising it shortens the encoded text. Hugging Face's WordPieceTrainer, despite
+        its name, does not use the score: it joins the most frequent pair, as BPE does.
+        """
+        for name, value in (("texts", texts), ("special_tokens", special_tokens)):
+            if isinstance(value, str):
+                raise ValueError(f"{name} is one str, not several: pass a list of them")
+        if not set(special_tokens) <= set(SPECIAL) or UNK not in special_tokens:
+            raise ValueError(
+                f"special_tokens={short(special_tokens)}: take {UNK} and others of {list(SPECIAL)}"
+            )
+        if not 0 < vocab_size <= MAX_TOKENS:
+            raise ValueError(f"vocab_size={vocab_size} is not between 1 and {MAX_TOKENS:,}")
+        if min_frequency < 1:
+            raise ValueError(f"min_frequency={min_frequency} is less than 1, which keeps all")
+        _check_state(list(special_tokens), lowercase)  # now, not after
+        quiet = None if progress else True  # None: no bar where there is no terminal
+        chunks: Counter[str] = Counter()
+        for text in tqdm(texts, desc="splitting", unit=" texts", disable=quiet):
+            chunks.update(_chunks(text))
+        words: Counter[str] = Counter()
+        for chunk, n in chunks.items():
+            for word in split_words(chunk, lowercase):
+                if len(word) <= LONGEST_WORD:
+                    words[word] += n
+        room = vocab_size - len(special_tokens)
+        return cls([*special_tokens, *learn(words, room, min_frequency, progress)], lowercase)
+
+    def words(self, text: str) -> list[str]:
+        """The words that encode() cuts into pieces."""
+        return split_words(text, self.lowercase)
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """Ids of `text`, without [CLS] and [SEP] around them; for every str.
+
+        allowed_special names the special tokens whose text becomes their id ("all": all of them);
+        the text of the others is encoded as ordinary text. ValueError for an unknown name.
+        """
+        if isinstance(allowed_special, str):
+            every = allowed_special == "all"
+            allowed_special = self.special_tokens if every else [allowed_special]
+        for name in allowed_special:
+            if name not in self.special_tokens:
+                known = list(self.special_tokens)
+                raise ValueError(
+                    f"allowed_special: {name!r} is unknown, this tokenizer has {known}"
+                )
+        if not allowed_special:
+            return self._encode(text)
+        ids = []
+        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, allowed_special))})", text)):
+            ids += [self.special_tokens[part]] if i % 2 else self._encode(part)
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        ids, cache = [], self._cache
+        for chunk in _chunks(text):
+            found = cache.get(chunk)
+            if found is None:
+                found = [i for word in self.words(chunk) for i in self._pieces(word)]
+                if len(chunk) <= 64:
+                    if len(cache) >= CACHED_CHUNKS:
+                        cache.clear()
+                    cache[chunk] = found
+            ids += found
+        return ids
+
+    def _pieces(self, word: str) -> list[int]:
+        """Greedy: the longest piece that fits, then the longest behind it; all or [UNK]."""
+        start, ids = 0, []
+        while start < len(word) <= LONGEST_WORD:
+            before = INSIDE if start else ""
+            for end in range(min(len(word), start + self._longest), start, -1):
+                found = self.ids.get(before + word[start:end])
+                if found is not None:
+                    break
+            else:
+                return [self.ids[UNK]]
+            ids.append(found)
+            start = end
+        return ids or [self.ids[UNK]]
+
+    def decode(self, ids: Iterable[int], clean_up: bool = False) -> str:
+        """The tokens, those inside words joined to the one before, a space before the others.
+
+        clean_up leaves out the space before . ? ! and , as Hugging Face's decoder does. ValueError
+        for an id that is no token; integers of any kind are taken, numpy's and torch's too.
+        """
+        parts = []
+        for i in map(operator.index, ids):
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(
+                    f"id {i} is no token: the vocabulary ends at {self.vocab_size - 1}; "
+                    "mask the ids that only pad the model's vocabulary before sampling"
+                )
+            text = self.tokens[i]
+            if parts and text.startswith(INSIDE):
+                text = text.removeprefix(INSIDE)
+            elif parts and not (clean_up and text.startswith(CLINGING)):
+                text = f" {text}"
+            parts.append(text)
+        return "".join(parts)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the state: data sets and checkpoints carry it, so that none are mixed up."""
+        state = {"type": "WordPiece", "lowercase": self.lowercase, "tokens": self.tokens}
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+    # ---- files
+
+    def save(self, path: str | Path) -> None:
+        """BERT's vocab.txt: a token a line. It does not say whether the tokenizer is lowercase.
+        Writes beside `path`, then renames: an interruption leaves the old file whole."""
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes("".join(f"{token}\n" for token in self.tokens).encode("utf-8"))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def from_vocab(cls, path: str | Path, *, lowercase: bool) -> WordPiece:
+        """What save() wrote, or BERT's own vocab.txt; ValueError that names the path otherwise."""
+        path = Path(path)
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES:,} bytes: this is no vocab.txt")
+            lines = path.read_text(encoding="utf-8").split("\n")  # "\r\n" has become "\n"
+            return cls(lines if lines[-1] else lines[:-1], lowercase)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+
+    def to_tokenizer_json(self) -> dict[str, Any]:
+        """The content of Hugging Face's tokenizer.json. There, names of special tokens in a text
+        become their ids: encode(text, "all") is what gives the same. Where the vocabulary has
+        them, texts are framed: [CLS] A [SEP], and with a second one B [SEP] in segment 1."""
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        added = sorted(self.special_tokens.items(), key=operator.itemgetter(1))
+        frame = [name for name in ("[CLS]", "[SEP]") if name in self.ids]
+        cls, sep, end = (
+            {"SpecialToken": {"id": name, "type_id": segment}}
+            for name, segment in (("[CLS]", 0), ("[SEP]", 0), ("[SEP]", 1))
+        )
+        a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+        template = {
+            "type": "TemplateProcessing",
+            "single": [cls, a, sep],
+            "pair": [cls, a, sep, b, end],
+            "special_tokens": {t: {"id": t, "ids": [self.ids[t]], "tokens": [t]} for t in frame},
+        }
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": i, "content": t, **plain, "special": True} for t, i in added],
+            "normalizer": {
+                "type": "BertNormalizer",
+                "clean_text": True,
+                "handle_chinese_chars": True,
+                "strip_accents": None,  # as lowercase says
+                "lowercase": self.lowercase,
+            },
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "post_processor": template if len(frame) == 2 else None,
+            "decoder": {"type": "WordPiece", "prefix": INSIDE, "cleanup": True},
+            "model": {
+                "type": "WordPiece",
+                "unk_token": UNK,
+                "continuing_subword_prefix": INSIDE,
+                "max_input_chars_per_word": LONGEST_WORD,
+                "vocab": dict(self.ids),
+            },
+        }
+
+    @classmethod
+    def from_tokenizer_json(cls, content: dict[str, Any]) -> WordPiece:
+        """The tokenizer that a parsed tokenizer.json describes. ValueError, in one sentence, for
+        every setting that to_tokenizer_json() would not have written, but for those that change
+        no id: truncation, padding, how the decoder cleans up, and which special tokens are listed.
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"tokenizer.json: {short(content)} is no object with settings")
+        content = dict(content, truncation=None, padding=None)
+        for key in ("model", "normalizer"):
+            if not isinstance(content.get(key), dict):
+                raise ValueError(f"tokenizer.json: {key} is {short(content.get(key))}, no settings")
+        model, normalizer = content["model"], content["normalizer"]
+        vocab, lowercase = model.get("vocab"), normalizer.get("lowercase")
+        if not isinstance(vocab, dict) or any(type(i) is not int for i in vocab.values()):
+            raise ValueError("tokenizer.json: model.vocab is no mapping of tokens to ids")
+        tokens = sorted(vocab, key=vocab.get)
+        if any(vocab[token] != i for i, token in enumerate(tokens)):
+            raise ValueError(f"tokenizer.json: the ids of {len(vocab)} tokens do not count from 0")
+        new = cls(tokens, lowercase)
+        ours = new.to_tokenizer_json()
+        content["model"] = {"type": "WordPiece", **model}  # files of 2020 leave the type out
+        if normalizer.get("strip_accents") is lowercase:
+            content["normalizer"] = {**normalizer, "strip_accents": None}
+        sep, cls_ = ([name, new.ids.get(name)] for name in ("[SEP]", "[CLS]"))
+        # The second is how files of 2020 write our template.
+        if content.get("post_processor") in (
+            None,
+            {"type": "BertProcessing", "sep": sep, "cls": cls_},
+        ):
+            content["post_processor"] = ours["post_processor"]
+        if content.get("decoder") in (None, {**ours["decoder"], "cleanup": False}):
+            content["decoder"] = ours["decoder"]
+        if isinstance(content.get("added_tokens"), list):
+            for entry in content["added_tokens"]:
+                if entry not in ours["added_tokens"]:
+                    raise ValueError(
+                        f"tokenizer.json: added token {short(entry)} is none of BERT's, or set up "
+                        "otherwise: only those of BERT are known here"
+                    )
+            content["added_tokens"] = ours["added_tokens"]
+        _check_same("tokenizer.json", content, ours)
+        return new
+
+
+def _check_same(where: str, found: Any, ours: Any) -> None:
+    if isinstance(found, dict) and isinstance(ours, dict):
+        for key in sorted(found.keys() | ours.keys()):  # a missing key is as good as null
+            _check_same(f"{where}: {key}", found.get(key), ours.get(key))
+    elif type(found) is not type(ours) or found != ours:
+        raise ValueError(f"{where} is {short(found)}, but only {short(ours)} is known here")
+
+
+def _check_state(tokens: Any, lowercase: Any) -> None:
+    if not isinstance(lowercase, bool):
+        raise ValueError(f"lowercase={short(lowercase)} is neither True nor False")
+    if not isinstance(tokens, list) or len(tokens) > MAX_TOKENS:
+        raise ValueError(f"the vocabulary is no list of at most {MAX_TOKENS:,} tokens")
+    for i, token in enumerate(tokens):
+        if not isinstance(token, str) or not token or re.search("[\n\r\ud800-\udfff]", token):
+            raise ValueError(f"token {i} is {short(token)}: empty, or not one line of text")
+    if tokens and tokens[0].startswith("\ufeff"):
+        raise ValueError("the vocabulary starts with a byte-order mark: save it as UTF-8 without")
+    twice, n = Counter(tokens).most_common(1)[0] if tokens else (None, 0)
+    if n > 1:
+        raise ValueError(f"token {short(twice)} occurs {n} times: each needs one id")
+    if UNK not in tokens:
+        raise ValueError(f"the {len(tokens)} tokens have no {UNK}, which unknown words need")
