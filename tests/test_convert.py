@@ -945,7 +945,7 @@ def test_damaged_json_is_refused(folder):
                 convert.import_model(str(folder))
         (folder / name).write_bytes(whole)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"there is no .*config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
         convert.import_model(str(folder))
 
 
