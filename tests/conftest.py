@@ -100,3 +100,11 @@ def server(tmp_path):
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
         httpd.shutdown()
+
+
+@pytest.fixture
+def tokenizers() -> dict:
+    """Those of tests/converting.py."""
+    import converting
+
+    return converting.tokenizers()
