@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses import linear_cross_entropy
-from model import Block, Dropout, check_sizes, count_parameters, padding_mask
+from model import Block, Dropout, check_sizes, count_parameters, initialise, padding_mask
 
 SEGMENTS = 2  # the two parts of the input
 
@@ -161,10 +161,4 @@ def init_bert(model: BERT) -> None:
     every                              bias      0
     every LayerNorm                    weight    1
     """
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif parameter.dim() == 1:
-            nn.init.ones_(parameter)
-        else:
-            nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+    initialise(model, lambda name, weight: nn.init.trunc_normal_(weight, 0, 0.02, -0.04, 0.04))

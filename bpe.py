@@ -128,11 +128,11 @@ class Tokenizer:
         allowed_special names the special tokens whose text becomes their id ("all": all of them);
         the text of the others is encoded as ordinary text. ValueError for an unknown name.
         """
-        return self._encode(text, allowed_special, self._encode_rust)
+        return encode_special(text, allowed_special, self.special_tokens, self._encode_rust)
 
     def encode_python(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """The same ids as encode(), without tiktoken: what to read to see how it works."""
-        return self._encode(text, allowed_special, self._encode_chunks)
+        return encode_special(text, allowed_special, self.special_tokens, self._encode_chunks)
 
     def encode_batch(
         self, texts: Iterable[str], allowed_special: Collection[str] = ()
@@ -158,27 +158,6 @@ class Tokenizer:
         for i, part in enumerate(re.split("([\udc80-\udcff]+)", text)):
             invalid = part.encode("utf-8", "surrogateescape") if i % 2 else b""
             ids += self._merge(invalid) if invalid else self.encode(part)
-        return ids
-
-    def _encode(
-        self, text: str, allowed_special: Collection[str], ordinary: Callable[[str], list[int]]
-    ) -> list[int]:
-        if isinstance(allowed_special, str):
-            every = allowed_special == "all"
-            allowed_special = self.special_tokens if every else [allowed_special]
-        for name in allowed_special:
-            if name not in self.special_tokens:
-                known = list(self.special_tokens)
-                raise ValueError(
-                    f"allowed_special: {name!r} is unknown, this tokenizer has {known}"
-                )
-        if not allowed_special:
-            return ordinary(text)
-        # The longest first: of "<|a|>" and "<|a|>b", the first must not hide the second.
-        names = sorted(allowed_special, key=len, reverse=True)
-        ids = []
-        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
-            ids += [self.special_tokens[part]] if i % 2 else ordinary(part)
         return ids
 
     def _encode_rust(self, text: str) -> list[int]:
@@ -298,7 +277,7 @@ class Tokenizer:
     def from_json(cls, text: str) -> Tokenizer:
         """ValueError, in one sentence, for everything that to_json() cannot have written."""
         try:
-            state = json.loads(text, object_pairs_hook=_unique_keys)
+            state = json.loads(text, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"not a tokenizer: no JSON ({e})") from None
         keys = ["format", "pattern", "special_tokens", "ranks"]
@@ -373,6 +352,30 @@ class Tokenizer:
         return cls(ranks, GPT2_PATTERN, special_tokens)
 
 
+def encode_special(
+    text: str,
+    allowed: Collection[str],
+    special_tokens: dict[str, int],
+    ordinary: Callable[[str], list[int]],
+) -> list[int]:
+    """Ids of `text`: the allowed special tokens (a collection of names, or "all") become their
+    ids, `ordinary` encodes what is between them. ValueError for a name that is none of them."""
+    if isinstance(allowed, str):
+        allowed = special_tokens if allowed == "all" else [allowed]
+    for name in allowed:
+        if name not in special_tokens:
+            known = list(special_tokens)
+            raise ValueError(f"allowed_special: {name!r} is unknown, this tokenizer has {known}")
+    if not allowed:
+        return ordinary(text)
+    # The longest first: of "<|a|>" and "<|a|>b", the first must not hide the second.
+    names = sorted(allowed, key=len, reverse=True)
+    ids = []
+    for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
+        ids += [special_tokens[part]] if i % 2 else ordinary(part)
+    return ids
+
+
 def byte_characters() -> dict[str, int]:
     """The characters in which GPT-2's files, and Hugging Face's, write bytes -> the bytes, in the
     order of their ids: one that is printable in Latin-1 is itself, the others are U+0100 and up."""
@@ -387,7 +390,7 @@ def _by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:
     return sorted(ids.items(), key=operator.itemgetter(1))
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key occurs twice")
     return dict(pairs)

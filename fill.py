@@ -24,12 +24,12 @@ from tqdm import tqdm
 import cli
 from bpe import Tokenizer
 from data.buckets import pad_rows
+from data.download import replacing
 from data.masked import CLS, MASK, PAD, SEP, MaskedText, assemble
 from data.parallel import read_lines
 from data.sentence_pairs import NEXT, fit
 from data.sentences import NAMES, open_sentences
 from data.tokens import tokenize
-from data.wmt import replacing
 from evaluation import evaluate
 from processes import Processes
 

@@ -417,14 +417,22 @@ def init_gpt(model: GPT) -> None:
     every LayerNorm                      weight     1
     """
     n = 2 * model.config.n_layer
+
+    def matrix(name: str, weight: Tensor) -> None:
+        nn.init.normal_(weight, std=0.02 / n**0.5 if name.endswith("proj.weight") else 0.02)
+
+    initialise(model, matrix)
+
+
+def initialise(model: nn.Module, matrix: Callable[[str, Tensor], None]) -> None:
+    """Biases 0, the weights of LayerNorms 1, and `matrix(name, weight)` for all others."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif parameter.dim() == 1:
             nn.init.ones_(parameter)
         else:
-            std = 0.02 / n**0.5 if name.endswith("proj.weight") else 0.02
-            nn.init.normal_(parameter, std=std)
+            matrix(name, parameter)
 
 
 # ---- counting ------------------------------------------------------------------------------------

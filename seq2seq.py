@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses import linear_cross_entropy
-from model import Block, Dropout, KVCache, check_sizes, count_parameters, padding_mask
+from model import Block, Dropout, KVCache, check_sizes, count_parameters, initialise, padding_mask
 
 
 @dataclass
@@ -157,12 +157,11 @@ def init_seq2seq(model: Seq2Seq) -> None:
     every               bias        0
     every LayerNorm     weight      1
     """
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif parameter.dim() == 1:
-            nn.init.ones_(parameter)
-        elif name == "token_embedding.weight":
-            nn.init.normal_(parameter, std=model.config.n_embd**-0.5)
+
+    def matrix(name: str, weight: Tensor) -> None:
+        if name == "token_embedding.weight":
+            nn.init.normal_(weight, std=model.config.n_embd**-0.5)
         else:
-            nn.init.xavier_uniform_(parameter)
+            nn.init.xavier_uniform_(weight)
+
+    initialise(model, matrix)

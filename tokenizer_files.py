@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, Tokenizer, byte_characters
+from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, Tokenizer, byte_characters, unique_keys
 from data.masked import CLS, SEP, SPECIAL
 from data.tokens import END_OF_TEXT
 
@@ -25,12 +25,6 @@ TOKENIZER_FILES = (
     "target.spm",
 )
 MOST_JSON = 100_000_000  # bytes of a JSON file; GPT-2's tokenizer.json has 1.4 million
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
 
 
 def parse_object(text: bytes, path: Path) -> dict:

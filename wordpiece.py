@@ -30,7 +30,6 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -42,6 +41,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bpe import encode_special
+from data.download import replacing
 from pieces import INSIDE, learn
 
 UNK = "[UNK]"
@@ -182,21 +183,7 @@ class WordPiece:
         allowed_special names the special tokens whose text becomes their id ("all": all of them);
         the text of the others is encoded as ordinary text. ValueError for an unknown name.
         """
-        if isinstance(allowed_special, str):
-            every = allowed_special == "all"
-            allowed_special = self.special_tokens if every else [allowed_special]
-        for name in allowed_special:
-            if name not in self.special_tokens:
-                known = list(self.special_tokens)
-                raise ValueError(
-                    f"allowed_special: {name!r} is unknown, this tokenizer has {known}"
-                )
-        if not allowed_special:
-            return self._encode(text)
-        ids = []
-        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, allowed_special))})", text)):
-            ids += [self.special_tokens[part]] if i % 2 else self._encode(part)
-        return ids
+        return encode_special(text, allowed_special, self.special_tokens, self._encode)
 
     def _encode(self, text: str) -> list[int]:
         ids, cache = [], self._cache
@@ -258,13 +245,8 @@ class WordPiece:
     def save(self, path: str | Path) -> None:
         """BERT's vocab.txt: a token a line. It does not say whether the tokenizer is lowercase.
         Writes beside `path`, then renames: an interruption leaves the old file whole."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes("".join(f"{token}\n" for token in self.tokens).encode("utf-8"))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(Path(path)) as file:
+            file.write("".join(f"{token}\n" for token in self.tokens).encode("utf-8"))
 
     @classmethod
     def from_vocab(cls, path: str | Path, *, lowercase: bool) -> WordPiece:

@@ -23,8 +23,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from tqdm import tqdm
 
-from data.download import file_sha256
-from data.wmt import replacing
+from data.download import file_sha256, replacing
 
 try:
     import fcntl

@@ -27,11 +27,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.download import WIKITEXT2, WIKITEXT103, fetch
+from data.download import WIKITEXT2, WIKITEXT103, fetch, replacing
 from data.layouts import LAYOUTS, TextFile, all_sentences, layout_of, marked
 from data.pydocs import PROMPTS, pydocs
 from data.text import BLOCK, SUFFIXES, check_text, is_jsonl, known_sha256, sorted_files
-from data.wmt import replacing
 
 NAMES = ("pydocs", "wikitext", "wikitext103")
 WIKITEXT = {  # name: (archive, its folder, bytes that a member may have; the largest has 540 MB)

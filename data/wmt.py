@@ -7,19 +7,24 @@ newstest2013 (3,000 pairs), test newstest2014 (3,003), as in Vaswani et al. 2017
 
 import gzip
 import html
-import os
 import re
 import shutil
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from tqdm import tqdm
 
-from data.download import COMMON_CRAWL, EUROPARL, NEWS_COMMENTARY, NEWSTESTS, Remote, fetch
+from data.download import (
+    COMMON_CRAWL,
+    EUROPARL,
+    NEWS_COMMENTARY,
+    NEWSTESTS,
+    Remote,
+    fetch,
+    replacing,
+)
 
 # (archive, its German member, its English member). newstest2014 is in the archive of later dev
 # sets as the same 3,003 pairs for both directions.
@@ -91,15 +96,3 @@ def segments(lines: Iterable[bytes]) -> Iterator[bytes]:
     for line in lines:
         if match := re.match(rb"\s*<seg\b[^>]*>(.*)</seg>", line, re.IGNORECASE):
             yield html.unescape(match[1].decode("utf-8")).encode() + b"\n"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name when it is complete, and is gone if it fails."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -228,16 +228,16 @@ def test_a_folder_is_taken_as_it_is(hub):
     assert hub.asked() == []
 
 
-def test_the_cache_lies_where_the_variables_say(hub, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/anna")
+def test_the_cache_lies_where_the_variables_say(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE")
-    assert data.hub.cache_folder() == Path("/home/anna/.cache/huggingface/hub")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert data.hub.cache_folder() == Path("/cache/huggingface/hub")
+    assert data.hub.cache_folder() == tmp_path / ".cache/huggingface/hub"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert data.hub.cache_folder() == tmp_path / "cache/huggingface/hub"
     monkeypatch.setenv("HF_HOME", "~/models")
-    assert data.hub.cache_folder() == Path("/home/anna/models/hub")
+    assert data.hub.cache_folder() == tmp_path / "models/hub"
     monkeypatch.setenv("HF_HUB_CACHE", "$HF_HOME/other")
-    assert data.hub.cache_folder() == Path("/home/anna/models/other")
+    assert data.hub.cache_folder() == tmp_path / "models/other"
 
 
 def test_without_network_the_cache_is_enough(hub, monkeypatch):
