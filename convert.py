@@ -3,9 +3,10 @@
     python convert.py import openai-community/gpt2 --out out/gpt2.pt    a name, or a folder
     python convert.py export out/gpt/best.pt --to FOLDER    and back, with a card that tells the run
 
-What their settings and tensors are called is in `families.py`; here are the files. Nothing in them
-is trusted: no pickle that could run code is opened, sizes are checked before memory is taken, and a
-tokenizer, a weight or a setting that we would not compute with exactly is refused.
+What their settings and tensors are called is in `families.py`, how they become ours is in
+`mapping.py`; here are the files. Nothing in them is trusted: no pickle that could run code is
+opened, sizes are checked before memory is taken, and a tokenizer, a weight or a setting that we
+would not compute with exactly is refused.
 
 Left out: optimizer states, heads for fine-tuning, quantized weights, TensorFlow's and flax's files.
 """
@@ -32,8 +33,9 @@ from config import CONFIGS
 from data.hub import snapshot
 from data.masked import CLS, MASK, PAD, SEP
 from data.tokens import END_OF_TEXT
-from families import FAMILIES, our_config, their_settings, to_ours, to_theirs
+from families import FAMILIES
 from logs import read_log
+from mapping import our_config, their_settings, to_ours, to_theirs
 from model import count_parameters
 from tokenizer_files import (
     MOST_JSON,

@@ -9,8 +9,7 @@ has all sines before all cosines where Seq2Seq has them in turn, so the whole re
 trained model is in another order: whatever reads it, writes it or scales it is reordered.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +20,6 @@ from model import GPT, GPTConfig, causal_mask
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
 
 Get = Callable[[str], Tensor]  # a tensor by Hugging Face's name
-
-# The largest sizes that are believed: beyond all published models of these families.
-LIMITS = {
-    "vocab_size": 2**24,
-    "block_size": 2**20,
-    "n_layer": 1000,
-    "n_head": 1000,
-    "n_embd": 2**16,
-    "n_ff": 2**18,
-}
 
 # Kinds of modules: what is done to their weight and their bias on the way to ours.
 KINDS = {
@@ -43,14 +32,6 @@ KINDS = {
     "reads_stream": {"weight": "columns", "bias": ""},
     "writes_stream": {"weight": "rows", "bias": "rows"},
 }
-
-
-class Row(NamedTuple):
-    """One tensor of theirs, and those of ours that it consists of, joined along the outputs."""
-
-    theirs: str
-    ours: tuple[str, ...]
-    how: str  # "", transposed, rows or columns
 
 
 class Derived(NamedTuple):
@@ -74,6 +55,11 @@ class Family(NamedTuple):
     heads: tuple[str, ...]  # how the names outside it begin
     modules: tuple[tuple[str, str, str], ...]  # (theirs, ours, kind); {}: number of the layer
     derived: dict[str, Derived]
+
+
+def stream_order(C: int) -> Tensor:
+    """theirs[stream_order(C)] is ours: sine 0, cosine 0, sine 1, … from all sines, all cosines."""
+    return torch.arange(C).view(2, -1).t().flatten()
 
 
 def same_as(name: str) -> Derived:
@@ -280,196 +266,3 @@ MARIAN = Family(
 )
 
 FAMILIES = {"gpt": GPT2, "bert": BERT_FAMILY, "seq2seq": MARIAN}
-
-
-# ---- settings ------------------------------------------------------------------------------------
-
-
-def our_config(settings: dict) -> tuple[str, Any]:
-    """What config.json says -> (task, our config). Raises ValueError, with its name, for a setting
-    that we do not compute with and for a size that cannot be. BERT's nsp is for `to_ours` to find.
-    """
-    known = {family.model_type: task for task, family in FAMILIES.items()}
-    task = known.get(str(settings.get("model_type")))
-    if task is None:
-        raise ValueError(
-            f"model_type={settings.get('model_type')!r} is not known: only {', '.join(known)} are"
-        )
-    family, found, source = FAMILIES[task], {}, {}
-    for name, (default, allowed) in family.fixed.items():
-        if settings.get(name, default) not in allowed:
-            raise ValueError(
-                f"{name}={settings.get(name, default)!r} is not supported: "
-                f"our {family.title} has {' or '.join(map(repr, allowed))}"
-            )
-    for name, (ours, default) in family.settings.items():
-        value = settings.get(name, default)
-        if value is None:
-            continue
-        if ours in LIMITS:
-            fits = type(value) is int and 1 <= value <= LIMITS[ours]
-            wanted = f"an integer from 1 to {LIMITS[ours]:,}"
-        else:
-            fits = type(value) in (int, float) and (value > 0 or ours != "ln_eps") and value < 1
-            wanted = "a number below 1" + (" and above 0" if ours == "ln_eps" else "")
-        if not fits:
-            raise ValueError(f"{name}={value!r} cannot be: it must be {wanted}")
-        if found.setdefault(ours, value) != value:
-            raise ValueError(
-                f"{name}={value} differs from {source[ours]}={found[ours]}: not supported, "
-                "they are one setting here"
-            )
-        source.setdefault(ours, name)
-    return task, family.Config(**found)
-
-
-def their_settings(task: str, config: Any) -> dict:
-    """Our config -> what config.json says of the model, without the ids of tokens. Raises
-    ValueError for a model that Hugging Face's class cannot be."""
-    family = FAMILIES[task]
-    if any(getattr(config, name) != value for name, value in family.own.items()):
-        ours = " and ".join(f"{name}={getattr(config, name)}" for name in family.own)
-        raise ValueError(f"Hugging Face has no {family.title} with {ours}")
-    settings = {name: getattr(config, ours) for name, (ours, _) in family.settings.items()}
-    settings |= {name: allowed[0] for name, (_, allowed) in family.fixed.items()}
-    alone = task == "bert" and not config.nsp
-    architecture = "BertForMaskedLM" if alone else family.architecture
-    return {"model_type": family.model_type, "architectures": [architecture], **settings}
-
-
-# ---- tensors -------------------------------------------------------------------------------------
-
-
-def stream_order(C: int) -> Tensor:
-    """theirs[stream_order(C)] is ours: sine 0, cosine 0, sine 1, … from all sines, all cosines."""
-    return torch.arange(C).view(2, -1).t().flatten()
-
-
-def numbered(name: str, layers: int) -> list[str]:
-    return [name.replace("{}", str(i)) for i in range(layers)] if "{}" in name else [name]
-
-
-def rows(task: str, config: Any) -> list[Row]:
-    """The table of a model of these sizes, tensor by tensor."""
-    found = []
-    for theirs, ours, kind in FAMILIES[task].modules:
-        if task == "bert" and not config.nsp and ours in ("pooler", "nsp_head"):
-            continue
-        for there, here in zip(*(numbered(x, config.n_layer) for x in (theirs, ours)), strict=True):
-            for part, how in KINDS[kind].items():
-                end = f".{part}" if part else ""
-                found.append(Row(there + end, tuple(x + end for x in here.split()), how))
-    return found
-
-
-def canonical(family: Family, names: Mapping[str, Any]) -> dict[str, str]:
-    """{the table's name: the file's}. Encoders without heads leave the prefix out, and the oldest
-    files of BERT call a norm's weight gamma and its bias beta. Raises ValueError for names that
-    mean the same."""
-    prefix = "" if any(name.startswith(family.prefix) for name in names) else family.prefix
-    found, twice = {}, []
-    for name in names:
-        full = name if name.startswith(family.heads) else prefix + name
-        full = full.replace("LayerNorm.gamma", "LayerNorm.weight")
-        full = full.replace("LayerNorm.beta", "LayerNorm.bias")
-        if full in found:
-            twice.append(f"{name} is {found[full]} again")
-        found[full] = name
-    refuse(family, {"double": twice})
-    return found
-
-
-def refuse(family: Family, wrong: dict[str, list[str]]) -> None:
-    """Raises ValueError if anything is listed: all of it, but no more than 20 of a kind."""
-    parts = []
-    for kind, names in wrong.items():
-        rest = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
-        if names:
-            parts.append(f"{kind}: {', '.join(names[:20])}{rest}")
-    if parts:
-        raise ValueError(f"the tensors are not those of {family.title}; {'; '.join(parts)}")
-
-
-def to_ours(
-    task: str, config: Any, shapes: Mapping[str, tuple[int, ...]], get: Get
-) -> tuple[Any, dict[str, Tensor], list[str]]:
-    """Their tensors -> (our config, our state, names of ours that the file does not have).
-
-    `shapes` are all that the file holds, `get` reads one of them by its name there. Only BERT may
-    lack something: without pooler and its head it has nsp=False, and a head that the file lacks is
-    told. Raises ValueError that lists every missing, surplus or misshapen tensor, before any is
-    read, or all that are not what they should be derived from.
-    """
-    family, names = FAMILIES[task], canonical(FAMILIES[task], shapes)
-    absent: set[str] = set()
-    if task == "bert":
-        nsp = any(name.startswith(("bert.pooler.", "cls.seq_relationship.")) for name in names)
-        config = replace(config, nsp=nsp)
-        for head in ("cls.predictions.", "cls.seq_relationship."):
-            own = [row.theirs for row in rows(task, config) if row.theirs.startswith(head)]
-            absent.update(own if not names.keys() & set(own) else [])
-    with torch.device("meta"):
-        state = family.Model(config).state_dict()
-    wanted, table = {}, rows(task, config)
-    for row in table:
-        first, *rest = (state[name].shape for name in row.ours)
-        shape = (first[0] + sum(s[0] for s in rest), *first[1:])
-        wanted[row.theirs] = shape[::-1] if row.how == "transposed" else shape
-    derived = {
-        name: law for key, law in family.derived.items() for name in numbered(key, config.n_layer)
-    }
-    shape_of = {name: tuple(shapes[there]) for name, there in names.items()}
-    refuse(
-        family,
-        {
-            "missing": [n for n in wanted if n not in shape_of and n not in absent],
-            "surplus": [n for n in shape_of if n not in wanted and n not in derived],
-            "misshapen": [
-                f"{n} {shape_of[n]} instead of {shape}"
-                for n, shape in wanted.items()
-                if n in shape_of and shape_of[n] != shape
-            ],
-        },
-    )
-
-    def read(name: str) -> Tensor:
-        return get(names[name])
-
-    false = [
-        f"{name} is not {law.what}"
-        for name, law in derived.items()
-        if name in names and not law.holds(read(name), read, config)
-    ]
-    refuse(family, {"wrong": false})
-    state, fresh = {}, []
-    for row in table:
-        if row.theirs in absent:
-            fresh += row.ours
-            continue
-        tensor = turned(read(row.theirs), row.how)
-        for name, part in zip(row.ours, tensor.chunk(len(row.ours)), strict=True):
-            state[name] = part.contiguous()
-    return config, state, fresh
-
-
-def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state, whole -> their tensors, those that are tied or derived left out."""
-    found = {}
-    for row in rows(task, config):
-        joined = torch.cat([state[name] for name in row.ours])
-        found[row.theirs] = turned(joined, row.how, back=True).contiguous()
-    for name, law in FAMILIES[task].derived.items():
-        if law.make:
-            found[name] = law.make(config)
-    return found
-
-
-def turned(tensor: Tensor, how: str, back: bool = False) -> Tensor:
-    """What Row.how says, from theirs to ours, or back."""
-    if how == "transposed":
-        return tensor.t()
-    if how not in ("rows", "columns"):
-        return tensor
-    axis = 0 if how == "rows" else 1
-    order = stream_order(tensor.size(axis))
-    return tensor.index_select(axis, order.argsort() if back else order)

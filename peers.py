@@ -3,7 +3,8 @@
 import torch.nn as nn
 
 from bert import BERT
-from families import FAMILIES, their_settings, to_theirs
+from families import FAMILIES
+from mapping import their_settings, to_theirs
 from model import GPTConfig
 from seq2seq import Seq2Seq
 

@@ -16,7 +16,7 @@ from bpe import PATTERNS, Tokenizer
 from config import CONFIGS
 from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
-from families import their_settings, to_ours
+from mapping import their_settings, to_ours
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tokenizer_files import tokenizer_json

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bert import BERT, BERTConfig, init_bert
-from families import rows, to_ours
+from mapping import rows, to_ours
 from model import count_parameters
 from peers import hugging_face_bert
 from plan import parameter_table

@@ -33,7 +33,7 @@ import convert
 import sample
 from bert import BERT, BERTConfig
 from decoding import beam_search, write
-from families import our_config, rows, their_settings, to_ours, to_theirs
+from mapping import our_config, rows, their_settings, to_ours, to_theirs
 from model import GPTConfig
 from seq2seq import Seq2SeqConfig
 from translate import make_advance

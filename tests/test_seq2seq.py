@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import peer
 
 from decoding import write
-from families import to_ours
+from mapping import to_ours
 from model import attend, causal_mask, count_parameters
 from optim import make_optimizer
 from peers import hugging_face_marian

@@ -23,8 +23,8 @@ import convert
 from bert import BERT, BERTConfig
 from bpe import GPT2_PATTERN, Tokenizer
 from data.tokens import END_OF_TEXT
-from families import their_settings
 from fill import encode_prompt, framed
+from mapping import their_settings
 from tokenizer_files import from_tokenizer_json, read_tokenizer, tokenizer_json
 
 
