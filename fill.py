@@ -25,7 +25,7 @@ import cli
 from bpe import Tokenizer
 from data.buckets import pad_rows
 from data.download import replacing
-from data.masked import CLS, MASK, PAD, SEP, MaskedText, assemble
+from data.masked import CLS, MASK, PAD, SEP, MaskedText, assemble, encode_text
 from data.parallel import read_lines
 from data.sentence_pairs import NEXT, fit
 from data.sentences import NAMES, open_sentences
@@ -63,12 +63,6 @@ class FillConfig:
 
 
 # ---- texts -> tokens -> features -----------------------------------------------------------------
-
-
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids as in training. Names of special tokens are text like any other."""
-    text = " ".join(text.split())
-    return tokenizer.encode(f" {text}") if text else []
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -181,7 +175,7 @@ def follows(model: nn.Module, tokenizer: Tokenizer, first: str, second: str) -> 
             f"another: put a {MASK} into each"
         )
     special, most = tokenizer.special_tokens, model.config.block_size - 3
-    a, b = (np.array(encode(tokenizer, text), dtype=np.int64) for text in (first, second))
+    a, b = (np.array(encode_text(tokenizer, text), dtype=np.int64) for text in (first, second))
     if len(a) + len(b) > most:
         note = f"note: the two have {len(a) + len(b):,} tokens, the model reads {most}: the"
         print(f"{note} first loses its beginning or the second its end", file=sys.stderr)
@@ -199,7 +193,7 @@ def embed(
 ) -> np.ndarray:
     """(lines, C) float32, whatever the batch. "mean": over [CLS], the text and [SEP], never over
     padding; "cls": the last layer's [CLS]. An empty line is [CLS] [SEP]."""
-    rows = framed(model, tokenizer, [encode(tokenizer, line) for line in lines])
+    rows = framed(model, tokenizer, [encode_text(tokenizer, line) for line in lines])
     found = np.empty((len(lines), model.config.n_embd), dtype=np.float32)
     with tqdm(total=len(lines), desc="embedding", unit="line", disable=None) as bar:
         pad = tokenizer.special_tokens[PAD]

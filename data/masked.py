@@ -159,6 +159,13 @@ class MaskedText:
         return text
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text as a BERT reads it: white space collapsed, a space in front. Names of special
+    tokens are text like any other."""
+    text = " ".join(text.split())
+    return tokenizer.encode(f" {text}") if text else []
+
+
 def assemble(parts: list[np.ndarray], cls: int, sep: int) -> tuple[np.ndarray, np.ndarray]:
     """[CLS] a [SEP], or [CLS] a [SEP] b [SEP] -> (ids, segments), both (T,)."""
     ids = np.concatenate([[cls], *(x for part in parts for x in (part, [sep]))])

@@ -20,11 +20,11 @@ from bert import BERT, BERTConfig
 from bpe import GPT2_PATTERN, Tokenizer
 from config import MaskedConfig
 from data import sentences
-from data.masked import SPECIAL, MaskedText
+from data.masked import SPECIAL, MaskedText, encode_text
 from data.sentences import open_sentences
 from data.tokens import tokenize
 from evaluation import evaluate
-from fill import FillConfig, embed, encode, encode_prompt, fill, follows, similarities
+from fill import FillConfig, embed, encode_prompt, fill, follows, similarities
 from processes import Processes
 
 TEXT = "the cat sat on the mat and the dog ran to the house while the rain was falling down " * 20
@@ -88,9 +88,9 @@ def shares(answer: str) -> list[tuple[str, float]]:
 
 
 def test_a_sentence_is_read_as_in_training():
-    assert encode(WORDS, "  the\t cat \n") == WORDS.encode(" the cat")
-    assert encode(WORDS, " \n") == []
-    assert encode(WORDS, "the")[0] == encode(WORDS, "sat the")[-1]
+    assert encode_text(WORDS, "  the\t cat \n") == WORDS.encode(" the cat")
+    assert encode_text(WORDS, " \n") == []
+    assert encode_text(WORDS, "the")[0] == encode_text(WORDS, "sat the")[-1]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_the_space_before_a_mask_belongs_to_the_hidden_word(prompt, parts):
 
 def test_a_hidden_word_leaves_the_tokens_around_it_as_they_were():
     """Else the model would read what it has never seen in training."""
-    whole, hidden = encode(WORDS, "the cat sat on"), encode_prompt(WORDS, "the [MASK] sat on")
+    whole, hidden = encode_text(WORDS, "the cat sat on"), encode_prompt(WORDS, "the [MASK] sat on")
     assert [a == b for a, b in zip(whole, hidden, strict=True)] == [True, False, True, True]
 
 
