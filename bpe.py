@@ -247,6 +247,26 @@ class Tokenizer:
                 "mask the ids that only pad the model's vocabulary before sampling"
             ) from None
 
+    def ordinary_ids(self) -> list[int]:
+        """Of all tokens but the special ones."""
+        return sorted(self.ranks.values())
+
+    def word_edges(self, i: int) -> tuple[bool, bool]:
+        """Whether a word could go on before this token, and behind it: a letter, mark, digit, or
+        part of a character stands at that end."""
+        text = self.bytes_of[i].decode("utf-8", "replace")  # U+FFFD for a part of a character
+        return tuple(
+            unicodedata.category(c)[0] in "LMN" or c == "\ufffd" for c in (text[0], text[-1])
+        )
+
+    def shown(self, i: int) -> str:
+        """The token for people. Most words begin with their space, so "##" is before a token
+        without one: it would go on with the word in front of it."""
+        text = self.bytes_of[i].decode("utf-8", "replace")
+        word = text.strip() or "␣"
+        word = word if word.isprintable() else ascii(word)[1:-1]  # half-trained models say such
+        return word if text.startswith(" ") else f"##{word}"
+
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The pair behind each merge, in order: what the token's bytes are without the token."""
         pairs = []

@@ -14,9 +14,9 @@ import torch
 import torch.nn as nn
 
 from bert import BERT, BERTConfig
-from bpe import Tokenizer
 from data.masked import MaskedText
 from data.pairs import Pairs
+from data.tokens import AnyTokenizer, tokenizer_from_json
 from data.windows import Windows
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
@@ -46,7 +46,7 @@ KEYS = {
 
 
 def pack(
-    task: str, model: nn.Module, tokenizer: Tokenizer, *, train_config, data: str, **state
+    task: str, model: nn.Module, tokenizer: AnyTokenizer, *, train_config, data: str, **state
 ) -> dict:
     """The dict that `save` writes. `state` is optimizer, step, best and skipped."""
     return {
@@ -107,7 +107,7 @@ def load(path: Path) -> dict:
     return checkpoint
 
 
-def restore(path: Path, checkpoint: dict) -> tuple[nn.Module, Tokenizer]:
+def restore(path: Path, checkpoint: dict) -> tuple[nn.Module, AnyTokenizer]:
     """The model, with its weights, and the tokenizer; strictly: nothing missing, nothing left."""
     Config, Model, _ = TASKS[checkpoint["task"]]
     try:
@@ -116,7 +116,7 @@ def restore(path: Path, checkpoint: dict) -> tuple[nn.Module, Tokenizer]:
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit the model that it names: {reason}") from error
-    tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
+    tokenizer = tokenizer_from_json(checkpoint["tokenizer"])
     if tokenizer.hash != checkpoint["tokenizer_hash"]:
         raise ValueError(f"{path} is damaged: its tokenizer does not have the hash that it names")
     return model, tokenizer

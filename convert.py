@@ -45,6 +45,7 @@ from tokenizer_files import (
     read_tokenizer,
     tokenizer_json,
 )
+from wordpiece import UNK, WordPiece
 
 
 @dataclass
@@ -251,10 +252,14 @@ def export_model(path: Path, folder: Path) -> None:
     checkpoint = checkpoints.load(path)
     model, tokenizer = checkpoints.restore(path, checkpoint)
     task, config, special = checkpoint["task"], model.config, tokenizer.special_tokens
+    kind = "PreTrainedTokenizerFast"
     files = {"config.json": their_settings(task, config)}
     if task == "bert":
         ids = {"pad_token_id": special[PAD]}
         names = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
+        if isinstance(tokenizer, WordPiece):
+            names |= {"unk_token": UNK, "do_lower_case": tokenizer.lowercase}
+            kind = "BertTokenizer"
     else:
         end = special[END_OF_TEXT]
         ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
@@ -269,7 +274,7 @@ def export_model(path: Path, folder: Path) -> None:
     files["tokenizer.json"] = tokenizer_json(tokenizer, task)
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     files["tokenizer_config.json"] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": kind,
         "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
         # GPT-2 would add the embeddings of token types, zeros, to the words: that of token 0.
@@ -277,6 +282,8 @@ def export_model(path: Path, folder: Path) -> None:
         **names,
     }
     with whole_folder(folder) as temporary:
+        if isinstance(tokenizer, WordPiece):
+            tokenizer.save(temporary / "vocab.txt")  # for what reads no tokenizer.json
         tensors = to_theirs(task, config, model.state_dict())
         weights = temporary / "model.safetensors"
         safetensors().torch.save_file(tensors, weights, metadata={"format": "pt"})

@@ -22,14 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from bpe import Tokenizer
 from data.buckets import pad_rows
 from data.download import replacing
 from data.masked import CLS, MASK, PAD, SEP, MaskedText, assemble, encode_text
 from data.parallel import read_lines
 from data.sentence_pairs import NEXT, fit
 from data.sentences import NAMES, open_sentences
-from data.tokens import tokenize
+from data.tokens import AnyTokenizer, tokenize
 from evaluation import evaluate
 from processes import Processes
 
@@ -65,7 +64,7 @@ class FillConfig:
 # ---- texts -> tokens -> features -----------------------------------------------------------------
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
     """The same, but each [MASK] is that token. The space before it is dropped, for it belongs to
     the token of the hidden word."""
     *before, last = f" {' '.join(prompt.split())}".split(MASK)
@@ -75,7 +74,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids + tokenizer.encode(last)
 
 
-def framed(model: nn.Module, tokenizer: Tokenizer, texts: list[list[int]]) -> list[np.ndarray]:
+def framed(model: nn.Module, tokenizer: AnyTokenizer, texts: list[list[int]]) -> list[np.ndarray]:
     """[CLS] ids [SEP] of each text, cut at its end to what the model reads, and that is told."""
     special, most = tokenizer.special_tokens, model.config.block_size - 2
     long = sum(len(ids) > most for ids in texts)
@@ -108,7 +107,7 @@ def read(
 @torch.no_grad()
 def fill(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     prompts: list[str],
     config: FillConfig,
     bar: tqdm | None = None,
@@ -135,7 +134,7 @@ def fill(
             raise ValueError(f"the prompt {prompts[number]!r} {wrong}{VERDICT * (mask not in ids)}")
         tqdm.write(f"note: line {first + number:,} {wrong}", file=sys.stderr)
         texts[number] = []
-    candidates = torch.tensor(sorted(tokenizer.ranks.values()), device=model.mlm_bias.device)
+    candidates = torch.tensor(tokenizer.ordinary_ids(), device=model.mlm_bias.device)
     answers = [""] * len(prompts)
     rows, pad = framed(model, tokenizer, texts), tokenizer.special_tokens[PAD]
     for batch, tokens, _, features in read(model, rows, pad, config.batch_size, bar):
@@ -150,23 +149,17 @@ def fill(
     return answers
 
 
-def words(tokenizer: Tokenizer, ids: list[int], shares: list[float]) -> str:
-    """Tokens and their probabilities in words. A token that does not begin with a space would go on
-    with the word before it: ##ing."""
-    shown = []
-    for i, share in zip(ids, shares, strict=True):
-        text = tokenizer.decode_bytes([i]).decode("utf-8", "replace")
-        word = text.strip() or "␣"
-        word = word if word.isprintable() else ascii(word)[1:-1]  # half-trained models say such
-        shown.append(f"{word if text.startswith(' ') else f'##{word}'} {share:.1%}")
-    return ", ".join(shown)
+def words(tokenizer: AnyTokenizer, ids: list[int], shares: list[float]) -> str:
+    """Tokens and their probabilities, as people read them."""
+    pairs = zip(ids, shares, strict=True)
+    return ", ".join(f"{tokenizer.shown(i)} {share:.1%}" for i, share in pairs)
 
 
 # ---- two sentences -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def follows(model: nn.Module, tokenizer: Tokenizer, first: str, second: str) -> float:
+def follows(model: nn.Module, tokenizer: AnyTokenizer, first: str, second: str) -> float:
     """The probability that the second text follows the first. Over-long ones are cut as in
     training, so that they still touch. ValueError for a model without that head."""
     if not model.config.nsp:
@@ -189,7 +182,7 @@ def follows(model: nn.Module, tokenizer: Tokenizer, first: str, second: str) -> 
 
 @torch.no_grad()
 def embed(
-    model: nn.Module, tokenizer: Tokenizer, lines: list[str], pooling: str, batch_size: int
+    model: nn.Module, tokenizer: AnyTokenizer, lines: list[str], pooling: str, batch_size: int
 ) -> np.ndarray:
     """(lines, C) float32, whatever the batch. "mean": over [CLS], the text and [SEP], never over
     padding; "cls": the last layer's [CLS]. An empty line is [CLS] [SEP]."""
@@ -229,7 +222,7 @@ def lines_of(flag: str, path: str) -> list[str]:
     return lines
 
 
-def write_embeddings(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) -> None:
+def write_embeddings(model: nn.Module, tokenizer: AnyTokenizer, config: FillConfig) -> None:
     path = Path(config.out)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--out {path} is a folder, or lies in none: name a file to write")
@@ -240,7 +233,7 @@ def write_embeddings(model: nn.Module, tokenizer: Tokenizer, config: FillConfig)
     print(f"{len(lines):,} embeddings of {found.shape[1]} numbers: {path}")
 
 
-def print_similar(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) -> None:
+def print_similar(model: nn.Module, tokenizer: AnyTokenizer, config: FillConfig) -> None:
     queries, corpus = (lines_of("similar", path) for path in config.similar)
     vectors = (
         embed(model, tokenizer, lines, config.pooling, config.batch_size)
@@ -256,7 +249,7 @@ def print_similar(model: nn.Module, tokenizer: Tokenizer, config: FillConfig) ->
 
 
 def eval_data(
-    model: nn.Module, tokenizer: Tokenizer, config: FillConfig, row_length: int = 0
+    model: nn.Module, tokenizer: AnyTokenizer, config: FillConfig, row_length: int = 0
 ) -> MaskedText:
     """What --eval names: the validation part of a named text, or one's own, whole."""
     nsp = model.config.nsp if config.nsp is None else config.nsp
@@ -280,7 +273,7 @@ def eval_data(
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def speak(model: nn.Module, tokenizer: Tokenizer, config: FillConfig, checkpoint: dict) -> None:
+def speak(model: nn.Module, tokenizer: AnyTokenizer, config: FillConfig, checkpoint: dict) -> None:
     """What `sample.py` does with a BERT: one of the flags' jobs, else words for lines of stdin."""
     jobs = [f"--{name}" for name in ("prompt", "embed", "similar", "eval") if getattr(config, name)]
     if len(jobs) > 1:

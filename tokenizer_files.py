@@ -1,9 +1,11 @@
-"""The tokenizer files of Hugging Face, in and out: tokenizer.json, vocab.json with merges.txt.
+"""The tokenizer files of Hugging Face, in and out: tokenizer.json, or vocab.json and merges.txt,
+or vocab.txt.
 
-Of what these files can say, ours is a part: byte-level BPE, split by one of our patterns. Every
-field that changes ids is checked, and what we would not do exactly so is refused by its name.
+Of what these files can say, ours is a part: byte-level BPE, split by one of our patterns, and
+BERT's WordPiece. Every field that changes ids is checked, and what we would not do exactly so is
+refused by its name.
 
-Left out: WordPiece, Unigram, BPE on characters; settings for padding and truncation.
+Left out: Unigram, BPE on characters; settings for padding and truncation.
 """
 
 import json
@@ -13,14 +15,16 @@ from typing import Any
 
 from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, Tokenizer, byte_characters, unique_keys
 from data.masked import CLS, SEP, SPECIAL
-from data.tokens import END_OF_TEXT
+from data.tokens import END_OF_TEXT, AnyTokenizer
+from wordpiece import UNK, WordPiece
 
-# vocab.txt is BERT's, the last two are Marian's.
+# vocab.txt is BERT's, *.spm are Marian's.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+    "tokenizer_config.json",
     "source.spm",
     "target.spm",
 )
@@ -59,7 +63,7 @@ SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace())  # of str.sp
 
 
 def other_tokenizer(folder: Path, kind: str) -> Tokenizer:
-    """The one place for what is no byte-level BPE: BERT's WordPiece, Marian's SentencePiece."""
+    """The one place for what is neither byte-level BPE nor WordPiece: Marian's SentencePiece."""
     raise ValueError(f"{folder} has a {kind} tokenizer: not supported yet")
 
 
@@ -95,11 +99,13 @@ def framing(task: str, special: dict[str, int]) -> tuple[dict | None, dict | Non
     return {"type": "Sequence", "normalizers": steps}, {**template, "special_tokens": ids}
 
 
-def tokenizer_json(tokenizer: Tokenizer, task: str) -> dict:
+def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
     """What tokenizer.json says. Raises ValueError for a pattern whose wording there is not known.
 
     Their tokenizer finds the names of special tokens in every text, ours where they are allowed.
     """
+    if isinstance(tokenizer, WordPiece):
+        return tokenizer.to_tokenizer_json()
     if tokenizer.pattern not in SPLITS:
         raise ValueError(
             f"the pattern {tokenizer.pattern!r} has no known wording in tokenizer.json"
@@ -143,11 +149,21 @@ def tokenizer_json(tokenizer: Tokenizer, task: str) -> dict:
     }
 
 
-def read_tokenizer(folder: Path, task: str) -> Tokenizer:
-    """From tokenizer.json, or vocab.json and merges.txt. ValueError for what ours cannot equal."""
-    path = folder / "tokenizer.json"
+def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
+    """From tokenizer.json, or vocab.json and merges.txt, or vocab.txt with tokenizer_config.json.
+    ValueError for what ours cannot equal."""
+    path, settings = folder / "tokenizer.json", {}
+    if task == "bert" and (folder / "tokenizer_config.json").is_file():
+        settings = read_json(folder / "tokenizer_config.json")
     if path.is_file():
-        tokenizer = from_tokenizer_json(read_json(path), path, task)
+        state = read_json(path)
+        if is_wordpiece(state):
+            try:
+                tokenizer = WordPiece.from_tokenizer_json(state)
+            except ValueError as error:
+                raise ValueError(f"{path.parent}: {error}") from None
+        else:
+            tokenizer = from_tokenizer_json(state, path, task)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         path = folder / "merges.txt"
         vocab = read_json(folder / "vocab.json")
@@ -163,15 +179,39 @@ def read_tokenizer(folder: Path, task: str) -> Tokenizer:
         special = {name: i for name, i in vocab.items() if name not in made and named(name)}
         tokenizer = from_merges(vocab, pairs, GPT2_PATTERN, special, path)
     elif (folder / "vocab.txt").is_file():
-        return other_tokenizer(folder, "WordPiece")
+        path, lowercase = folder / "vocab.txt", settings.get("do_lower_case", True)
+        tokenizer = WordPiece.from_vocab(path, lowercase=lowercase)
     elif any(folder.glob("*.spm")) or any(folder.glob("*.model")):
         return other_tokenizer(folder, "SentencePiece")
     else:
-        raise ValueError(f"{folder} holds no tokenizer.json, nor vocab.json and merges.txt")
+        raise ValueError(f"{folder} holds no tokenizer.json, vocab.txt, or vocab.json, merges.txt")
+    if isinstance(tokenizer, WordPiece):
+        agree(tokenizer, settings, folder / "tokenizer_config.json")
     needed = SPECIAL if task == "bert" else (END_OF_TEXT,)
     if missing := [name for name in needed if name not in tokenizer.special_tokens]:
         raise ValueError(f"{path} has no token {', '.join(missing)}, which a {task} needs here")
     return tokenizer
+
+
+def is_wordpiece(state: dict) -> bool:
+    """Files of 2020 leave the model's type out, but only WordPiece has a limit for words."""
+    model = state.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    return kind == "WordPiece" or (kind is None and "max_input_chars_per_word" in (model or {}))
+
+
+def agree(tokenizer: WordPiece, settings: dict, path: Path) -> None:
+    """tokenizer_config.json can overrule the other files in what their tokenizer does: ValueError
+    unless it says the same."""
+    ours = {"do_lower_case": tokenizer.lowercase, "tokenize_chinese_chars": True}
+    ours |= {"do_basic_tokenize": True, "strip_accents": tokenizer.lowercase}
+    ours |= {"never_split": [], "unk_token": UNK}
+    for name, value in ours.items():
+        found = settings.get(name)
+        if isinstance(found, dict):  # an added token, with how it is found in a text
+            found = found.get("content")
+        if found not in (None, value):
+            raise ValueError(f"{path}: {name}={str(found)[:80]} is not supported, only {value} is")
 
 
 def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:

@@ -39,12 +39,14 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from bpe import encode_special
+from bpe import encode_special, unique_keys
 from data.download import replacing
 from pieces import INSIDE, learn
 
+FORMAT = 1  # of the JSON text
 UNK = "[UNK]"
 SPECIAL = ("[PAD]", UNK, "[CLS]", "[SEP]", "[MASK]")
 LONGEST_WORD = 100  # characters; a longer word is [UNK]
@@ -185,6 +187,10 @@ class WordPiece:
         """
         return encode_special(text, allowed_special, self.special_tokens, self._encode)
 
+    def encode_numpy(self, text: str) -> np.ndarray:
+        """Ids of `text`, special tokens not allowed, as a uint32 array."""
+        return np.array(self._encode(text), dtype=np.uint32)
+
     def _encode(self, text: str) -> list[int]:
         ids, cache = [], self._cache
         for chunk in _chunks(text):
@@ -234,13 +240,42 @@ class WordPiece:
             parts.append(text)
         return "".join(parts)
 
+    def ordinary_ids(self) -> list[int]:
+        """Of all tokens but the special ones."""
+        special = set(self.special_tokens.values())
+        return [i for i in range(self.vocab_size) if i not in special]
+
+    def word_edges(self, i: int) -> tuple[bool, bool]:
+        """Whether a word could go on before this token, and behind it."""
+        return self.tokens[i].startswith(INSIDE), True
+
+    def shown(self, i: int) -> str:
+        """The token for people: "##" before one that goes on with the word in front of it."""
+        return self.tokens[i]
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the state: data sets and checkpoints carry it, so that none are mixed up."""
-        state = {"type": "WordPiece", "lowercase": self.lowercase, "tokens": self.tokens}
-        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     # ---- files
+
+    def to_json(self) -> str:
+        """Equal tokenizers give equal text."""
+        state = {"format": FORMAT, "type": "WordPiece", "lowercase": self.lowercase}
+        return json.dumps({**state, "tokens": self.tokens})
+
+    @classmethod
+    def from_json(cls, text: str) -> WordPiece:
+        """ValueError, in one sentence, for everything that to_json() cannot have written."""
+        try:
+            state = json.loads(text, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"not a tokenizer: no JSON ({e})") from None
+        keys = ("format", "type", "lowercase", "tokens")
+        if not isinstance(state, dict) or [state.get(k) for k in keys[:2]] != [FORMAT, "WordPiece"]:
+            raise ValueError(f"not a WordPiece tokenizer of format {FORMAT}: {keys} are needed")
+        return cls(state.get("tokens"), state.get("lowercase"))
 
     def save(self, path: str | Path) -> None:
         """BERT's vocab.txt: a token a line. It does not say whether the tokenizer is lowercase.

@@ -10,7 +10,6 @@ of (seed, epoch, row), like everything else that is drawn here.
 """
 
 import math
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,10 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from bpe import Tokenizer
 from data.buckets import Buckets, evenly, pad_rows
 from data.sentence_pairs import PackedText, SentencePairs
 from data.sentences import SentenceCorpus, open_sentences
-from data.tokens import TokenFile
+from data.tokens import AnyTokenizer, TokenFile
 from data.windows import both_splits
 
 PAD, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
@@ -44,7 +42,7 @@ class MaskedText:
         file: TokenFile,
         corpus: SentenceCorpus,
         split: str,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         *,
         block_size: int,
         batch_size: int,
@@ -89,7 +87,7 @@ class MaskedText:
         self.masking = Masking(tokenizer, whole_words and training)
 
     @classmethod
-    def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
+    def splits(cls, config, sizes: dict, tokenizer: AnyTokenizer | None = None):
         """(train, validation); the vocabulary is learnt from the training text only."""
         corpus = open_sentences(
             config.data,
@@ -159,7 +157,7 @@ class MaskedText:
         return text
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_text(tokenizer: AnyTokenizer, text: str) -> list[int]:
     """Ids of a text as a BERT reads it: white space collapsed, a space in front. Names of special
     tokens are text like any other."""
     text = " ".join(text.split())
@@ -176,26 +174,22 @@ def assemble(parts: list[np.ndarray], cls: int, sep: int) -> tuple[np.ndarray, n
 class Masking:
     """Hides some of a row's tokens, never a special one.
 
-    whole_words: all tokens of a word or none. A word ends where one of two neighbouring tokens has
-    something else than a letter, mark or digit at their border. A word of more tokens than are to
-    be chosen in the row never is; text without spaces, as Chinese is, has words as long as its
+    whole_words: all tokens of a word or none. A word goes on where it could behind the one token
+    and before the other (the tokenizer's word_edges). A word of more tokens than are to be chosen
+    in the row never is; text without spaces, as Chinese is, has words as long as its
     sentences, and is masked token by token where none fits.
     """
 
-    def __init__(self, tokenizer: Tokenizer, whole_words: bool = False):
+    def __init__(self, tokenizer: AnyTokenizer, whole_words: bool = False):
         self.mask = tokenizer.special_tokens[MASK]
         self.ordinary = np.zeros(tokenizer.vocab_size, dtype=bool)
-        self.ordinary[list(tokenizer.ranks.values())] = True
+        self.ordinary[tokenizer.ordinary_ids()] = True
         self.vocabulary = np.flatnonzero(self.ordinary)
         self.whole_words = whole_words
         if whole_words:
             self.starts, self.ends = (np.zeros(tokenizer.vocab_size, dtype=bool) for _ in "ab")
-            for token, i in tokenizer.ranks.items():
-                text = token.decode("utf-8", "replace")  # U+FFFD for a part of a character
-                self.starts[i], self.ends[i] = (
-                    unicodedata.category(c)[0] in "LMN" or c == "\ufffd"
-                    for c in (text[0], text[-1])
-                )
+            for i in self.vocabulary:
+                self.starts[i], self.ends[i] = tokenizer.word_edges(i)
 
     def __call__(
         self, ids: np.ndarray, rate: float, random: Generator

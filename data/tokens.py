@@ -12,6 +12,7 @@ Every document begins with a border token. GPT's is <|endoftext|>: so the first 
 from something, the end is learnt, and a sample that starts from that token is a document.
 """
 
+import json
 import os
 import struct
 from collections import deque
@@ -24,12 +25,33 @@ from tqdm import tqdm
 
 from bpe import Tokenizer
 from data.text import Corpus
+from wordpiece import WordPiece
 
 MAGIC = b"TOKENS\0\1"
 VERSION = 1
 HEADER = struct.Struct("<8sIIQQ32s32s")
 HEADER_SIZE = 128
 END_OF_TEXT = "<|endoftext|>"
+
+AnyTokenizer = Tokenizer | WordPiece
+
+
+def tokenizer_from_json(text: str) -> AnyTokenizer:
+    """What to_json() of any of the tokenizers wrote; ValueError, in one sentence, otherwise."""
+    try:
+        state = json.loads(text)
+        kind = state.get("type") if isinstance(state, dict) else None
+    except (ValueError, RecursionError):
+        kind = None  # then Tokenizer says what is wrong
+    return (WordPiece if kind == "WordPiece" else Tokenizer).from_json(text)
+
+
+def load_tokenizer(path: Path) -> AnyTokenizer:
+    """What save() of the byte-level one wrote, or to_json() of any; ValueError names the path."""
+    try:
+        return tokenizer_from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass
@@ -39,7 +61,7 @@ class TokenFile:
     text_bytes: int
 
 
-def open_tokens(path: Path, tokenizer: Tokenizer, corpus_hash: str) -> TokenFile:
+def open_tokens(path: Path, tokenizer: AnyTokenizer, corpus_hash: str) -> TokenFile:
     """Raises ValueError where the file is truncated, foreign, or made from something else."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -58,7 +80,7 @@ def open_tokens(path: Path, tokenizer: Tokenizer, corpus_hash: str) -> TokenFile
 
 
 def tokenize(
-    corpus: Corpus, split: str, tokenizer: Tokenizer, cache: Path, border: str = END_OF_TEXT
+    corpus: Corpus, split: str, tokenizer: AnyTokenizer, cache: Path, border: str = END_OF_TEXT
 ) -> TokenFile:
     """The token file of one split, from `cache` or made now, in parallel. `border` is the special
     token that stands before each document."""
@@ -78,7 +100,9 @@ def tokenize(
     return open_tokens(path, tokenizer, corpus.hash)
 
 
-def write_tokens(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer, border: str) -> None:
+def write_tokens(
+    path: Path, corpus: Corpus, split: str, tokenizer: AnyTokenizer, border: str
+) -> None:
     """Threads are enough: tiktoken's core lets go of Python's lock while it works."""
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
     mark = np.array([tokenizer.special_tokens[border]], dtype=f"<u{width}").tobytes()

@@ -21,7 +21,7 @@ from torch import Tensor
 from bpe import PATTERNS, Tokenizer
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
 from data.text import Corpus, open_corpus
-from data.tokens import END_OF_TEXT, TokenFile, tokenize
+from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile, load_tokenizer, tokenize
 
 TOKENIZER_CHARACTERS = 100_000_000  # of training text that a new tokenizer is learnt from
 
@@ -140,7 +140,7 @@ def both_splits(
     corpus,
     config,
     sizes: dict,
-    tokenizer: Tokenizer | None,
+    tokenizer: AnyTokenizer | None,
     *,
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
     border: str = END_OF_TEXT,
@@ -163,14 +163,14 @@ def both_splits(
 
 def get_tokenizer(
     config, vocab_size: int, corpus: Corpus, cache: Path, special_tokens: tuple[str, ...]
-) -> Tokenizer:
+) -> AnyTokenizer:
     """GPT-2's own, one from a file, or (cached) one learnt from the training part of the corpus."""
     if config.tokenizer:
         if config.tokenizer == "gpt2":
             files = fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache)
             tokenizer = Tokenizer.from_gpt2_files(*files)
         elif Path(config.tokenizer).is_file():
-            tokenizer = Tokenizer.load(Path(config.tokenizer))
+            tokenizer = load_tokenizer(Path(config.tokenizer))
         else:
             raise ValueError(f"--tokenizer {config.tokenizer} is no file here, and not gpt2")
         lacking = [name for name in special_tokens if name not in tokenizer.special_tokens]
