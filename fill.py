@@ -1,10 +1,9 @@
 """What a trained BERT says of text: words for a [MASK], whether one sentence follows another,
 embeddings of lines and the lines that are most alike, its scores on unseen text.
 
-All of it reads a text as training does: white space collapsed, one space in front (so that a word
-is the same token wherever it stands), between [CLS] and [SEP]. An embedding is one vector for a
-text; the mean of the last layer serves better than [CLS] where nothing was fine-tuned for it
-(Reimers and Gurevych 2019, arXiv:1908.10084, section 4). Axes as in `model.py`.
+All of it reads a text as training does (`encode_text`), between [CLS] and [SEP]. An embedding is
+one vector for a text; the mean of the last layer serves better than [CLS] where nothing was
+fine-tuned for it (Reimers and Gurevych 2019, arXiv:1908.10084, section 4). Axes as in `model.py`.
 
 Left out: words of several tokens at one [MASK], and drawing the masked words one after another.
 """
@@ -31,6 +30,7 @@ from data.sentences import NAMES, open_sentences
 from data.tokens import AnyTokenizer, tokenize
 from evaluation import evaluate
 from processes import Processes
+from wordpiece import WordPiece
 
 POOLINGS = ("mean", "cls")
 VERDICT = ", or give two prompts without one to hear whether the second follows the first"
@@ -67,6 +67,8 @@ class FillConfig:
 def encode_prompt(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
     """The same, but each [MASK] is that token. The space before it is dropped, for it belongs to
     the token of the hidden word."""
+    if isinstance(tokenizer, WordPiece):
+        return tokenizer.encode(prompt, MASK)
     *before, last = f" {' '.join(prompt.split())}".split(MASK)
     ids = []
     for part in before:

@@ -22,6 +22,7 @@ from data.sentence_pairs import PackedText, SentencePairs
 from data.sentences import SentenceCorpus, open_sentences
 from data.tokens import AnyTokenizer, TokenFile
 from data.windows import both_splits
+from wordpiece import WordPiece
 
 PAD, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 EVALUATED_RATE = 0.15  # of tokens in an evaluation, however training masks: so that runs compare
@@ -158,8 +159,11 @@ class MaskedText:
 
 
 def encode_text(tokenizer: AnyTokenizer, text: str) -> list[int]:
-    """Ids of a text as a BERT reads it: white space collapsed, a space in front. Names of special
-    tokens are text like any other."""
+    """Ids of a text as a BERT reads it. For byte-level tokens white space is collapsed, and a space
+    stands in front, so that a word is the same wherever it is; WordPiece sees to that itself.
+    Names of special tokens are text like any other."""
+    if isinstance(tokenizer, WordPiece):
+        return tokenizer.encode(text)
     text = " ".join(text.split())
     return tokenizer.encode(f" {text}") if text else []
 
