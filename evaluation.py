@@ -1,5 +1,7 @@
 """Losses counted per target, and a model scored on all batches of some data."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -54,3 +56,11 @@ def evaluate(
     return data.report(
         dict(zip(sums, total, strict=False)), dict(zip(counts, total[len(sums) :], strict=True))
     )
+
+
+def print_scores(model: nn.Module, data, name: str) -> None:
+    """What `sample.py --eval` says: of what, and the figures."""
+    print(f"{name}: {data.describe()} ({data.rule})", flush=True)
+    group = Processes(0, 1, next(model.parameters()).device)
+    report = evaluate(model, data, group, nullcontext, progress=True)
+    print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))

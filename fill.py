@@ -10,7 +10,6 @@ Left out: words of several tokens at one [MASK], and drawing the masked words on
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +27,7 @@ from data.parallel import read_lines
 from data.sentence_pairs import NEXT, fit
 from data.sentences import NAMES, open_sentences
 from data.tokens import AnyTokenizer, tokenize
-from evaluation import evaluate
-from processes import Processes
+from evaluation import print_scores
 from wordpiece import WordPiece
 
 POOLINGS = ("mean", "cls")
@@ -282,10 +280,7 @@ def speak(model: nn.Module, tokenizer: AnyTokenizer, config: FillConfig, checkpo
         raise ValueError(f"{' and '.join(jobs)} are {len(jobs)} things to do: give one of them")
     if config.eval:
         data = eval_data(model, tokenizer, config, checkpoint["train_config"]["row_length"])
-        print(f"{config.eval}: {data.describe()} ({data.rule})", flush=True)
-        group = Processes(0, 1, model.mlm_bias.device)
-        report = evaluate(model, data, group, nullcontext, progress=True)
-        print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))
+        print_scores(model, data, config.eval)
     elif config.embed:
         write_embeddings(model, tokenizer, config)
     elif config.similar:

@@ -25,8 +25,11 @@ import cli
 import fill
 import translate
 from bpe import Tokenizer
-from data.tokens import END_OF_TEXT
+from data.text import NAMES, open_corpus, whole
+from data.tokens import END_OF_TEXT, tokenize
+from data.windows import Windows
 from decoding import choose, distribution
+from evaluation import print_scores
 from fill import FillConfig
 from processes import pick_device
 from translate import TranslateConfig
@@ -43,6 +46,9 @@ class SampleConfig:
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
     stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
     num_samples: int = 1  # continuations of each prompt
+    eval: str = ""  # score a text instead: stdlib, shakespeare, or a path, scored whole
+    cache_dir: str = "data/cache"  # where --eval keeps downloads and token files
+    batch_size: int = 8  # windows of that text at a time
     seed: int = 1337  # equal seeds give equal samples
     device: str = "auto"  # auto, cpu, cuda or mps
 
@@ -54,6 +60,7 @@ class SampleConfig:
             "top_p": (0, 1),
             "min_p": (0, 1),
             "num_samples": (1, None),
+            "batch_size": (1, None),
         }
         cli.check_ranges(self, limits)
 
@@ -267,8 +274,25 @@ def lay_out_for_decoding(model: nn.Module) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
+def score(model: nn.Module, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Prints loss, perplexity and bits per byte of what --eval names, in windows of block_size: a
+    named text's validation part, one's own text whole."""
+    corpus, cache = open_corpus(config.eval, Path(config.cache_dir)), Path(config.cache_dir)
+    corpus = corpus if config.eval in NAMES else whole(corpus)
+    file = tokenize(corpus, "validation", tokenizer, cache)
+    sizes = {"block_size": model.config.block_size, "batch_size": config.batch_size}
+    data = Windows(file, corpus, "validation", tokenizer, **sizes)
+    print_scores(model, data, config.eval)
+
+
 def speak(model: nn.Module, tokenizer: Tokenizer, config: SampleConfig, checkpoint: dict) -> None:
-    """The continuations of config.prompt to the terminal; a single one as it is written."""
+    """The scores of --eval; else the continuations of config.prompt, a single one as it is
+    written."""
+    if config.eval:
+        if config.prompt:
+            raise ValueError("--eval and --prompt are two things to do: give one of them")
+        score(model, tokenizer, config)
+        return
     prompts = config.prompt or [""]
     longest = max(len(encode_prompt(tokenizer, p)[0]) for p in prompts)
     if longest + config.max_new_tokens > model.config.block_size:

@@ -18,7 +18,7 @@ import json
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -85,8 +85,16 @@ def open_corpus(data: str, cache: Path) -> Corpus:
             return file_corpus(path.resolve().name, files[0], cache)
         return folder_corpus(path.resolve().name, path, files, cache)
     if not path.is_file():
-        raise ValueError(f"--data {data} is no file or folder here, nor one of {', '.join(NAMES)}")
+        raise ValueError(f"{data} is no file or folder here, nor one of {', '.join(NAMES)}")
     return file_corpus(path.name.partition(".")[0] or path.name, path, cache)
+
+
+def whole(corpus: Corpus) -> Corpus:
+    """The same files, all of which validate: to score a text that is one's own."""
+    paths = sorted({part.path for part in (*corpus.train, *corpus.validation)})
+    digest = hashlib.sha256(f"whole {corpus.hash}".encode()).hexdigest()
+    parts = [Part(path) for path in paths]
+    return replace(corpus, hash=digest, rule="scored whole", train=[], validation=parts)
 
 
 def stdlib_files() -> tuple[Path, list[Path]]:

@@ -124,9 +124,11 @@ class Windows:
         return self._scored_bytes
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """Loss in nats per token, and in bits per byte, which no choice of tokenizer changes."""
+        """Loss in nats per token, its perplexity, and the loss in bits per byte, which no choice of
+        tokenizer changes."""
+        loss = sums["loss"] / max(counts["loss"], 1)
         bits = sums["loss"] / math.log(2) / max(self.scored_bytes, 1)
-        return {"loss": sums["loss"] / max(counts["loss"], 1), "bits_per_byte": bits}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
 
     def describe(self) -> str:
         scored = ""

@@ -344,6 +344,7 @@ def test_validation_scores_every_token_once(toy, batch_size):
     report = validation.report({"loss": 7.0 * math.log(2)}, {"loss": 2})
     assert report["bits_per_byte"] == pytest.approx(7.0 / validation.scored_bytes)
     assert report["loss"] == pytest.approx(3.5 * math.log(2))
+    assert report["perplexity"] == pytest.approx(2**3.5)
 
 
 def test_a_limited_evaluation_is_spread_over_the_text(toy):

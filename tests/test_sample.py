@@ -287,6 +287,8 @@ def test_a_shown_sample_is_the_one_that_a_single_call_gives(run, capsys):
         (["--prompt=<|user|>"], "is no special token here"),
         (["--checkpoint=missing.pt"], "there is no checkpoint missing.pt"),
         (["--checkpoint=toy.txt"], "is truncated, or no checkpoint"),
+        (["--eval=missing"], "missing is no file or folder here, nor one of stdlib"),
+        (["--eval=toy.txt", "--prompt=1"], "--eval and --prompt are two things to do"),
         (["--promt=x"], "there is no flag --promt: did you mean --prompt?"),
     ],
 )
@@ -294,6 +296,28 @@ def test_bad_input_is_one_sentence(run, flags, message):
     with pytest.raises(ValueError) as error:
         sample.main(flags)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_any_text_is_scored_whole(run, capsys):
+    """Beside the sum over windows written out: each token predicted once, from its window."""
+    folder, text = Path("texts"), "3 times 4 is 12.\n\nAnd so on, ünd sö weiter."
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text(text + name, encoding="utf-8")
+    sample.main(["--eval=texts", "--device=cpu", "--batch_size=2"])
+    figures = capsys.readouterr().out.split("\n")[-2].split()
+    model, tokenizer, _ = sample.load_model(Path("out/gpt/best.pt"), torch.device("cpu"))
+    end, T = tokenizer.special_tokens[END_OF_TEXT], model.config.block_size
+    ids = torch.tensor([i for x in "ab" for i in (end, *tokenizer.encode(text + x))])
+    nll = 0.0
+    for start in range(0, len(ids) - 1, T):
+        window = ids[start : start + T + 1]
+        log_p = model(window[None, :-1])[0].log_softmax(-1)
+        nll -= log_p.gather(1, window[1:, None]).sum().item()
+    count, size = len(ids) - 1, len(f"{text}a{text}b".encode())
+    wanted = [nll / count, math.exp(nll / count), nll / math.log(2) / size]
+    assert figures[::2] == ["loss", "perplexity", "bits_per_byte"]
+    assert [float(x) for x in figures[1::2]] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 
 def test_without_any_run_the_remedy_is_named(toy):

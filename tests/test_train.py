@@ -625,7 +625,7 @@ def run_script(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         ),
         (["--vocab_size=100"], "vocab_size"),
         (["--data="], "--data is empty"),
-        (["--data=nowhere.txt"], "--data nowhere.txt is no file or folder here"),
+        (["--data=nowhere.txt"], "nowhere.txt is no file or folder here"),
         (["--resume"], "there is no run below out"),
         (["--resume", "--out=empty"], "there is no checkpoint empty.latest.pt"),
         (["--init=."], "is a folder: name a checkpoint in it"),
