@@ -56,7 +56,16 @@ def test_shards_and_bin_files_hold_the_same(tmp_path, tokenizers):
     old = tmp_path / "old"
     shutil.copytree(pickled, old)
     torch.save(tensors_of(whole), old / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    for folder in (parts, pickled, old):
+    halves, names = tmp_path / "halves", list(tensors_of(whole))
+    shutil.copytree(pickled, halves)
+    (halves / "pytorch_model.bin").unlink()
+    placed = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
+    for file in sorted(set(placed.values())):
+        part = {n: t for n, t in tensors_of(whole).items() if placed[n] == file}
+        torch.save(part, halves / file)
+    index = halves / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": placed}), encoding="utf-8")
+    for folder in (parts, pickled, old, halves):
         got = imported(folder)[1]["model"]
         assert got.keys() == want.keys()
         assert all(torch.equal(got[n], want[n]) for n in want), folder
