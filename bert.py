@@ -6,7 +6,7 @@ whether the second part of the input follows the first in its document (next-sen
 NSP). Which words, which pairs: `data/masked.py` and `data/sentence_pairs.py`.
 
 Left out on purpose: the variants of RoBERTa, ALBERT and ELECTRA, except what is a setting here
-(`nsp`, `pre_ln`, and the masking rate of the data); heads for fine-tuning.
+(`nsp`, `pre_ln`, and the masking rate of the data). Heads of other tasks are in `finetune.py`.
 
 Papers: BERT (Devlin et al. 2019, arXiv:1810.04805); GELU (Hendrycks and Gimpel, arXiv:1606.08415);
 without NSP: RoBERTa (Liu et al. 2019, arXiv:1907.11692); pre-LN, no dropout, no NSP in short
@@ -28,7 +28,7 @@ SEGMENTS = 2  # the two parts of the input
 
 
 @dataclass
-class BERTConfig:
+class EncoderConfig:
     vocab_size: int = 30522  # tokens that the model can read and write
     block_size: int = 512  # longest input, with [CLS] and each [SEP]
     n_layer: int = 12  # blocks
@@ -40,18 +40,22 @@ class BERTConfig:
     bias: bool = True  # biases in the linear layers and LayerNorms of the encoder
     ln_eps: float = 1e-12  # added to the variance in LayerNorm
     pre_ln: bool = False  # LayerNorm before each sublayer, instead of after it
-    nsp: bool = True  # pairs of sentences and their head; false: masked words alone, packed text
 
     def __post_init__(self):
         self.n_ff = self.n_ff or 4 * self.n_embd
         check_sizes(self, "dropout", "attention_dropout")
 
 
-class BERT(nn.Module):
-    """Embeddings, encoder, the MLM head, whose output matrix is the embedding, and with
-    config.nsp the pooler and the NSP head."""
+@dataclass
+class BERTConfig(EncoderConfig):
+    nsp: bool = True  # pairs of sentences and their head; false: masked words alone, packed text
 
-    def __init__(self, config: BERTConfig):
+
+class Encoder(nn.Module):
+    """What every model of this family has: embeddings and blocks. What is made of the features is
+    the business of heads, here those of pretraining, in `finetune.py` those of other tasks."""
+
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config, C = config, config.n_embd
         self.token_embedding = nn.Embedding(config.vocab_size, C)
@@ -66,6 +70,43 @@ class BERT(nn.Module):
         self.norm = (
             nn.LayerNorm(C, config.ln_eps, bias=config.bias) if config.pre_ln else nn.Identity()
         )
+
+    def features(
+        self, tokens: Tensor, segments: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, T) -> (B, T, C). Raises ValueError beyond block_size positions."""
+        T, block_size = tokens.size(1), self.config.block_size
+        if block_size < T:
+            raise ValueError(
+                f"{T} positions are more than block_size={block_size}: shorten the input"
+            )
+        segments = torch.zeros_like(tokens) if segments is None else segments
+        x = self.token_embedding(tokens) + self.position_embedding.weight[:T]
+        x = self.dropout(self.embedding_norm(x + self.segment_embedding(segments)))
+        mask = None if keep is None else padding_mask(keep)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return self.norm(x)
+
+    def pooled(self, features: Tensor) -> Tensor:
+        """(B, T, C) -> (B, C): the first position, [CLS], made ready for a head. Where there is a
+        pooler."""
+        return torch.tanh(self.pooler(features[:, 0]))
+
+    def flops_per_token(self) -> int:
+        """Of training, in rows of block_size, the heads left out: 6 for each weight of the blocks,
+        and 12·L·C·T for the attention scores."""
+        c = self.config
+        return 6 * count_parameters(self.blocks) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+class BERT(Encoder):
+    """The encoder, the MLM head, whose output matrix is the embedding, and with config.nsp the
+    pooler and the NSP head."""
+
+    def __init__(self, config: BERTConfig):
+        super().__init__(config)
+        C = config.n_embd
         self.mlm_dense = nn.Linear(C, C)
         self.mlm_norm = nn.LayerNorm(C, config.ln_eps)
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -109,23 +150,6 @@ class BERT(nn.Module):
             sums["nsp_accuracy"] = (logits.argmax(-1) == nsp_targets).sum()
         return sums
 
-    def features(
-        self, tokens: Tensor, segments: Tensor | None = None, keep: Tensor | None = None
-    ) -> Tensor:
-        """tokens (B, T) -> (B, T, C). Raises ValueError beyond block_size positions."""
-        T, block_size = tokens.size(1), self.config.block_size
-        if block_size < T:
-            raise ValueError(
-                f"{T} positions are more than block_size={block_size}: shorten the input"
-            )
-        segments = torch.zeros_like(tokens) if segments is None else segments
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:T]
-        x = self.dropout(self.embedding_norm(x + self.segment_embedding(segments)))
-        mask = None if keep is None else padding_mask(keep)
-        for block in self.blocks:
-            x = block(x, mask=mask)
-        return self.norm(x)
-
     def mlm_features(self, features: Tensor) -> Tensor:
         """(..., C) -> (..., C): the transform of the MLM head, before its output matrix."""
         return self.mlm_norm(F.gelu(self.mlm_dense(features)))
@@ -134,25 +158,19 @@ class BERT(nn.Module):
         """(..., C) -> (..., V)"""
         return F.linear(self.mlm_features(features), self.token_embedding.weight, self.mlm_bias)
 
-    def pooled(self, features: Tensor) -> Tensor:
-        """(B, T, C) -> (B, C): the first position, [CLS], made ready for a head."""
-        return torch.tanh(self.pooler(features[:, 0]))
-
     def nsp_logits(self, features: Tensor) -> Tensor | None:
         """(B, T, C) -> (B, 2), None without that head."""
         return self.nsp_head(self.pooled(features)) if self.config.nsp else None
 
     def flops_per_token(self) -> int:
-        """Of training, in rows of block_size: 6 for each weight of the blocks, 12·L·C·T for the
-        attention scores, and 6 for each of MLM's head and output matrix at 15% of the positions,
-        the usual rate. The pooler and NSP, at one position of each row, are left out."""
-        c = self.config
+        """Of training: beside the encoder's, 6 for each weight of MLM's head and output matrix at
+        15% of the positions, the usual rate. The pooler and NSP, at one position of each row, are
+        left out."""
         head = count_parameters(self.mlm_dense) + self.token_embedding.weight.numel()
-        weights = count_parameters(self.blocks) + 0.15 * head
-        return round(6 * weights) + 12 * c.n_layer * c.n_embd * c.block_size
+        return super().flops_per_token() + round(6 * 0.15 * head)
 
 
-def init_bert(model: BERT) -> None:
+def init_bert(model: Encoder) -> None:
     """The law of the paper's own code: a normal distribution cut off at two deviations, which
     leaves a standard deviation of 0.88 · 0.02.
 
