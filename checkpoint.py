@@ -13,11 +13,28 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from bert import BERT, BERTConfig
+from bert import BERT, BERTConfig, EncoderConfig
+from data.completions import Completions
+from data.labelled import LabelledTexts
 from data.masked import MaskedText
 from data.pairs import Pairs
+from data.questions import Questions
+from data.similar import SimilarPairs
+from data.tagged import TaggedSentences
 from data.tokens import AnyTokenizer, tokenizer_from_json
 from data.windows import Windows
+from finetune import (
+    AnswerConfig,
+    Answerer,
+    Classifier,
+    LabelConfig,
+    Similarity,
+    TagConfig,
+    Tagger,
+    adapter_rank,
+    add_adapters,
+    merged_state,
+)
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 
@@ -28,6 +45,12 @@ TASKS = {
     "gpt": (GPTConfig, GPT, Windows),
     "bert": (BERTConfig, BERT, MaskedText),
     "seq2seq": (Seq2SeqConfig, Seq2Seq, Pairs),
+    # Fine-tuning: a pretrained encoder, or GPT, with labelled data.
+    "classify": (LabelConfig, Classifier, LabelledTexts),
+    "tag": (TagConfig, Tagger, TaggedSentences),
+    "answer": (AnswerConfig, Answerer, Questions),
+    "similar": (EncoderConfig, Similarity, SimilarPairs),
+    "complete": (GPTConfig, GPT, Completions),
 }
 
 KEYS = {
@@ -46,9 +69,17 @@ KEYS = {
 
 
 def pack(
-    task: str, model: nn.Module, tokenizer: AnyTokenizer, *, train_config, data: str, **state
+    task: str,
+    model: nn.Module,
+    tokenizer: AnyTokenizer,
+    *,
+    train_config,
+    data: str,
+    merged: bool = False,
+    **state,
 ) -> dict:
-    """The dict that `save` writes. `state` is optimizer, step, best and skipped."""
+    """The dict that `save` writes. `state` is optimizer, step, best and skipped. merged: adapters
+    become part of the weights that they change."""
     return {
         "format": FORMAT,
         "task": task,
@@ -57,7 +88,7 @@ def pack(
         "tokenizer": tokenizer.to_json(),
         "tokenizer_hash": tokenizer.hash,
         "data": data,
-        "model": model.state_dict(),
+        "model": merged_state(model) if merged else model.state_dict(),
         **state,
     }
 
@@ -107,19 +138,33 @@ def load(path: Path) -> dict:
     return checkpoint
 
 
-def restore(path: Path, checkpoint: dict) -> tuple[nn.Module, AnyTokenizer]:
-    """The model, with its weights, and the tokenizer; strictly: nothing missing, nothing left."""
+def restore(
+    path: Path, checkpoint: dict, keep_adapters: bool = False
+) -> tuple[nn.Module, AnyTokenizer]:
+    """The model, with its weights, and the tokenizer; strictly: nothing missing, nothing left.
+    keep_adapters: those of an unfinished run stay apart, to be trained on, and are not merged."""
     Config, Model, _ = TASKS[checkpoint["task"]]
     try:
         model = Model(Config(**checkpoint["model_config"]))
+        rank = adapter_rank(checkpoint["model"])
+        if rank:
+            add_adapters(model, rank)
         model.load_state_dict(checkpoint["model"])
+        if rank and not keep_adapters:
+            state = merged_state(model)
+            model = Model(model.config)
+            model.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit the model that it names: {reason}") from error
+    return model, restore_tokenizer(path, checkpoint)
+
+
+def restore_tokenizer(path: Path, checkpoint: dict) -> AnyTokenizer:
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"])
     if tokenizer.hash != checkpoint["tokenizer_hash"]:
         raise ValueError(f"{path} is damaged: its tokenizer does not have the hash that it names")
-    return model, tokenizer
+    return tokenizer
 
 
 def newest(folder: Path = Path("out")) -> Path:

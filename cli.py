@@ -76,11 +76,14 @@ def add_flags(parser: Parser, cls: type, title: str) -> None:
     """One flag for each field of the dataclass, absent from the result unless it is given.
 
     The types are str, int, float, bool, `bool | None` (None means: decided by the machine),
-    list[str] (the flag may be repeated) and tuple[str, str] (two values behind the flag).
+    list[str] (the flag may be repeated) and tuple[str, str] (two values behind the flag). A field
+    with the metadata flag=False has none.
     """
     group = parser.add_argument_group(title)
     helps, types = comments(cls), typing.get_type_hints(cls)
     for field in fields(cls):
+        if not field.metadata.get("flag", True):
+            continue
         kind, flag = types[field.name], f"--{field.name}"
         default = field.default if field.default is not MISSING else field.default_factory()
         shown = "auto" if default is None else default

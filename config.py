@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoint as checkpoints
 import cli
 import optim
+from bert import Encoder
 from presets import PRESETS, first_hour
 from processes import multiplies_bf16, pick_device
 
@@ -19,7 +20,7 @@ TASKS = checkpoints.TASKS
 
 @dataclass
 class TrainConfig:
-    model: str = "gpt"  # the task: gpt, bert or seq2seq
+    model: str = "gpt"  # gpt, bert, seq2seq; classify, tag, answer, similar, complete
     preset: str = ""  # a named size and recipe of presets.py; empty: a first run for this machine
     data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .gz, .jsonl or a folder of them
     tokenizer: str = ""  # gpt2, or a tokenizer's .json; empty: trained on the training text
@@ -29,6 +30,7 @@ class TrainConfig:
     init: str = ""  # a checkpoint to take weights, sizes and tokenizer from
     resume: bool = False  # go on with the run in --out (empty: the newest below out/)
     steps: int = 1000  # optimizer steps of the whole run
+    epochs: float = 0.0  # as many steps as read the training data so often; 0: --steps
     minutes: float = 0.0  # fit the number of steps into this time instead
     stop_after: int = 0  # leave after this many steps as an interruption would
     tokens_per_step: int = 8192  # tokens of one optimizer step, over all processes
@@ -43,7 +45,7 @@ class TrainConfig:
     warmup: int = 20  # steps until the peak learning rate, at most a quarter of all
     cooldown: float = 0.5  # share of the steps that the linear cooldown takes
     floor: float = 0.0  # last learning rate, as a share of the peak
-    eval_interval: int = 250  # steps between evaluations, each of which also saves
+    eval_interval: int = 250  # steps between evaluations, each of which also saves; 0: an epoch
     keep: int = 0  # keep the weights of this many of the last evaluations, for average.py
     eval_tokens: int = 131072  # validation tokens scored, evenly spaced over the text; 0: all
     log_interval: int = 10  # steps between records in log.jsonl
@@ -56,8 +58,9 @@ class TrainConfig:
 
     def __post_init__(self):
         above, least = ("lr",), {"steps": 1, "tokens_per_step": 1, "batch_size": 1}
-        least |= {"eval_interval": 1, "log_interval": 1, "minutes": 0, "stop_after": 0, "seed": 0}
+        least |= {"eval_interval": 0, "log_interval": 1, "minutes": 0, "stop_after": 0, "seed": 0}
         least |= {"weight_decay": 0, "clip": 0, "warmup": 0, "eval_tokens": 0, "keep": 0}
+        least["epochs"] = 0
         shares, below = ("cooldown", "floor"), ("beta1", "beta2")
         for name, value in asdict(self).items():
             wanted = None
@@ -112,8 +115,60 @@ class PairsConfig(TrainConfig):
     languages: str = ""  # from-to, en-de for one; empty: the set's own, or files as they are given
 
 
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """What helps where little labelled data meets a pretrained model (--init)."""
+
+    data: str = ""  # the labelled data: see data/labelled.py, conll.py, squad.py, and so on
+    valid: str = ""  # validation data, as for --data; empty: some of --data are held out
+    epochs: float = 3.0  # as many steps as read the training data so often; 0: --steps
+    tokens_per_step: int = 1024  # tokens of one optimizer step, over all processes
+    optimizer: str = "adamw"  # adamw, adam, or muon (with AdamW for what is no matrix)
+    lr: float = 5e-5  # peak learning rate
+    beta2: float = 0.999  # AdamW: memory of its square
+    weight_decay: float = 0.01  # of matrices, scaled by the learning rate
+    warmup: int = 50  # steps until the peak learning rate, at most a quarter of all
+    cooldown: float = 1.0  # share of the steps that the linear cooldown takes
+    eval_interval: int = 0  # steps between evaluations, each of which also saves; 0: an epoch
+    eval_tokens: int = 0  # validation tokens scored, evenly spaced over the text; 0: all
+    row_length: int = 0  # most tokens of a row, block_size at most; 0: that many
+    freeze: str = ""  # embeddings, or a number: embeddings and so many blocks keep their weights
+    layer_decay: float = 1.0  # factor of the learning rate from each block to the one below
+    lora_rank: int = 0  # learn low-rank changes of this rank instead of the weights; 0: weights
+    seeds: int = 1  # repeat the run with this many seeds, and summarise
+
+    def __post_init__(self):
+        super().__post_init__()
+        limits = {"row_length": (0, None), "lora_rank": (0, None), "seeds": (1, None)}
+        cli.check_ranges(self, {**limits, "layer_decay": (0.01, 1)})
+        if not self.data and not self.dry_run:
+            raise ValueError("--data is empty: name a file with labelled examples")
+
+
+@dataclass
+class ClassifyConfig(FinetuneConfig):
+    class_weights: bool = False  # a rare label counts for more: all of them the same in sum
+
+
+@dataclass
+class SimilarPairsConfig(FinetuneConfig):
+    tokens_per_step: int = 8192  # tokens of one optimizer step: as many pairs as fit, all negatives
+    row_length: int = 64  # most tokens of a text, block_size at most; 0: that many
+
+
 # The flags of each task, beside those of its model.
-CONFIGS = {"gpt": TrainConfig, "bert": MaskedConfig, "seq2seq": PairsConfig}
+CONFIGS = {
+    "gpt": TrainConfig,
+    "bert": MaskedConfig,
+    "seq2seq": PairsConfig,
+    "classify": ClassifyConfig,
+    "tag": FinetuneConfig,
+    "answer": FinetuneConfig,
+    "similar": SimilarPairsConfig,
+    "complete": FinetuneConfig,
+}
+
+FINETUNED = {task for task, Config in CONFIGS.items() if issubclass(Config, FinetuneConfig)}
 
 # What a resumed run may change: how and where it computes, not what.
 FREE_ON_RESUME = {
@@ -134,10 +189,12 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     path = start_from(given)
     checkpoint = checkpoints.load(path) if path else None
     task = checkpoint["task"] if checkpoint else given.get("model", preset_task(preset))
-    if path and given.get("model", task) != task:
-        raise ValueError(
-            f"--model {given['model']} cannot begin from the {task} of {path}: leave one out"
-        )
+    if path:
+        found, task = task, given.get("model", task)
+        if task in TASKS and (found != task if given.get("resume") else kin(task) != kin(found)):
+            raise ValueError(
+                f"--model {task} cannot begin from the {found} of {path}: leave one out"
+            )
     if task not in TASKS:
         raise ValueError(f"--model {task} is not known: choose {', '.join(TASKS)}")
 
@@ -158,9 +215,9 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     else:
         device = pick_device(given.get("device", "auto")).type
         preset = preset or first_hour(task, device, given.get("data", ""))
-        if preset_task(preset) != task:
+        if preset and preset_task(preset) != task:
             raise ValueError(f"--preset {preset} is for --model {preset_task(preset)}, not {task}")
-        base = {"model": task, "preset": preset, **PRESETS[preset]}
+        base = {"model": task, "preset": preset, **PRESETS.get(preset, {})}
         if not multiplies_bf16(device):
             base.pop("dtype", None)  # fp32 is faster then, and on mps what can be trusted
         tokenizer = path or {**base, **given}.get("tokenizer")
@@ -172,16 +229,26 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
                     "it out" + ("" if path else ", or add --tokenizer= to train a new one")
                 )
     wanted = {**base, **given}
+    if {"steps", "minutes"} & given.keys() and "epochs" not in given:
+        wanted["epochs"] = 0.0
     names = {field.name for field in fields(Settings)}
     config = Settings(**{k: v for k, v in wanted.items() if k in names})
 
-    sizes = checkpoint["model_config"] if checkpoint else asdict(Config())
+    sizes = asdict(Config())
+    if checkpoint:  # perhaps another task's, with other settings for its heads
+        sizes |= {k: v for k, v in checkpoint["model_config"].items() if k in sizes}
     if checkpoint:
         refuse_changes(given, sizes, {*RATES, *names}, path)
         wanted = {name: given[name] for name in RATES & given.keys()}
     else:
         sizes["n_ff"] = 0  # 4 x n_embd, whatever n_embd will be
     return config, {k: wanted.get(k, v) for k, v in sizes.items()}, checkpoint
+
+
+def kin(task: str) -> type:
+    """Tasks whose models are the same one but for their heads have the same kin."""
+    Model = TASKS[task][1]
+    return Encoder if issubclass(Model, Encoder) else Model
 
 
 def peek(argv: list[str]) -> dict:

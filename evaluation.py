@@ -35,12 +35,14 @@ def evaluate(
     """data.report of the sums over the whole evaluation, of which each process does a slice.
 
     Float64 sums over fixed examples: neither the batch size nor the number of processes changes
-    the result beyond rounding.
+    the result beyond rounding. What a model returns as "predicted" is no sum: data.measure gets it
+    of every batch, and its figures join the report.
     """
     training = model.training
     model.eval()
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
+    predicted: dict[int, Tensor] = {}
     mine = range(group.rank, data.n_batches, group.world)
     shown = {"desc": "scoring", "unit": "batch", "disable": None if progress else True}
     # With less batches than processes, the idle ones still learn the names.
@@ -48,19 +50,48 @@ def evaluate(
         batch = data.batch(i)
         with autocast():
             losses = model(**to_device(batch, group.device))
+        if "predicted" in losses:
+            predicted[i] = losses.pop("predicted")
         for into, found in ((sums, losses), (counts, count_targets(batch))):
             for name, value in found.items():
                 into[name] = into.get(name, 0.0) + (float(value) if mine else 0.0)
     model.train(training)
     total = group.sum([*sums.values(), *counts.values()])
-    return data.report(
+    report = data.report(
         dict(zip(sums, total, strict=False)), dict(zip(counts, total[len(sums) :], strict=True))
     )
+    if predicted:
+        every = (
+            (i, group.from_owner(predicted.get(i), i % group.world)) for i in range(data.n_batches)
+        )
+        report |= data.measure({i: tensor.cpu().numpy() for i, tensor in every})
+    return report
+
+
+# What a run is after, where it is not the smallest loss: the task's own figure, the higher the
+# better.
+GOALS = {
+    "classify": "accuracy",
+    "tag": "f1",
+    "answer": "f1",
+    "similar": "mrr",
+}
+
+
+def badness(task: str, report: dict[str, float]) -> float:
+    """What the best checkpoint has the least of."""
+    goal = GOALS.get(task)
+    return -report[goal] if goal else report["loss"]
+
+
+def scores(model: nn.Module, data, progress: bool = False) -> dict[str, float]:
+    """The figures of a model outside of training, in one process, in the precision it has."""
+    group = Processes(0, 1, next(model.parameters()).device)
+    return evaluate(model, data, group, nullcontext, progress)
 
 
 def print_scores(model: nn.Module, data, name: str) -> None:
     """What `sample.py --eval` says: of what, and the figures."""
     print(f"{name}: {data.describe()} ({data.rule})", flush=True)
-    group = Processes(0, 1, next(model.parameters()).device)
-    report = evaluate(model, data, group, nullcontext, progress=True)
+    report = scores(model, data, progress=True)
     print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))

@@ -29,9 +29,23 @@ from model import Attention
 # ---- heads ---------------------------------------------------------------------------------------
 
 
+# Settings without a flag: a run takes them from its data.
+LEARNT = ("labels", "pairs", "may_abstain")
+
+
 @dataclass
-class LabelConfig(EncoderConfig):
-    labels: tuple[str, ...] = field(default=(), metadata={"flag": False})  # learnt from the data
+class TagConfig(EncoderConfig):
+    labels: tuple[str, ...] = field(default=(), metadata={"flag": False})  # a label's place: its id
+
+
+@dataclass
+class LabelConfig(TagConfig):
+    pairs: bool = field(default=False, metadata={"flag": False})  # labels are of pairs of texts
+
+
+@dataclass
+class AnswerConfig(EncoderConfig):
+    may_abstain: bool = field(default=False, metadata={"flag": False})  # some have no answer
 
 
 class Classifier(Encoder):
@@ -73,7 +87,7 @@ class Tagger(Encoder):
 
     scored = Classifier.scored
 
-    def __init__(self, config: LabelConfig):
+    def __init__(self, config: TagConfig):
         super().__init__(config)
         self.head = nn.Linear(config.n_embd, max(1, len(config.labels)))
         init_bert(self)
@@ -93,7 +107,7 @@ class Tagger(Encoder):
 class Answerer(Encoder):
     """Where in the second part the answer to the first begins and ends; [CLS]: nowhere."""
 
-    def __init__(self, config: EncoderConfig):
+    def __init__(self, config: AnswerConfig):
         super().__init__(config)
         self.head = nn.Linear(config.n_embd, 2)
         init_bert(self)

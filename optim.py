@@ -14,7 +14,7 @@ arXiv:2502.16982); linear cooldown (Hägele et al. 2024, arXiv:2405.18392).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn as nn
@@ -174,12 +174,17 @@ class Together:
             optimizer.load_state_dict(state[str(i)])
 
 
-def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Matrices decay; biases and norm weights, being vectors, do not."""
-    parameters = list(parameters)
+def decay_groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float, scales: dict[int, float]
+) -> list[dict]:
+    """Matrices decay; biases and norm weights, being vectors, do not. scales: {id of a parameter:
+    its factor of the learning rate}; the loop heeds it as "lr_scale"."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for p in parameters:
+        groups.setdefault((p.dim() < 2, scales[id(p)]), []).append(p)
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": 0.0 if vectors else weight_decay, "lr_scale": scale}
+        for (vectors, scale), params in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
@@ -194,9 +199,11 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.1,
     dtype: torch.dtype = torch.float32,
+    rate_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer | Together:
     """name is one of OPTIMIZERS. "muon" takes the matrices of the hidden layers, AdamW the rest.
-    dtype is for Muon's iteration; weights and states keep theirs.
+    dtype is for Muon's iteration; weights and states keep theirs. rate_scale: a parameter's name ->
+    its factor of the learning rate.
 
     Every trainable parameter is in exactly one group; anything else is an AssertionError.
     """
@@ -209,20 +216,17 @@ def make_optimizer(
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         hidden = [p for p in linear if p.requires_grad and id(p) not in embeddings]
     taken = {id(p) for p in hidden}
-    groups = decay_groups([p for p in trainable if id(p) not in taken], weight_decay)
-    grouped = [id(p) for group in groups for p in group["params"]] + [id(p) for p in hidden]
+    scales = {id(p): rate_scale(name) for name, p in model.named_parameters()}
+    groups = decay_groups([p for p in trainable if id(p) not in taken], weight_decay, scales)
+    matrices = decay_groups(hidden, weight_decay, scales)
+    grouped = [id(p) for group in (*groups, *matrices) for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, trainable)), "the groups do not partition the model"
-    groups = [group for group in groups if group["params"]]
     fused = trainable[0].device.type in ("cpu", "cuda")
     settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "fused": fused}
     if name == "adam":
         return torch.optim.Adam(groups, **settings)
     adamw = torch.optim.AdamW(groups, **settings)
-    return (
-        Together(adamw, Muon(hidden, lr=lr, weight_decay=weight_decay, dtype=dtype))
-        if hidden
-        else adamw
-    )
+    return Together(adamw, Muon(matrices, lr=lr, dtype=dtype)) if hidden else adamw
 
 
 # ---- schedules: the factor of the peak learning rate at a step, counted from 0 -------------------

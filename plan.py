@@ -20,7 +20,7 @@ def describe(run) -> str:
     config, data, group = run.config, run.data, run.group
     tokens = config.tokens_per_step * config.steps
     epochs = tokens / data.tokens_per_epoch
-    interval = config.eval_interval
+    interval = run.eval_interval
     next_stop = min(config.steps, (run.step // interval + 1) * interval)
     device = group.device
     name = f"{torch.get_num_threads()} threads"

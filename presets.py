@@ -303,4 +303,6 @@ def first_hour(task: str, device: str, data: str) -> str:
         return "dates" if data in ("", "dates") else "transformer-tiny"
     if task == "bert":
         return "pydocs"
+    if task != "gpt":
+        return ""  # fine-tuning: the defaults are its recipe
     return "toy-gpu" if device == "cuda" else "toy"

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -36,6 +37,23 @@ class Processes:
     def first(self, number: float) -> float:
         """The first process's number, for all."""
         return self.sum([number if self.main else 0])[0]
+
+    def from_owner(self, tensor: Tensor | None, owner: int) -> Tensor:
+        """The tensor that one process has, for all; the others pass None."""
+        if self.world == 1:
+            return tensor
+        mine = self.rank == owner
+        about = [0] * 6  # whether integers, dimensions, sizes
+        if mine:
+            about = [int(not tensor.is_floating_point()), tensor.dim(), *tensor.shape]
+            about += [0] * (6 - len(about))
+        integers, n, *sizes = (int(x) for x in self.sum(about))
+        dtype = torch.int64 if integers else torch.float32
+        found = torch.empty(sizes[:n], dtype=dtype, device=self.device)
+        if mine:
+            found.copy_(tensor)
+        dist.broadcast(found, owner)
+        return found
 
     def wait(self) -> None:
         if self.world > 1:

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,14 +24,18 @@ from torch import Tensor
 import checkpoint as checkpoints
 import cli
 import fill
+import predict
 import translate
 from bpe import Tokenizer
+from data import completions
+from data.completions import split_space
 from data.text import NAMES, open_corpus, whole
 from data.tokens import END_OF_TEXT, tokenize
 from data.windows import Windows
 from decoding import choose, distribution
 from evaluation import print_scores
 from fill import FillConfig
+from predict import AnswerConfig, PredictConfig, SimilarConfig
 from processes import pick_device
 from translate import TranslateConfig
 
@@ -46,7 +51,7 @@ class SampleConfig:
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
     stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
     num_samples: int = 1  # continuations of each prompt
-    eval: str = ""  # score a text instead: stdlib, shakespeare, or a path, scored whole
+    eval: str = ""  # score instead: stdlib, shakespeare, or a path, scored whole
     cache_dir: str = "data/cache"  # where --eval keeps downloads and token files
     batch_size: int = 8  # windows of that text at a time
     seed: int = 1337  # equal seeds give equal samples
@@ -182,10 +187,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
         if name not in tokenizer.special_tokens:
             known = ", ".join(tokenizer.special_tokens) or "none"
             raise ValueError(f"the prompt's {name} is no special token here: known are {known}")
-    lead = b""
-    if prompt.endswith(" ") and not prompt[:-1].endswith((" ", "\n")) and len(prompt) > 1:
-        prompt, lead = prompt[:-1], b" "
-    return tokenizer.encode(prompt or END_OF_TEXT, allowed_special="all"), lead
+    prompt, space = split_space(prompt)
+    return tokenizer.encode(prompt or END_OF_TEXT, allowed_special="all"), space.encode()
 
 
 def make_pick(tokenizer: Tokenizer, config: SampleConfig, leads: list[bytes]) -> Callable:
@@ -223,9 +226,11 @@ def complete(
     prompts: list[str],
     config: SampleConfig,
     show: Callable[[int, str], None] = lambda row, text: None,
+    encode: Callable[[Tokenizer, str], tuple[list[int], bytes]] = encode_prompt,
 ) -> list[str]:
-    """num_samples continuations of each prompt, in order; show(row, text) as they are written."""
-    encoded = [encode_prompt(tokenizer, p) for p in prompts for _ in range(config.num_samples)]
+    """num_samples continuations of each prompt, in order; show(row, text) as they are written.
+    `encode` is how the model was taught to read a prompt."""
+    encoded = [encode(tokenizer, p) for p in prompts for _ in range(config.num_samples)]
     streams = [TextStream(tokenizer, config.stop) for _ in encoded]
     pick = make_pick(tokenizer, config, [lead for _, lead in encoded])
     # A space that was taken off the prompt comes back with the first token: do not show it twice.
@@ -285,16 +290,25 @@ def score(model: nn.Module, tokenizer: Tokenizer, config: SampleConfig) -> None:
     print_scores(model, data, config.eval)
 
 
-def speak(model: nn.Module, tokenizer: Tokenizer, config: SampleConfig, checkpoint: dict) -> None:
+def speak(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    config: SampleConfig,
+    checkpoint: dict,
+    encode: Callable[[Tokenizer, str], tuple[list[int], bytes]] = encode_prompt,
+) -> None:
     """The scores of --eval; else the continuations of config.prompt, a single one as it is
-    written."""
+    written. `encode` as in `complete`."""
     if config.eval:
         if config.prompt:
             raise ValueError("--eval and --prompt are two things to do: give one of them")
-        score(model, tokenizer, config)
+        if checkpoint["task"] == "gpt":
+            score(model, tokenizer, config)
+        else:
+            print_scores(model, predict.eval_data(checkpoint, tokenizer, config), config.eval)
         return
     prompts = config.prompt or [""]
-    longest = max(len(encode_prompt(tokenizer, p)[0]) for p in prompts)
+    longest = max(len(encode(tokenizer, p)[0]) for p in prompts)
     if longest + config.max_new_tokens > model.config.block_size:
         print(
             f"note: prompt and new tokens may reach {longest + config.max_new_tokens} tokens, the "
@@ -303,10 +317,11 @@ def speak(model: nn.Module, tokenizer: Tokenizer, config: SampleConfig, checkpoi
         )
     if len(prompts) * config.num_samples == 1:
         print(prompts[0], end="", flush=True)
-        complete(model, tokenizer, prompts, config, lambda _, text: print(text, end="", flush=True))
+        write = partial(print, end="", flush=True)
+        complete(model, tokenizer, prompts, config, lambda _, text: write(text), encode)
         print()
         return
-    texts = complete(model, tokenizer, prompts, config)
+    texts = complete(model, tokenizer, prompts, config, encode=encode)
     for row, text in enumerate(texts):
         prompt, number = divmod(row, config.num_samples)
         print(f"--- prompt {prompt + 1}, sample {number + 1}\n{prompts[prompt]}{text}")
@@ -320,8 +335,14 @@ class Task(NamedTuple):
     respond: Callable  # (model, tokenizer, prompts, config) -> texts
     between: str  # what is printed between a prompt and its text
     speak: Callable  # (model, tokenizer, config, checkpoint): what the command line does
-    closing: Callable | None = None  # (model, tokenizer, data) -> lines that end a training run
+    # (model, tokenizer, data, folder of the run) -> lines that end a training run
+    closing: Callable | None = None
+    # A prompt that training showed -> the flags that ask for such an answer again
+    flags: Callable = lambda prompt: ("--prompt", prompt) if prompt else ()
 
+
+# A GPT that was taught by prompts and completions reads a prompt as it did then.
+taught = {"encode": completions.encode_prompt}
 
 RESPOND = {
     "gpt": Task(SampleConfig, complete, "", speak),
@@ -329,6 +350,25 @@ RESPOND = {
     "seq2seq": Task(
         TranslateConfig, translate.translate, "\n-> ", translate.speak, translate.closing
     ),
+    "classify": Task(
+        PredictConfig, predict.classify, "\n-> ", predict.speak, predict.closing_confusion
+    ),
+    "tag": Task(PredictConfig, predict.tag, "\n-> ", predict.speak),
+    "answer": Task(
+        AnswerConfig,
+        predict.answer,
+        "\n-> ",
+        predict.speak_answers,
+        flags=lambda prompt: ("--context", "text.txt", "--prompt", prompt.partition("\n")[0]),
+    ),
+    "similar": Task(
+        SimilarConfig,
+        predict.alike,
+        "\n-> ",
+        predict.speak_similar,
+        flags=lambda prompt: ("--similar", "queries.txt", "lines.txt"),
+    ),
+    "complete": Task(SampleConfig, partial(complete, **taught), "", partial(speak, **taught)),
 }
 
 

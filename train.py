@@ -31,12 +31,14 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint as checkpoints
 import cli
+import finetune
 import optim
 import plan
 import processes
 import sample
-from config import TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
-from evaluation import count_targets, evaluate, to_device
+from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
+from evaluation import GOALS, badness, count_targets, evaluate, to_device
+from finetune import LEARNT
 from logs import RunLog, clock, draw_curves
 from model import Block
 from processes import Interruption, Processes
@@ -122,6 +124,7 @@ class Run:
         self.dtype = precision(config, group.device)
         self.log: RunLog | None = None
         Config, Model, Data = TASKS[config.model]
+        same_task = bool(checkpoint) and checkpoint["task"] == config.model
 
         with torch.device("meta"):
             Model(Config(**sizes))  # impossible sizes are refused before hours of tokenizing
@@ -129,8 +132,10 @@ class Run:
         tokenizer = None
         if checkpoint:
             path = self.out / "latest.pt" if config.resume else Path(config.init)
-            saved = {**checkpoint, "model_config": sizes}
-            self.model, tokenizer = checkpoints.restore(path, saved)
+            tokenizer = checkpoints.restore_tokenizer(path, checkpoint)
+        elif config.tokenizer.endswith(".pt"):
+            path = Path(config.tokenizer)
+            tokenizer = checkpoints.restore_tokenizer(path, checkpoints.load(path))
         self.say(f"preparing {config.data}")
         # One process of each machine prepares the data, the others find all of it in the cache.
         if group.local_rank > 0:
@@ -145,10 +150,24 @@ class Run:
             )
 
         torch.manual_seed(config.seed)
-        if not checkpoint:
+        # What a head must know of the data: its labels, whether its texts are pairs, …
+        sizes = {k: getattr(self.data, k) if k in LEARNT else v for k, v in sizes.items()}
+        if same_task:
+            saved = {**checkpoint, "model_config": sizes}
+            self.model, _ = checkpoints.restore(path, saved, keep_adapters=config.resume)
+        elif checkpoint:
+            self.model = Model(Config(**sizes))
+            fresh = finetune.take_weights(self.model, checkpoint["model"])
+            self.say(f"from {path}; freshly initialised: {', '.join(fresh) or 'nothing'}")
+        else:
             vocab_size = padded(self.data.tokenizer.vocab_size)
             self.model = Model(Config(**{**sizes, "vocab_size": vocab_size}))
+        if config.model in FINETUNED:
+            self.limit_what_learns()
         self.model.to(group.device).train()
+        self.steps_of_epoch = max(1, round(self.data.tokens_per_epoch / config.tokens_per_step))
+        if config.epochs and not config.resume:
+            config.steps = max(1, round(config.epochs * self.steps_of_epoch))
         if config.recompute:
             recompute_blocks(self.model)
 
@@ -165,8 +184,18 @@ class Run:
             self.skipped = checkpoint["skipped"]
         self.prepare_forward()
 
-    def new_optimizer(self):
+    def limit_what_learns(self) -> None:
+        """By --lora_rank, if the checkpoint has no adapters yet, and --freeze."""
         config = self.config
+        if config.lora_rank and not finetune.adapter_rank(self.model.state_dict()):
+            finetune.add_adapters(self.model, config.lora_rank)
+        if config.freeze:
+            finetune.freeze(self.model, config.freeze)
+
+    def new_optimizer(self):
+        config, scale = self.config, {}
+        if config.model in FINETUNED:
+            scale = {"rate_scale": finetune.rate_scale(self.model, config.layer_decay)}
         return optim.make_optimizer(
             self.model,
             config.optimizer,
@@ -174,6 +203,7 @@ class Run:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             dtype=self.dtype,
+            **scale,
         )
 
     def prepare_forward(self) -> None:
@@ -209,6 +239,10 @@ class Run:
             launcher = ["torchrun", "--standalone", f"--nproc_per_node={self.group.world}"]
         return cli.command_line(*launcher, script, *flags)
 
+    @property
+    def eval_interval(self) -> int:
+        return self.config.eval_interval or self.steps_of_epoch
+
     def factor(self, step: int) -> float:
         """Of the peak learning rate."""
         config = self.config
@@ -234,7 +268,7 @@ class Run:
         sums, counts = result
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf))
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = config.lr * factor
+            parameters["lr"] = config.lr * factor * parameters.get("lr_scale", 1.0)
         if math.isfinite(norm):  # the same everywhere, because DDP has averaged the gradients
             self.optimizer.step()
         else:
@@ -259,7 +293,7 @@ class Run:
         Measured on steps at rate 0, which leave the weights as they are; the optimizer is then
         made anew, so that `--steps N` with the printed number repeats the run exactly.
         """
-        budget, interval = 60 * self.config.minutes, self.config.eval_interval
+        budget, interval = 60 * self.config.minutes, self.eval_interval
         self.train_step(0.0)  # warms up
         start, count, done = time.perf_counter(), 0, False
         while not done:
@@ -295,6 +329,7 @@ class Run:
             step=self.step,
             best=self.best,
             skipped=self.skipped,
+            merged=not resumable,
         )
         checkpoints.save(self.out / name, state)
 
@@ -347,10 +382,11 @@ class Run:
                     f"lower --lr (now {config.lr:g}) or use --dtype fp32; what {self.out} holds "
                     "is from before them"
                 )
-            if self.step % config.eval_interval == 0 or self.step == config.steps:
+            if self.step % self.eval_interval == 0 or self.step == config.steps:
                 report = self.evaluate()
-                better = report["loss"] < self.best
-                self.best = min(self.best, report["loss"])
+                found = badness(config.model, report)
+                better = found < self.best
+                self.best = min(self.best, found)
                 if group.main:
                     self.log.evaluation(self.step, report, better)
                     self.save("latest.pt")
@@ -363,8 +399,8 @@ class Run:
     def show(self) -> None:
         """After the run: its curves, a few outputs of its best model, how to ask for more."""
         seconds = time.perf_counter() - self.begin
-        picture = draw_curves(self.out)
-        print(f"{clock(seconds)} minutes, best validation loss {self.best:.4f}")
+        picture, goal = draw_curves(self.out), GOALS.get(self.config.model, "loss")
+        print(f"{clock(seconds)} minutes, best validation {goal} {abs(self.best):.4f}")
         if picture:
             print(f"curves: {picture}")
         path = self.out / "best.pt"
@@ -374,9 +410,9 @@ class Run:
         for prompt, text in zip(prompts, texts, strict=True):
             print(f"{'-' * 80}\n{prompt}{task.between}{text}")
         if task.closing:
-            print("-" * 80, *task.closing(model, tokenizer, self.validation), sep="\n")
-        prompt = ("--prompt", prompts[0]) if any(prompts[:1]) else ()
-        command = self.command("sample.py", "--checkpoint", str(path), *prompt)
+            lines = task.closing(model, tokenizer, self.validation, self.out)
+            print("-" * 80, *lines, sep="\n")
+        command = self.command("sample.py", "--checkpoint", str(path), *task.flags(prompts[0]))
         print(f"{'-' * 80}\ngo on with: {command}")
 
 

@@ -197,7 +197,7 @@ def eval_pairs(config: TranslateConfig, train_config: dict) -> ParallelCorpus:
     return open_pairs(config.eval, Path(config.cache_dir), languages=languages, split="test")
 
 
-def closing(model: nn.Module, tokenizer: Tokenizer, data: Pairs) -> list[str]:
+def closing(model: nn.Module, tokenizer: Tokenizer, data: Pairs, folder: Path) -> list[str]:
     """What a training run ends with: the scores of greedy translations of unseen pairs."""
     pairs = list(islice(data.texts(), 2000))
     lines = evaluate(model, tokenizer, pairs, TranslateConfig(beam=1))

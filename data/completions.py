@@ -1,0 +1,172 @@
+"""GPT's data for fine-tuning: prompts and what is to be written behind them.
+
+The class fulfils what `data/windows.py` says of every data class. A row is
+
+    <|endoftext|> prompt completion <|endoftext|>
+
+and only the completion and its end are targets: the model learns to answer, not to ask (Radford et
+al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.2; the loss on
+the answer alone is that of InstructGPT's supervised step, Ouyang et al. 2022, arXiv:2203.02155).
+
+Prompt and completion are encoded one by one, so that their border is one between tokens, as it is
+when a model samples. What stands between them, a space, a line end or a word such as "Answer:", is
+the user's business. Only this is seen to: byte-level BPE gives a space to the word behind it, so a
+space that ends the prompt is moved to the completion (`split_space`, which sampling uses too).
+
+A prompt may be empty. A completion may not: in a table that is nearly always a hole, and what is
+meant to be answered with nothing can be given a word for it ("none").
+
+Left out: conversations of several turns and their templates, packing several rows into one,
+weights of single rows, a loss on the prompt.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from bpe import Tokenizer
+from data.buckets import Buckets, evenly, pad_rows
+from data.tables import Row, TableCorpus, open_tables
+from data.tokens import END_OF_TEXT
+from data.windows import get_tokenizer
+
+COLUMNS = {"prompt": (), "completion": ()}
+SHOWN = 4  # prompts, after training
+
+
+class Completions:
+    """Steps of at most tokens_per_step tokens, padding included, each dealt out to micro-batches
+    of about tokens_per_batch = batch_size · block_size, by `Buckets`: each row once an epoch.
+
+    Validation: always the same rows; if max_tokens is less than all, evenly spaced ones. A row of
+    more than row_length + 1 tokens loses the beginning of its prompt, and where the completion
+    alone is too long, its end; both are counted.
+    """
+
+    def __init__(
+        self,
+        corpus: TableCorpus,
+        split: str,
+        tokenizer: Tokenizer,
+        *,
+        block_size: int,
+        batch_size: int,
+        row_length: int = 0,
+        tokens_per_step: int = 0,
+        seed: int = 0,
+        max_tokens: int = 0,
+    ):
+        training, self.row_length = split == "train", min(row_length or block_size, block_size)
+        self.tokenizer, self.split = tokenizer, split
+        self.fingerprint, self.rule = corpus.hash, corpus.rule
+        self.prompts = list(dict.fromkeys(row["prompt"] for _, row in corpus.validation))[:SHOWN]
+        self.end = tokenizer.special_tokens[END_OF_TEXT]
+        self.tokens_per_batch = batch_size * block_size
+        self.rows: list[np.ndarray] = []
+        self.borders: list[int] = []  # where the completion of each row begins
+        self.shortened = self.cut = 0  # prompts without their beginning, completions without an end
+        bar = tqdm(getattr(corpus, split), f"tokenizing {split}", unit=" rows", disable=None)
+        for _, row in bar:
+            self.add(row["prompt"], row["completion"])
+        lengths, self.n_all = np.array([len(row) - 1 for row in self.rows]), len(self.rows)
+        self.chosen = np.arange(self.n_all)
+        if not training and 0 < max_tokens < lengths.sum():
+            self.chosen = evenly(self.n_all, max(1, self.n_all * max_tokens // int(lengths.sum())))
+        # Micro-batches in a step.
+        parts = max(1, tokens_per_step // self.tokens_per_batch) if training else 1
+        self.buckets = Buckets(
+            lengths[self.chosen],
+            parts * self.tokens_per_batch,
+            parts=parts,
+            seed=seed,
+            shuffle=training,
+        )
+        self.n_batches = self.buckets.n_batches
+        self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
+
+    @classmethod
+    def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
+        """(train, validation) of a table with the columns "prompt" and "completion"; the tokenizer
+        is learnt from the training rows unless given."""
+        corpus = open_tables(config.data, config.valid, COLUMNS, config.seed, blank=("prompt",))
+        if not tokenizer:
+            cache, learnt = Path(config.cache_dir), replace(corpus, train=moved(corpus.train))
+            tokenizer = get_tokenizer(config, sizes["vocab_size"], learnt, cache, (END_OF_TEXT,))
+        more = {"row_length": config.row_length, "tokens_per_step": config.tokens_per_step}
+        more |= {"block_size": sizes["block_size"], "batch_size": config.batch_size}
+        more |= {"seed": config.seed, "max_tokens": config.eval_tokens}
+        return tuple(cls(corpus, split, tokenizer, **more) for split in ("train", "validation"))
+
+    def add(self, prompt: str, completion: str) -> None:
+        """One more row. What is cut off a prompt is its <|endoftext|> first: behind the cut no
+        document begins. The completion keeps a token before it, from which it is predicted."""
+        context, lead = encode_prompt(self.tokenizer, prompt)
+        answer = [*self.tokenizer.encode(lead.decode() + completion), self.end]
+        room = self.row_length + 1 - len(answer[: self.row_length])
+        self.cut += len(answer) > self.row_length
+        self.shortened += len(context) > room
+        context = context[-room:]
+        self.rows.append(np.array([*context, *answer[: self.row_length]], dtype=np.int32))
+        self.borders.append(len(context))
+
+    def batch(self, i: int) -> dict[str, Tensor]:
+        """{"tokens": (B, T), "targets": (B, T)}, the latter -100 in the prompt and at padding. That
+        is at the end, where a causal model does not look: no mask is needed."""
+        _, rows, empty = self.buckets.batch(i)
+        tokens, targets = [], []
+        for row in self.chosen[rows]:
+            ids, wanted = self.rows[row], self.rows[row][1:].copy()
+            wanted[: self.borders[row] - 1] = -100
+            tokens.append(ids[:-1])
+            targets.append(wanted)
+        batch = {"tokens": pad_rows(tokens, self.end)[0], "targets": pad_rows(targets, -100)[0]}
+        if empty:
+            batch["targets"].fill_(-100)
+        return batch
+
+    def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
+        """Loss in nats per token of the completions, their ends among them, and perplexity."""
+        loss = sums["loss"] / max(counts["loss"], 1)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+
+    def describe(self) -> str:
+        lengths = self.buckets.lengths
+        asked = sum(len(self.rows[row]) - self.borders[row] for row in self.chosen)
+        text = f"{len(self.chosen):,} rows"
+        if len(self.chosen) < self.n_all:
+            text += f", evenly spaced among {self.n_all:,}"
+        text += f", {lengths.sum():,} tokens, {asked:,} of them asked for"
+        if self.split == "train":
+            steps, padding = self.buckets.padding(lengths[:, None])
+            text += f", {steps:,} steps with {padding:.0%} padding"
+        if self.shortened:
+            text += f"; {self.shortened:,} prompts are cut at their beginning"
+        if self.cut:
+            text += f"; {self.cut:,} completions of {self.row_length:,} tokens or more are cut"
+        return text
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
+    """(tokens, bytes that the completion must begin with), as `sample.encode_prompt` has them, but
+    behind <|endoftext|>, and names of special tokens in a prompt are text."""
+    prompt, space = split_space(prompt)
+    return [tokenizer.special_tokens[END_OF_TEXT], *tokenizer.encode(prompt)], space.encode()
+
+
+def split_space(prompt: str) -> tuple[str, str]:
+    """(prompt without the space at its end, that space), and ("…", "") where there is none. Of
+    several spaces none is moved, nor one behind a line end: that is how code is indented, and the
+    completion may go on with more of them. A prompt that is a space alone stays one."""
+    if len(prompt) > 1 and prompt.endswith(" ") and not prompt[:-1].endswith((" ", "\n")):
+        return prompt[:-1], " "
+    return prompt, ""
+
+
+def moved(rows: list[Row]) -> list[Row]:
+    """The rows as they are encoded, for a tokenizer to learn from."""
+    split = ((number, *split_space(row["prompt"]), row["completion"]) for number, row in rows)
+    return [(n, {"prompt": prompt, "completion": space + text}) for n, prompt, space, text in split]

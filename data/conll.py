@@ -1,0 +1,192 @@
+r"""CoNLL files -> sentences of tagged words: what a model learns from to find named entities.
+
+A file has a word a line, its columns apart by tabs or by white space, the word in the first and its
+tag in the last, and a blank line between sentences. The tags are in any scheme of `entities.py`,
+and become IOB2.
+
+- If its first row has a tab, a file is divided at tabs alone, otherwise at spaces and tabs. Other
+  white space (U+00A0, U+2028) is part of a word, and so is all that cannot be printed.
+- All rows have the same number of columns. A line of tabs and spaces alone is blank (WNUT 2017 has
+  such ones between its sentences).
+- A line that begins with -DOCSTART- ends a sentence, and is not one.
+- A line that begins with "# " is a comment if it is no row and stands before a sentence; # is also
+  a word, as in tweets.
+
+Without a file that validates, one sentence in ten does, drawn with a fixed seed: the same in every
+run, so that runs compare.
+
+Left out: entities in other columns than the last, words in other columns than the first (CoNLL-U,
+GermEval), tags without a type, documents (their sentences are taken one by one).
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.parallel import read_lines
+from data.text import check_text
+from entities import TAG, entities, scheme_of, to_iob2
+
+HELD_OUT_SEED = 0
+COMMENT, DOCUMENT = "# ", "-DOCSTART-"
+BLANK = " \t"
+
+
+class Sentence(NamedTuple):
+    words: list[str]
+    tags: list[str]  # one for each word
+    line: int  # of its first word; the others follow line by line
+
+
+@dataclass
+class TaggedText:
+    """Tagged sentences in two splits, in IOB2. `hash` is of words, tags and division."""
+
+    name: str
+    hash: str
+    rule: str  # how it was split, for the plan
+    prompts: list[str]  # sentences, to show what a model has learnt
+    labels: tuple[str, ...]  # "O", then "B-x" and "I-x" for each type of the training file
+    splits: dict[str, list[Sentence]]
+    paths: dict[str, Path]  # of each split
+    schemes: dict[str, str]  # in which its file was written, for the plan
+
+    def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
+        """What a tokenizer learns from: (a sentence, True), with a space before every word."""
+        for sentence in self.splits[split]:
+            yield "".join(f" {word}" for word in sentence.words), True
+
+    def check(self, labels: tuple[str, ...]) -> None:
+        """ValueError, with its line, for the first tag that is none of the labels."""
+        known = set(labels)
+        for split, sentences in self.splits.items():
+            for sentence in sentences:
+                for i, tag in enumerate(sentence.tags):
+                    if tag not in known:
+                        raise ValueError(
+                            f"{self.paths[split]}, line {sentence.line + i:,}: {tag} is none of "
+                            f"the labels to be told apart ({', '.join(labels)[:200]}): take its "
+                            "type out of the file, or train with it from the beginning"
+                        )
+
+
+def open_tagged(data: str, valid: str = "") -> TaggedText:
+    """data and valid are CoNLL files, each also as .gz; all of data trains if valid is given.
+    Raises ValueError on bad input."""
+    path = own_file("--data", data)
+    paths = {"train": path, "validation": own_file("--valid", valid) if valid else path}
+    sentences = read_conll(path)
+    types = {entity[0] for sentence in sentences for entity in entities(sentence.tags)}
+    if not types:
+        raise ValueError(f"{path} has no entity, every tag is O: give a file with some")
+    splits, rule = {"train": sentences}, f"the sentences of {paths['validation'].name} validate"
+    if valid:
+        splits["validation"] = read_conll(paths["validation"])
+    # Of the whole file: a part of it may have no entity of the kind that tells schemes apart.
+    schemes = {split: scheme_of([s.tags for s in found]) for split, found in splits.items()}
+    splits = {
+        split: [Sentence(words, to_iob2(tags), line) for words, tags, line in found]
+        for split, found in splits.items()
+    }
+    if not valid:
+        splits, rule = held_out(path, splits["train"])
+        schemes["validation"] = schemes["train"]
+    digest = hashlib.sha256(b"tags 1")
+    for split, found in splits.items():
+        digest.update(f"\0{split}".encode())
+        for words, tags, _ in found:
+            rows = "".join(f"\n{word}\t{tag}" for word, tag in zip(words, tags, strict=True))
+            digest.update(f"\n{rows}".encode())
+    return TaggedText(
+        path.name.partition(".")[0] or path.name,
+        digest.hexdigest(),
+        rule,
+        shown(splits["validation"]),
+        labels_of(types),
+        splits,
+        paths,
+        schemes,
+    )
+
+
+def labels_of(types: set[str]) -> tuple[str, ...]:
+    return ("O", *(f"{prefix}-{type_}" for type_ in sorted(types) for prefix in "BI"))
+
+
+def held_out(path: Path, sentences: list[Sentence]) -> tuple[dict[str, list[Sentence]], str]:
+    total = len(sentences)
+    if total < 2:
+        raise ValueError(f"{path} has one sentence, too few to hold one out: give more, or --valid")
+    count = max(1, total // 10)
+    drawn = set(np.random.default_rng(HELD_OUT_SEED).permutation(total)[:count].tolist())
+    splits = {
+        "train": [s for i, s in enumerate(sentences) if i not in drawn],
+        "validation": [s for i, s in enumerate(sentences) if i in drawn],
+    }
+    return splits, f"{count:,} of {total:,} sentences, drawn with a fixed seed, validate"
+
+
+def shown(sentences: list[Sentence], number: int = 4) -> list[str]:
+    """The first sentences of ordinary length that have an entity, as text."""
+    ordinary = [s.words for s in sentences if 4 <= len(s.words) <= 25 and set(s.tags) != {"O"}]
+    return [" ".join(words) for words in (ordinary or [s.words for s in sentences])[:number]]
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def own_file(flag: str, name: str) -> Path:
+    path = Path(name)
+    if not name or not path.is_file():
+        raise ValueError(
+            f"{flag} {name} is no file here: give a CoNLL file, a word and its tag on each line"
+        )
+    check_text(path)
+    return path
+
+
+def read_conll(path: Path) -> list[Sentence]:
+    """The sentences of a file, with its own tags; see the top of this file."""
+    lines = [line.removesuffix("\r") for line in read_lines(path)]
+    rows = (s for s in lines if s.strip(BLANK) and not s.startswith((COMMENT, DOCUMENT)))
+    first = next(rows, "")
+    tabs = "\t" in first
+    width = len(columns(first, tabs))
+    sentences, words, tags = [], [], []
+    for number, line in enumerate([*lines, ""], 1):
+        cells = columns(line, tabs)
+        if not line.strip(BLANK) or line.startswith(DOCUMENT):
+            if words:
+                sentences.append(Sentence(words, tags, number - len(words)))
+            words, tags = [], []
+        elif len(cells) == width > 1 and cells[0] and TAG.fullmatch(cells[-1]):
+            words.append(cells[0])
+            tags.append(cells[-1])
+        elif words or not line.startswith(COMMENT):
+            raise ValueError(f"{path}, line {number:,}: {fault(cells, width)}: {line[:60]!r}")
+    if not sentences:
+        raise ValueError(f"{path} has no sentence in it: give a word and its tag on each line")
+    return sentences
+
+
+def columns(line: str, tabs: bool) -> list[str]:
+    if not tabs:
+        return re.split(r"[ \t]+", line.strip(BLANK))
+    *cells, last = line.split("\t")
+    return [*cells, last.strip(BLANK)]
+
+
+def fault(cells: list[str], width: int) -> str:
+    """What is wrong with a row."""
+    if len(cells) < 2:
+        return "one column, where a word and its tag are needed"
+    if len(cells) != width:
+        return f"{len(cells)} columns, but the first row has {width}"
+    if not cells[0]:
+        return "no word before its tag"
+    return f"{cells[-1][:30]!r} is no tag: write O, or B-TYPE with one of B I E S L U in front"

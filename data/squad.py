@@ -1,0 +1,160 @@
+"""SQuAD's files: paragraphs of text, questions about them, and answers that are pieces of the text.
+
+A file is JSON (also .gz), {"data": [{"paragraphs": [{"context", "qas"}]}]}; each of the "qas" has
+a "question" and "answers" [{"text", "answer_start"}], the start in characters of the context. In
+version 2.0, a question whose "is_impossible" is true has no answer.
+
+Left out: the titles of the articles, the plausible answers of version 2.0, downloads.
+
+Papers: SQuAD 1.1 (Rajpurkar et al. 2016, arXiv:1606.05250), SQuAD 2.0 (Rajpurkar et al. 2018,
+arXiv:1806.03822).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import numpy as np
+
+from data.text import Part, blocks
+
+EVERY = 5  # of so many paragraphs, one validates
+MOST_MISPLACED = 0.1  # share of the answered questions; above it, the file is refused
+
+
+@dataclass(frozen=True)
+class Question:
+    """`answers` are all that count as right, none where the context has none. `span` has the
+    characters (start, end) of the first that is where the file says; None: there is none."""
+
+    text: str
+    answers: tuple[str, ...]
+    span: tuple[int, int] | None
+
+
+Paragraphs = dict[str, list[Question]]  # context -> its questions
+
+
+@dataclass
+class SquadCorpus:
+    """Paragraphs in two splits. `hash` is of the files' contents and of how they are divided."""
+
+    name: str
+    hash: str
+    rule: str  # how it was split, for the plan
+    splits: dict[str, Paragraphs]
+    may_abstain: dict[str, bool]  # whether questions of a split can have no answer
+
+    def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
+        """What a tokenizer learns from: every context and question is a document of its own."""
+        for context, questions in self.splits[split].items():
+            yield f" {context}", True
+            for question in questions:
+                yield f" {question.text}", True
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def open_squad(data: str, *, valid: str = "", seed: int = 0) -> SquadCorpus:
+    """data and valid are files; without valid, one in EVERY paragraphs of data, drawn with the
+    seed, validates, with all of its questions. Raises ValueError on bad input."""
+    raw = read_bytes("--data", data)
+    train, abstains = parse(raw, data)
+    digest = hashlib.sha256(b"squad 1" + hashlib.sha256(raw).digest())
+    if valid:
+        raw = read_bytes("--valid", valid)
+        validation, also = parse(raw, valid)
+        may_abstain = {"train": abstains, "validation": also}
+        digest.update(b"given" + hashlib.sha256(raw).digest())
+        rule = "the given file validates"
+    else:
+        n = len(train)
+        if n < 2:
+            raise ValueError(
+                f"{data} has one paragraph with questions, too few to hold one out: give more, "
+                "or --valid"
+            )
+        drawn = set(np.random.default_rng(seed).permutation(n)[: max(1, n // EVERY)].tolist())
+        items = list(train.items())
+        train = dict(item for i, item in enumerate(items) if i not in drawn)
+        validation = dict(item for i, item in enumerate(items) if i in drawn)
+        may_abstain = {"train": abstains, "validation": abstains}
+        digest.update(f"drawn {EVERY} {seed}".encode())
+        rule = f"{len(drawn):,} of {n:,} paragraphs, drawn with the seed, validate"
+    name = Path(data).name.partition(".")[0] or Path(data).name
+    splits = {"train": train, "validation": validation}
+    return SquadCorpus(name, digest.hexdigest(), rule, splits, may_abstain)
+
+
+def read_bytes(flag: str, name: str) -> bytes:
+    path = Path(name)
+    if not name or not path.is_file():
+        raise ValueError(f"{flag} {name} is no file here: name one in SQuAD's format (.json)")
+    return b"".join(blocks(Part(path)))
+
+
+def parse(raw: bytes, name: str) -> tuple[Paragraphs, bool]:
+    """(paragraphs that have questions, those of equal context joined; whether it is version 2.0,
+    where questions say if they have an answer)."""
+    try:
+        content = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is no JSON in UTF-8 ({error}): give SQuAD's format") from None
+    paragraphs: Paragraphs = {}
+    abstains = False
+    for a, article in enumerate(member(content, "data", list, name), 1):
+        where = f"{name}, article {a}"
+        for p, paragraph in enumerate(member(article, "paragraphs", list, where), 1):
+            place = f"{where}, paragraph {p}"
+            context = member(paragraph, "context", str, place)
+            for q, qa in enumerate(member(paragraph, "qas", list, place), 1):
+                question = parse_question(qa, context, f"{place}, question {q}")
+                paragraphs.setdefault(context, []).append(question)
+                abstains |= "is_impossible" in qa
+    check_places(paragraphs, name)
+    return paragraphs, abstains
+
+
+def parse_question(qa: Any, context: str, place: str) -> Question:
+    text = member(qa, "question", str, place)
+    answers, span = [], None
+    for answer in member(qa, "answers", list, place):
+        said = member(answer, "text", str, place)
+        start = member(answer, "answer_start", int, place)
+        answers.append(said)
+        if span is None and said.strip() and start >= 0 and context.startswith(said, start):
+            span = start, start + len(said)
+    impossible = qa.get("is_impossible", False)
+    if impossible is not (not answers):
+        raise ValueError(
+            f"{place} has the answers {short(answers)} and is_impossible {short(impossible)}: a "
+            f"question has an answer, or is_impossible true: {short(text)}"
+        )
+    return Question(text, tuple(answers), span)
+
+
+def member(content: Any, key: str, kind: type, place: str) -> Any:
+    names = {list: "list", str: "text", int: "whole number"}
+    if not isinstance(content, dict) or type(content.get(key)) is not kind:
+        raise ValueError(f"{place} has no {key} that is a {names[kind]}: {short(content)}")
+    return content[key]
+
+
+def check_places(paragraphs: Paragraphs, name: str) -> None:
+    """A few answers that are not where the file says can be left out. Many have a common cause."""
+    questions = [question for asked in paragraphs.values() for question in asked]
+    if not questions:
+        raise ValueError(f"{name} has no question in it: give SQuAD's format")
+    answered = [question for question in questions if question.answers]
+    wrong = [question for question in answered if question.span is None]
+    if len(wrong) > MOST_MISPLACED * len(answered):
+        raise ValueError(
+            f"{name}: {len(wrong):,} of {len(answered):,} answers are not where answer_start says, "
+            f"which counts characters of the context from 0; {short(wrong[0].answers[0])} is one, "
+            f"asked for by {short(wrong[0].text)}"
+        )

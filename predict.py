@@ -1,0 +1,289 @@
+"""What a fine-tuned encoder says of texts: a label, marked entities, an answer, what is alike.
+
+    python sample.py --checkpoint out/classify/best.pt --prompt "a gripping film"
+    python sample.py --checkpoint out/tag/best.pt < lines.txt
+    python sample.py --checkpoint out/answer/best.pt --context article.txt --prompt "Who was it?"
+    python sample.py --checkpoint out/classify/best.pt --eval dev.tsv
+
+Each text gets the answer that it would get alone, whatever shares its batch. Axes as in `model.py`;
+k counts labels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import cli
+import fill
+from checkpoint import TASKS
+from config import CONFIGS
+from data.buckets import pad_rows
+from data.contexts import ask, read_answer
+from data.labelled import LabelledTexts, collate, encode_parts
+from data.masked import PAD
+from data.tagged import join_rows, sentence_rows
+from data.tokens import AnyTokenizer
+from entities import marked, text_spans, words_of
+from evaluation import print_scores, scores
+from scores import confusion_table, draw_confusion
+
+
+@dataclass
+class PredictConfig:
+    checkpoint: str = ""  # the file to load; empty: the newest below out/
+    prompt: list[str] = field(default_factory=list)  # a text; may be repeated; none: read stdin
+    eval: str = ""  # score a labelled file instead, of the kind that --data of train.py takes
+    batch_size: int = 32  # texts at a time
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        cli.check_ranges(self, {"batch_size": (1, None)})
+        if self.eval and self.prompt:
+            raise ValueError("--eval and --prompt are two things to do: give one of them")
+
+
+@dataclass
+class AnswerConfig(PredictConfig):
+    prompt: list[str] = field(default_factory=list)  # a question; may be repeated; none: stdin
+    context: str = ""  # the file with the text that holds the answers
+
+
+@dataclass
+class SimilarConfig:
+    checkpoint: str = ""  # the file to load; empty: the newest below out/
+    embed: str = ""  # write an embedding of each line of this file
+    out: str = "embeddings.npy"  # where --embed writes them: float32, (lines, n_embd)
+    similar: tuple[str, str] = ()  # two files: for each line of the first, the nearest in the other
+    top: int = 5  # similar lines for each query
+    eval: str = ""  # score a file of pairs instead, of the kind that --data of train.py takes
+    pooling: str = field(default="mean", metadata={"flag": False})  # as it was trained
+    batch_size: int = 32  # texts at a time
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        cli.check_ranges(self, {"batch_size": (1, None), "top": (1, None)})
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def batches(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of rows of similar length, until all have come."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+# ---- a label -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def classify(
+    model: nn.Module,
+    tokenizer: AnyTokenizer,
+    prompts: list[str],
+    config: PredictConfig,
+    bar: tqdm | None = None,
+    first: int = 1,
+) -> list[str]:
+    """For each text "positive 97.1%, negative 2.9%", the five likeliest labels at most. Where
+    labels are of pairs of texts, a tab divides the two; ValueError if it is not there."""
+    texts = [p.split("\t", 1) if model.config.pairs else [p] for p in prompts]
+    for number, (prompt, parts) in enumerate(zip(prompts, texts, strict=True), first):
+        if model.config.pairs and len(parts) < 2:
+            raise ValueError(
+                f"text {number}, {prompt[:60]!r}, is one: this model labels pairs of texts, with a "
+                "tab between them"
+            )
+    rows = [encode_parts(tokenizer, parts, model.config.block_size)[0] for parts in texts]
+    answers = [""] * len(prompts)
+    for batch in batches([sum(map(len, row)) for row in rows], config.batch_size):
+        given = collate([rows[i] for i in batch], tokenizer)
+        given = {name: tensor.to(device_of(model)) for name, tensor in given.items()}
+        for i, shares in zip(batch, model(**given).softmax(-1), strict=True):
+            best = shares.topk(min(5, len(model.config.labels)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            answers[i] = ", ".join(f"{model.config.labels[k]} {p:.1%}" for k, p in pairs)
+        if bar is not None:
+            bar.update(len(batch))
+    return answers
+
+
+def closing_confusion(
+    model: nn.Module, tokenizer: AnyTokenizer, data: LabelledTexts, folder: Path
+) -> list[str]:
+    """What a training run of a classifier ends with: its confusions, as a table and a picture."""
+    scores(model, data)
+    lines = [confusion_table(data.confusion, data.labels)]
+    picture = draw_confusion(data.confusion, data.labels, folder / "confusion.png")
+    return [*lines, f"as a picture: {picture}"] if picture else lines
+
+
+# ---- entities ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def tag(
+    model: nn.Module,
+    tokenizer: AnyTokenizer,
+    prompts: list[str],
+    config: PredictConfig,
+    bar: tqdm | None = None,
+    first: int = 1,
+) -> list[str]:
+    """Each text with its entities marked: [Barack Obama]person visited [Rome]location."""
+    words = [words_of(text) for text in prompts]
+    plain = [[word for word, _, _ in found] for found in words]
+    rows = sentence_rows(plain, tokenizer, model.config.block_size)
+    predicted: list[np.ndarray] = [np.empty(0)] * len(rows)
+    for batch in batches([len(row.ids) for row in rows], config.batch_size):
+        ids = [rows[i].ids for i in batch]
+        tokens, keep = (
+            x.to(device_of(model)) for x in pad_rows(ids, tokenizer.special_tokens[PAD])
+        )
+        labels = model(tokens, None if keep.all() else keep).argmax(-1).cpu().numpy()
+        for i, found in zip(batch, labels, strict=True):
+            predicted[i] = found
+        if bar is not None:
+            bar.update(len(batch))
+    of_words, answers = join_rows(rows, predicted), []
+    for number, (text, found) in enumerate(zip(prompts, words, strict=True)):
+        tags = [model.config.labels[label] for label in of_words.get(number, [])]
+        answers.append(marked(text, text_spans(tags, found)).rstrip("\n"))
+    return answers
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def answer_questions(
+    model: nn.Module,
+    tokenizer: AnyTokenizer,
+    asked: list[tuple[str, str]],
+    config: PredictConfig,
+) -> list[str]:
+    """(question, context) -> "answer 87.3%: … the context around [answer] …"; of a model that may
+    abstain also "no answer 65.0%"."""
+    answers = []
+    for question, text in asked:
+        context, windows, rows = ask(tokenizer, question, text, model.config.block_size)
+        logits: list[np.ndarray] = []
+        for start in range(0, len(rows), config.batch_size):
+            ids, segments = zip(*rows[start : start + config.batch_size], strict=True)
+            tokens, keep = pad_rows(ids, tokenizer.special_tokens[PAD])
+            given = [tokens, pad_rows(segments, 0)[0], keep]
+            found = model(*(x.to(device_of(model)) for x in given))
+            logits += list(found.cpu().numpy())
+        best = read_answer(context, windows, logits, model.config.may_abstain)
+        answers.append(shown_answer(text, best.start, best.end, best.probability))
+    return answers
+
+
+def shown_answer(text: str, start: int, end: int, probability: float, around: int = 40) -> str:
+    if start == end:
+        return f"no answer {probability:.1%}"
+    before, behind = text[max(0, start - around) : start], text[end : end + around]
+    before = f"…{before}" if start > around else before
+    behind = f"{behind}…" if end + around < len(text) else behind
+    place = " ".join(f"{before}[{text[start:end]}]{behind}".split())
+    return f"{text[start:end]} {probability:.1%}: {place}"
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: AnyTokenizer,
+    prompts: list[str],
+    config: AnswerConfig,
+    bar: tqdm | None = None,
+    first: int = 1,
+) -> list[str]:
+    """Answers to questions about --context, or, as a training run shows them, to a question and
+    its context with a line end between."""
+    text = Path(config.context).read_text(encoding="utf-8") if config.context else ""
+    asked = [(p.strip(), text) if text else tuple(p.split("\n", 1)) for p in prompts]
+    found = answer_questions(model, tokenizer, asked, config)
+    if bar is not None:
+        bar.update(len(prompts))
+    return found
+
+
+def speak_answers(
+    model: nn.Module, tokenizer: AnyTokenizer, config: AnswerConfig, checkpoint: dict
+) -> None:
+    if not config.eval and not Path(config.context).is_file():
+        raise ValueError(
+            f"--context {config.context} is no file here: name the text that holds the answers"
+        )
+    speak(model, tokenizer, config, checkpoint)
+
+
+# ---- what is alike -------------------------------------------------------------------------------
+
+
+def alike(
+    model: nn.Module, tokenizer: AnyTokenizer, prompts: list[str], config: SimilarConfig
+) -> list[str]:
+    """For each of several texts the one of the others that is most alike, and their cosine."""
+    vectors = fill.embed(model, tokenizer, prompts, config.pooling, config.batch_size)
+    scores, order = fill.similarities(vectors, vectors, len(prompts))
+    answers = []
+    for i, (score, places) in enumerate(zip(scores, order, strict=True)):
+        pairs = zip(score, places, strict=True)
+        best, j = next(((s, j) for s, j in pairs if j != i), (1.0, i))
+        answers.append(f"{best:.3f}  {prompts[j]}")
+    return answers
+
+
+def speak_similar(
+    model: nn.Module, tokenizer: AnyTokenizer, config: SimilarConfig, checkpoint: dict
+) -> None:
+    jobs = [f"--{name}" for name in ("embed", "similar", "eval") if getattr(config, name)]
+    if len(jobs) != 1:
+        raise ValueError(f"give one of --embed, --similar and --eval, not {len(jobs)}")
+    if config.eval:
+        print_scores(model, eval_data(checkpoint, tokenizer, config), config.eval)
+    elif config.embed:
+        fill.write_embeddings(model, tokenizer, config)
+    else:
+        fill.print_similar(model, tokenizer, config)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def eval_data(checkpoint: dict, tokenizer: AnyTokenizer, config):
+    """The data of the checkpoint's task in the file that --eval names, all of it."""
+    if not Path(config.eval).is_file():
+        raise ValueError(f"--eval {config.eval} is no file here: name one as for --data")
+    Settings, (_, _, Data) = CONFIGS[checkpoint["task"]], TASKS[checkpoint["task"]]
+    names = {f.name for f in fields(Settings)}
+    said = {k: v for k, v in checkpoint["train_config"].items() if k in names}
+    said |= {"data": config.eval, "valid": config.eval, "eval_tokens": 0}
+    return Data.splits(Settings(**said), checkpoint["model_config"], tokenizer)[1]
+
+
+def speak(
+    model: nn.Module, tokenizer: AnyTokenizer, config: PredictConfig, checkpoint: dict
+) -> None:
+    """What `sample.py` does with these models: score a file, answer prompts, or lines of stdin."""
+    respond = {"classify": classify, "tag": tag, "answer": answer}[checkpoint["task"]]
+    if config.eval:
+        data = eval_data(checkpoint, tokenizer, config)
+        print_scores(model, data, config.eval)
+        if checkpoint["task"] == "classify":
+            print(confusion_table(data.confusion, data.labels))
+    elif config.prompt:
+        print("\n".join(respond(model, tokenizer, config.prompt, config)))
+    else:
+
+        def reply(lines: list[str], bar: tqdm, first: int) -> list[str]:
+            return respond(model, tokenizer, lines, config, bar, first)
+
+        cli.answer_stdin(reply, 16 * config.batch_size, "line")

@@ -1,0 +1,169 @@
+"""answers.py: the best span against all spans, and the metrics against a second way to count."""
+
+import math
+import re
+import string
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from answers import Span, best_span, exact_match, f1, join_windows, normalise, score
+
+# ---- which span ----------------------------------------------------------------------------------
+
+
+def all_spans(logits, first, stop, max_answer):
+    """Every span that is allowed, in order of its start and then its length."""
+    return [
+        (start, end, float(logits[0][start]) + float(logits[1][end]))
+        for start in range(first, stop)
+        for end in range(start, stop)
+        if end - start + 1 <= max_answer
+    ]
+
+
+@st.composite
+def windows_of_logits(draw):
+    before, inside, behind = (draw(st.integers(low, 12)) for low in (1, 1, 0))
+    # Few different numbers: equal sums are frequent, and the highest are often not allowed.
+    numbers = st.integers(-3, 3).map(float)
+    n = before + inside + behind
+    logits = np.array(draw(st.lists(numbers, min_size=2 * n, max_size=2 * n)))
+    return logits.reshape(2, n).astype(np.float32), before, before + inside
+
+
+@given(windows_of_logits(), st.integers(1, 14))
+def test_best_span_is_the_first_of_the_best_among_all(window, max_answer):
+    logits, first, stop = window
+    start, end, total = max(all_spans(logits, first, stop, max_answer), key=lambda span: span[2])
+    found = best_span(logits, first, stop, max_answer)
+    assert found == (start, end, total, logits[0][0] + logits[1][0])
+
+
+def test_best_span_has_thirty_tokens_at_most():
+    logits = np.zeros((2, 50))
+    logits[0, 5], logits[1, 34] = 2.0, 2.0
+    assert best_span(logits, 3, 48)[:3] == (5, 34, 4.0)
+    logits[1, 34], logits[1, 35] = 0.0, 2.0
+    assert best_span(logits, 3, 48)[2] == 2.0
+
+
+def test_best_span_adds_in_double_precision():
+    """In float32, 2^24 + 1 is 2^24, and the first of such spans would win."""
+    logits = np.array([[0, 2**24, 2**24], [0, 0, 1]], np.float32)
+    assert best_span(logits, 1, 3)[:3] == (1, 2, 2**24 + 1)
+
+
+@given(st.lists(st.tuples(*[st.integers(-4, 4).map(float)] * 2), min_size=1, max_size=6))
+def test_windows_are_joined_by_the_best_score_and_the_lowest_null(pairs):
+    spans = [Span(1, 2, *pair) for pair in pairs]
+    best, lead = join_windows(spans)
+    scores, nulls = zip(*pairs, strict=True)
+    assert best == scores.index(max(scores)) and lead == min(nulls) - max(scores)
+
+
+def test_one_sure_window_answers_for_all():
+    """Most windows of a long text have no answer and say so; that must not outvote the one."""
+    empty, full = Span(9, 9, -2.0, 12.0), Span(4, 5, 7.0, 1.0)
+    assert join_windows([empty, full, empty]) == (1, -6.0)
+    assert join_windows([empty, empty]) == (0, 14.0)
+
+
+# ---- how right it is -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("The  U.S. Navy's \t(old) anthem, An A-team!", "us navys old anthem ateam"),
+        ("a theory of the other an", "theory of other"),
+        ("the the-a 'The'", "thea"),
+        ("“The” Émigré — 6½ €5", "“ ” émigré — 6½ €5"),  # only ASCII punctuation goes
+        ("A.", ""),
+        ("  ", ""),
+    ],
+)
+def test_normalise_by_hand(text, want):
+    assert normalise(text) == want
+
+
+def words_of(text):
+    """The same as normalise(text).split(), one character at a time."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    pieces = re.split(r"(\w+)", kept)  # every second one is a word
+    kept = "".join(" " if i % 2 and x in ("a", "an", "the") else x for i, x in enumerate(pieces))
+    return kept.split()
+
+
+def overlap(prediction, answer):
+    """F1 by taking words away one at a time."""
+    said, wanted = words_of(prediction), words_of(answer)
+    if not said or not wanted:
+        return 1.0 if said == wanted else 0.0
+    left, right = list(wanted), 0
+    for word in said:
+        if word in left:
+            left.remove(word)
+            right += 1
+    if not right:
+        return 0.0
+    precision, recall = right / len(said), right / len(wanted)
+    return 2 * precision * recall / (precision + recall)
+
+
+WORDS = ["a", "an", "the", "A", "The.", "cat", "Cat,", "dog", "cat-dog", "“the”", "½", "a.b", "'"]
+TEXTS = st.one_of(
+    st.lists(st.sampled_from(WORDS)).map(" ".join),
+    st.text(max_size=12),
+)
+
+
+@given(TEXTS, TEXTS)
+def test_metrics_equal_a_second_way_to_count(prediction, answer):
+    assert normalise(prediction).split() == words_of(prediction)
+    assert exact_match(prediction, answer) == (words_of(prediction) == words_of(answer))
+    assert f1(prediction, answer) == pytest.approx(overlap(prediction, answer))
+    assert f1(prediction, answer) == f1(answer, prediction)
+
+
+def test_f1_counts_a_word_as_often_as_it_occurs():
+    assert f1("cat cat", "the cat") == pytest.approx(2 / 3)  # precision 1/2, recall 1
+    assert f1("cat cat dog", "cat cat cat") == pytest.approx(2 / 3)
+    assert f1("dog", "cat") == 0.0 == f1("", "cat") == f1("The", "cat") and f1("a", "") == 1.0
+
+
+def test_the_best_of_the_answers_counts_and_questions_weigh_the_same():
+    said = ["the cat", "black dog", "x"]
+    golds = [["dog", "Cat!"], ["dog", "white dog"], ["cat"]]
+    # F1 of "black dog": 2/3 with "dog", 1/2 with "white dog".
+    assert score(said, golds) == {
+        "exact_match": round(100 / 3, 4),
+        "f1": round(100 * (1 + 2 / 3) / 3, 4),
+    }
+
+
+def test_questions_without_an_answer_are_right_with_an_empty_one():
+    golds = [[], [], ["cat"], ["a cat", "dog"], ["bird"]]
+    report = score(["", "cat", "", "cat dog", "bird"], golds)
+    assert report == {
+        "exact_match": 40.0,
+        "f1": round(100 * (1 + 0 + 0 + 2 / 3 + 1) / 5, 4),
+        "answerable_exact_match": round(100 / 3, 4),
+        "answerable_f1": round(100 * (2 / 3 + 1) / 3, 4),
+        "unanswerable_exact_match": 50.0,
+    }
+    assert all(type(value) is float and math.isfinite(value) for value in report.values())
+    assert score([""], [[]]) == {"exact_match": 100.0, "f1": 100.0}
+
+
+def test_an_answer_of_articles_alone_is_none_beside_another():
+    """As in SQuAD 2.0: else "the" would be right wherever someone marked an article."""
+    assert score(["the"], [["a", "cat"]])["exact_match"] == 0.0
+    assert score(["the"], [["a"]]) == {"exact_match": 100.0, "f1": 100.0}
+
+
+def test_as_many_predictions_as_questions():
+    with pytest.raises(ValueError, match="zip"):
+        score(["x"], [["x"], ["y"]])

@@ -1,0 +1,298 @@
+"""data/conll.py: files as they are found, and what is refused in them."""
+
+import gzip
+import re
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+from conftest import shared
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data.text
+from data.conll import open_tagged, read_conll
+from entities import SCHEMES, entities, spelled
+
+SENTENCES = [
+    (["Ada", "met", "Grace", "Hopper", "."], ["B-P", "O", "B-P", "I-P", "O"]),
+    (["Rome"], ["B-L"]),
+    (["New", "York", "Rome", "#", "😀"], ["B-L", "I-L", "B-L", "O", "O"]),
+]
+
+
+def text_of(sentences, between="\t", end="\n", blank="", more=()) -> str:
+    rows = [
+        [between.join([word, *more, tag]) for word, tag in zip(words, tags, strict=True)]
+        for words, tags in sentences
+    ]
+    return f"{end}{blank}{end}".join(end.join(row) for row in rows) + end
+
+
+def write(path: Path, text: str) -> Path:
+    raw = text.encode("utf-8")
+    path.write_bytes(gzip.compress(raw) if path.name.endswith(".gz") else raw)
+    return path
+
+
+def read(path: Path, text: str) -> list[tuple[list[str], list[str]]]:
+    return [(words, tags) for words, tags, _ in read_conll(write(path, text))]
+
+
+# ---- the forms of a file -------------------------------------------------------------------------
+
+
+def test_the_forms_of_one_text_give_the_same_sentences(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.text, "BLOCK", 32)  # so that blocks end inside lines and characters
+    plain = text_of(SENTENCES)
+    forms = {
+        "plain": plain,
+        "no-newline": plain.removesuffix("\n"),
+        "windows": text_of(SENTENCES, end="\r\n"),
+        "bom": f"\ufeff{plain}",
+        "packed.gz": plain,
+        "blanks": f"\n\n{plain}\n \n\t\n",
+        "wnut": text_of(SENTENCES, blank="\t"),
+        "spaces": text_of(SENTENCES, between=" "),
+        "many-spaces": text_of(SENTENCES, between="   ").replace("Ada", " Ada"),
+        "trailing": text_of(SENTENCES, between=" ").replace("\n", " \n"),
+        "conll2003": text_of(SENTENCES, between=" ", more=("NNP", "B-NP")),
+        "columns": text_of(SENTENCES, more=("", "B-NP")),
+        "padded-tag": text_of(SENTENCES).replace("O\n", "O \n"),
+        "documents": f"-DOCSTART- -X- O\n\n{plain}-DOCSTART-\tO\n",
+        "comments": f"# id 1\td=x\n{plain}".replace("\n\nRome", "\n\n# a\n# b\nRome"),
+        "spaced-comments": "# id 1\td=x\n\n# a b\n" + text_of(SENTENCES, between=" "),
+    }  # fmt: skip
+    for name, text in forms.items():
+        assert read(tmp_path / name, text) == SENTENCES, name
+
+
+def test_a_document_ends_a_sentence_also_without_a_blank_line(tmp_path):
+    found = read(tmp_path / "a", "-DOCSTART- O\na O\n-DOCSTART- O\nb O\n")
+    assert found == [(["a"], ["O"]), (["b"], ["O"])]
+
+
+def test_a_hash_is_a_word_where_it_has_a_tag(tmp_path):
+    """Tweets have # as a word. Taken for a comment, it took the place of all words behind it."""
+    text = "# no row\n# O\n# B-x\na O\n\n# id = 5\n# O\n"
+    assert read(tmp_path / "a", text) == [(["#", "#", "a"], ["O", "B-x", "O"]), (["#"], ["O"])]
+    assert read(tmp_path / "b", "a\tO\n#\tO\n# b\tO\n") == [(["a", "#", "# b"], ["O"] * 3)]
+    with pytest.raises(ValueError, match="line 2: 3 columns, but the first row has 2: '# no row'"):
+        read(tmp_path / "c", "a O\n# no row\n")
+
+
+def test_lines_are_those_of_the_file(tmp_path):
+    text = "\n# one\n-DOCSTART- O\n\na O\nb O\n\n\n# two\nc O\n-DOCSTART- O\nd O"
+    assert [s.line for s in read_conll(write(tmp_path / "a", text))] == [5, 10, 12]
+
+
+def test_odd_white_space_is_part_of_a_word(tmp_path):
+    """str.split() cut a word at U+00A0, and its tag was read from the wrong column."""
+    odd = [
+        "a\u00a0b",
+        "\u00a0",
+        "\ufe0f",
+        "\u200b",
+        "c\u2028d",
+        "\x85",
+        "e\rf",
+        "\x1c",
+        "\x07",
+        "𝒳\ufeff",
+    ]
+    row = [(["x", *odd], ["O"] * 11)]
+    assert read(tmp_path / "tabs", text_of(row)) == row
+    assert read(tmp_path / "spaces", text_of(row, between=" ")) == row
+    spaced = [(["x", "a b", " ", "c  ", "-", "\\t"], ["O", "B-a b", "I-a b", "O", "O", "O"])]
+    assert read(tmp_path / "tabs", text_of(spaced)) == spaced
+
+
+word = st.text(st.characters(exclude_characters="\n\t\0 ", exclude_categories=("Cs",)), min_size=1)
+word = word.filter(lambda w: not w.startswith("-DOCSTART-"))
+sentence = st.lists(st.tuples(word, st.sampled_from(["O", "B-x", "I-x", "S-é z"])), min_size=1)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(sentence, max_size=4), st.booleans())
+def test_what_is_written_is_read(tmp_path, sentences, tabs):
+    rows = [[("x", "O")], *sentences]  # the first word may not begin with a BOM
+    if not tabs:
+        rows = [[(w, tag.split()[0]) for w, tag in row] for row in rows]
+    want = [tuple(map(list, zip(*row, strict=True))) for row in rows]
+    assert read(tmp_path / "a", text_of(want, "\t" if tabs else " ")) == want
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("a\tO\nb\n", "line 2: one column, where a word and its tag are needed: 'b'"),
+        ("a\tO\nb O\n", "line 2: one column, where a word and its tag are needed: 'b O'"),
+        ("a O\n\n\nb c O\n", "line 4: 3 columns, but the first row has 2: 'b c O'"),
+        ("a x O\nb O\n", "line 2: 2 columns, but the first row has 3: 'b O'"),
+        ("a\tO\n\tO\n", r"line 2: no word before its tag: '\tO'"),
+        ("a O\nb b-x\n", "line 2: 'b-x' is no tag: write O, or B-TYPE"),
+        ("a O\nb B\n", "line 2: 'B' is no tag"),
+        ("a\tO\nb\tO\t\n", "line 2: 3 columns"),
+        ("a\tO\nb\t\n", "line 2: '' is no tag"),
+        ("a O\n# \n", "line 2: one column"),
+        ("a O\n # b c\n", "line 2: 3 columns"),
+        ("a\tO\n\u00a0\nb\tO\n", "line 2: one column"),  # no blank line
+        ("O\nO\n", "line 1: one column"),
+        ("a\nb\n", "line 1: one column, where a word and its tag are needed: 'a'"),
+        (f"a O\n{'b' * 99} c O", "line 2: 3 columns, but the first row has 2: '" + "b" * 60 + "'"),
+        ("# only\n\n-DOCSTART- O\n", "has no sentence in it"),
+    ],
+)
+def test_broken_lines_are_refused_by_number_and_content(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"name\.conll.*{re.escape(message)}") as caught:
+        read(tmp_path / "name.conll", text)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    good = str(write(tmp_path / "good", text_of(SENTENCES)))
+    for flag, args in (("--data", ("no/such",)), ("--valid", (good, "no/such"))):
+        with pytest.raises(ValueError, match=f"{flag} no/such is no file here: give a CoNLL file"):
+            open_tagged(*args)
+    with pytest.raises(ValueError, match="--data  is no file"):
+        open_tagged("")
+    for name, raw, message in (
+        ("empty", b"", "is empty"),
+        ("binary", b"a\tO\0", "is binary"),
+        ("latin", b"a\tO\n\xe9\tO", "is not UTF-8"),
+    ):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            open_tagged(str(tmp_path / name))
+    with pytest.raises(ValueError, match="has no entity, every tag is O"):
+        open_tagged(str(write(tmp_path / "o", "a O\n\nb O\n")))
+    with pytest.raises(ValueError, match="has one sentence, too few to hold one out"):
+        open_tagged(str(write(tmp_path / "one", "a B-x\n")))
+
+
+# ---- what is made of it --------------------------------------------------------------------------
+
+
+def numbered(n: int, types: str = "xy") -> list[tuple[list[str], list[str]]]:
+    """n sentences, each of which has other words, with an entity of two words in it."""
+    return [
+        ([f"a{i}", f"b{i}", f"c{i}", "."], ["O", f"B-{type_}", f"I-{type_}", "O"])
+        for i, type_ in zip(range(n), cycle(types), strict=False)
+    ]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_becomes_iob2_and_is_told(tmp_path, scheme):
+    rows = [(w, spelled(entities(tags), len(tags), scheme)) for w, tags in SENTENCES]
+    path = str(write(tmp_path / "a", text_of(rows)))
+    text = open_tagged(path, path)
+    assert text.schemes == {"train": scheme, "validation": scheme}
+    assert [(s.words, s.tags) for s in text.splits["train"]] == SENTENCES
+    plain = str(write(tmp_path / "b", text_of(SENTENCES, end="\r\n")))
+    assert text.hash == open_tagged(plain, plain).hash  # it says the same
+
+
+def test_a_mixture_is_read_as_conlleval_does(tmp_path):
+    path = str(write(tmp_path / "a", "a I-x\nb B-x\nc I-y\nd O\ne E-y\n"))
+    text = open_tagged(path, path)
+    assert text.schemes["train"] == "" and text.labels == ("O", "B-x", "I-x", "B-y", "I-y")
+    assert text.splits["train"][0].tags == ["B-x", "B-x", "B-y", "O", "B-y"]
+
+
+@pytest.mark.parametrize("total,count", [(2, 1), (19, 1), (20, 2), (137, 13)])
+def test_one_sentence_in_ten_is_held_out(tmp_path, total, count):
+    path = write(tmp_path / "a.conll", text_of(numbered(total)))
+    text = open_tagged(str(path))
+    train, held = ([s.words[0] for s in text.splits[k]] for k in ("train", "validation"))
+    assert len(held) == count and sorted([*train, *held]) == sorted(f"a{i}" for i in range(total))
+    assert [*held] == sorted(held, key=lambda w: int(w[1:]))  # in the order of the file
+    assert text.rule == f"{count} of {total} sentences, drawn with a fixed seed, validate"
+    assert open_tagged(str(path)).splits == text.splits
+    assert text.name == "a" and text.paths == {"train": path, "validation": path}
+    assert set(text.schemes.values()) == {"IOB2"}
+    if total == 137:  # drawn from all of them, and not every tenth
+        numbers = [int(w[1:]) for w in held]
+        assert len({n % 10 for n in numbers}) > 3 and numbers[0] < 60 and numbers[-1] > 77
+
+
+def test_a_given_file_validates_and_all_of_the_other_trains(tmp_path):
+    train = str(write(tmp_path / "a", text_of(numbered(7))))
+    valid = str(write(tmp_path / "b.conll", text_of(numbered(3, "y"), " ")))
+    text = open_tagged(train, valid)
+    assert [len(text.splits[k]) for k in ("train", "validation")] == [7, 3]
+    assert text.rule == "the sentences of b.conll validate"
+    assert text.prompts == ["a0 b0 c0 .", "a1 b1 c1 .", "a2 b2 c2 ."]
+    assert list(text.pieces("validation"))[1] == (" a1 b1 c1 .", True)
+
+
+def test_prompts_are_ordinary_sentences_with_an_entity(tmp_path):
+    rows = [
+        *numbered(2),
+        (["plain"] * 9, ["O"] * 9),
+        (["long"] * 26, ["B-x"] * 26),
+        *numbered(9)[2:],
+    ]
+    path = str(write(tmp_path / "a", text_of(rows)))
+    assert open_tagged(path, path).prompts == [f"a{i} b{i} c{i} ." for i in range(4)]
+    short = str(write(tmp_path / "b", "Rome B-x\n"))
+    assert open_tagged(path, short).prompts == ["Rome"]
+
+
+def test_the_hash_is_of_words_tags_and_division(tmp_path):
+    rows, texts = numbered(30), {}
+    for name, change in {
+        "same": None,
+        "word": lambda r: r[3][0].__setitem__(0, "z"),
+        "tag": lambda r: r[3][1].__setitem__(0, "B-x"),
+        "order": lambda r: r.reverse(),
+        "joined": lambda r: (r[0][0].extend(r[1][0]), r[0][1].extend(r.pop(1)[1])),
+    }.items():
+        mine = [(list(w), list(t)) for w, t in rows]
+        if change:
+            change(mine)
+        path = str(write(tmp_path / name, text_of(mine)))
+        texts[name] = open_tagged(path).hash
+        texts[f"{name} valid"] = open_tagged(path, path).hash
+    assert len(set(texts.values())) == 10 and all(len(h) == 64 for h in texts.values())
+    halves = [str(write(tmp_path / f"{a}-{b}", text_of(rows[a:b]))) for a, b in
+              ((0, 10), (10, 30), (0, 20), (20, 30))]  # fmt: skip
+    assert open_tagged(*halves[:2]).hash != open_tagged(*halves[2:]).hash
+    same = str(write(tmp_path / "again", text_of(rows, " ", more=("_",))))
+    assert open_tagged(same).hash == texts["same"]
+
+
+def test_a_type_that_the_labels_lack_is_refused_by_line(tmp_path):
+    train = str(write(tmp_path / "a", text_of(numbered(4, "x"))))
+    valid = str(write(tmp_path / "b", text_of(numbered(4, "xxy"))))
+    text = open_tagged(train, valid)
+    assert text.labels == ("O", "B-x", "I-x")
+    message = r"b, line 12: B-y is none of the labels to be told apart \(O, B-x, I-x\): take"
+    with pytest.raises(ValueError, match=message):
+        text.check(text.labels)
+    text.check(("B-y", "I-y", "O", "I-x", "B-x", "B-unused"))
+    with pytest.raises(ValueError, match="a, line 1: O is none of the labels"):
+        text.check(("B-x", "I-x", "B-y", "I-y"))
+
+
+def test_wnut17():
+    """Its sentences are apart by lines with one tab, some words cannot be seen, and # is one."""
+    train, dev = shared("wnut17/train.conll"), shared("wnut17/dev.conll")
+    text = open_tagged(str(train), str(dev))
+    found = {k: (len(v), sum(len(s.words) for s in v)) for k, v in text.splits.items()}
+    assert found == {"train": (3394, 62730), "validation": (1009, 15733)}
+    assert text.schemes == {"train": "IOB2", "validation": "IOB2"}
+    types = ("corporation", "creative-work", "group", "location", "person", "product")
+    assert text.labels == ("O", *(f"{p}-{t}" for t in types for p in "BI"))
+    text.check(text.labels)
+    for split, path in text.paths.items():
+        begun = re.findall(r"\tB-", path.read_text(encoding="utf-8"))
+        assert sum(len(entities(s.tags)) for s in text.splits[split]) == len(begun)
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for words, tags, line in text.splits[split]:
+            got = [f"{word}\t{tag}" for word, tag in zip(words, tags, strict=True)]
+            assert lines[line - 1 : line - 1 + len(got)] == got
+    words = {word for s in text.splits["validation"] for word in s.words}
+    assert {"#", "watched\u200bwas", "Dubbz\ufeff"} <= words
