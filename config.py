@@ -141,6 +141,10 @@ class FinetuneConfig(TrainConfig):
         super().__post_init__()
         limits = {"row_length": (0, None), "lora_rank": (0, None), "seeds": (1, None)}
         cli.check_ranges(self, {**limits, "layer_decay": (0.01, 1)})
+        if self.seeds > 1 and self.resume:
+            raise ValueError(
+                "--seeds repeats a run and --resume goes on with one: give one of them"
+            )
         if not self.data and not self.dry_run:
             raise ValueError("--data is empty: name a file with labelled examples")
 

@@ -16,10 +16,11 @@ Left out: fp16 with loss scaling (bf16 needs none), sharded models, learning-rat
 
 import json
 import math
+import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -416,27 +417,56 @@ class Run:
         print(f"{'-' * 80}\ngo on with: {command}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    config, sizes, checkpoint = resolve(sys.argv[1:] if argv is None else argv)
-    if config.dry_run:
-        plan.dry_run(config, sizes)
-        return
-    group, folder = processes.start(config.device), None
+def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes) -> Run:
+    """One run, to its end or its interruption."""
+    folder = None
     try:
         if group.main:
             folder = prepare_folder(config)
             config.out = str(folder)
         run = Run(config, sizes, checkpoint, group)
-        del checkpoint  # a second copy of weights and optimizer state
+        if checkpoint:
+            checkpoint.clear()  # a second copy of weights and optimizer state
         if config.minutes and not config.resume:
             run.fit_steps()
         if group.main:
             run.say(plan.describe(run))
         if run.fit() and group.main:
             run.show()
+        return run
     finally:
         if folder and not any(folder.iterdir()):
             folder.rmdir()  # the run could not even start
+
+
+def train_seeds(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes):
+    """--seeds runs that differ in their seed alone, each in its own folder, and their summary."""
+    folder, best = Path(config.out or f"out/{config.model}-seeds"), []
+    for seed in range(config.seed, config.seed + config.seeds):
+        one = replace(config, seed=seed, out=str(folder / f"seed-{seed}"))
+        run = train(one, sizes, dict(checkpoint) if checkpoint else None, group)
+        if run.step < one.steps:
+            return  # interrupted
+        best.append(abs(run.best))
+    if group.main:
+        goal = GOALS.get(config.model, "loss")
+        each = ", ".join(f"{value:.4f}" for value in best)
+        mean, spread = statistics.mean(best), statistics.stdev(best)
+        print(f"{len(best)} seeds: best validation {goal} {mean:.4f} ± {spread:.4f} ({each})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, sizes, checkpoint = resolve(sys.argv[1:] if argv is None else argv)
+    if config.dry_run:
+        plan.dry_run(config, sizes)
+        return
+    group = processes.start(config.device)
+    try:
+        if config.model in FINETUNED and config.seeds > 1:
+            train_seeds(config, sizes, checkpoint, group)
+        else:
+            train(config, sizes, checkpoint, group)
+    finally:
         processes.stop()
 
 
