@@ -26,7 +26,7 @@ import optim
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, SHAKESPEARE, fetch
-from data.pairs import pad
+from data.pairs import pad, start_and_end
 from data.text import open_corpus
 from data.tokens import END_OF_TEXT
 from model import GPT, GPTConfig
@@ -301,7 +301,7 @@ def bench_seq2seq(config: BenchConfig, device: torch.device) -> list[dict]:
     transformers = peer("transformers")
     theirs = None
     if transformers:
-        theirs = hugging_face_marian(transformers, ours, end=0).to(device).train()
+        theirs = hugging_face_marian(transformers, ours, start=0, end=0).to(device).train()
     steps = training_steps(ours, theirs, batch, their_loss, config)
     times = take_turns(steps, config.repeats, device)
     title = (
@@ -337,8 +337,8 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
 
     contestants = {"ours": our_search}
     if transformers := peer("transformers"):
-        end = tokenizer.special_tokens[END_OF_TEXT]
-        theirs = hugging_face_marian(transformers, model, end).to(device).eval()
+        start, end = start_and_end(tokenizer)
+        theirs = hugging_face_marian(transformers, model, start, end).to(device).eval()
 
         def their_search() -> None:
             for b in batches:

@@ -58,6 +58,7 @@ GPT4_PATTERN = (
 CHAR_PATTERN = r"(?s:.)"
 PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "char": CHAR_PATTERN}
 
+END_OF_TEXT = "<|endoftext|>"  # the special token between documents
 FORMAT = 1  # of the JSON file
 LONG_RUN = 200_000  # white-space characters; see Tokenizer._rust_can_split
 CACHED_CHUNKS = 1 << 16  # chunks whose ids the Python path remembers
@@ -91,7 +92,7 @@ class Tokenizer:
         texts: Iterable[str],
         vocab_size: int,
         pattern: str = GPT2_PATTERN,
-        special_tokens: Collection[str] = ("<|endoftext|>",),
+        special_tokens: Collection[str] = (END_OF_TEXT,),
         progress: bool = False,
     ) -> Tokenizer:
         """Learns vocab_size - 256 - len(special_tokens) merges; special tokens get the last ids.
@@ -366,7 +367,7 @@ class Tokenizer:
             ids = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
         except (KeyError, ValueError) as e:
             raise ValueError(f"{vocab_bpe}, {encoder_json}: not GPT-2's files ({e!r})") from None
-        special_tokens = {"<|endoftext|>": len(names)}
+        special_tokens = {END_OF_TEXT: len(names)}
         if ids != {name: i for i, name in enumerate(names)} | special_tokens:
             raise ValueError(f"{vocab_bpe} and {encoder_json} do not belong together: ids differ")
         return cls(ranks, GPT2_PATTERN, special_tokens)

@@ -32,11 +32,13 @@ from bert import init_bert
 from config import CONFIGS
 from data.hub import snapshot
 from data.masked import CLS, MASK, PAD, SEP
-from data.tokens import END_OF_TEXT
+from data.pairs import start_and_end
+from data.tokens import END_OF_TEXT, AnyTokenizer
 from families import FAMILIES
 from logs import read_log
 from mapping import our_config, their_settings, to_ours, to_theirs
 from model import count_parameters
+from sentencepieces import END_PIECE, START_PIECE, UNK_PIECE, SentencePieces
 from tokenizer_files import (
     MOST_JSON,
     TOKENIZER_FILES,
@@ -200,6 +202,8 @@ def import_model(source: str) -> tuple[dict, list[str]]:
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
             f"{config.vocab_size:,}"
         )
+    if task == "seq2seq":
+        check_ids(settings, tokenizer, path)
     try:
         config, state, fresh = to_ours(task, config, shapes, get)
     except ValueError as error:
@@ -243,6 +247,21 @@ def import_model(source: str) -> tuple[dict, list[str]]:
     return checkpoint, lines
 
 
+def check_ids(settings: dict, tokenizer: AnyTokenizer, path: Path) -> None:
+    """ValueError where config.json begins or ends a target with other tokens than we do."""
+    start, end = start_and_end(tokenizer)
+    # What counts where the file does not say it, and what we compute with.
+    ids = {"decoder_start_token_id": (58100, start), "eos_token_id": (0, end)}
+    if start != end:  # Marian's padding is its start token; any other is masked, so any will do
+        ids["pad_token_id"] = (58100, start)
+    for name, (default, ours) in ids.items():
+        if settings.get(name, default) != ours:
+            raise ValueError(
+                f"{path}: {name}={settings.get(name, default)} is not supported, the tokenizer "
+                f"has it as {ours}"
+            )
+
+
 # ---- out -----------------------------------------------------------------------------------------
 
 
@@ -261,17 +280,22 @@ def export_model(path: Path, folder: Path) -> None:
             names |= {"unk_token": UNK, "do_lower_case": tokenizer.lowercase}
             kind = "BertTokenizer"
     else:
-        end = special[END_OF_TEXT]
-        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        start, end = start_and_end(tokenizer)
+        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": start}
         if task == "seq2seq":
-            ids |= {"decoder_start_token_id": end, "forced_eos_token_id": None}
+            ids |= {"decoder_start_token_id": start, "forced_eos_token_id": None}
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-        # Ids that only pad the matrix are never written.
-        padding = list(range(tokenizer.vocab_size, config.vocab_size)) or None
-        limits = {"max_length": config.block_size, "suppress_tokens": padding}
+        # Never written: ids that only pad the matrix, and a start token that does nothing else.
+        never = list(range(tokenizer.vocab_size, config.vocab_size))
+        never += [start] if start != end else []
+        limits = {"max_length": config.block_size, "suppress_tokens": never or None}
         files["generation_config.json"] = {**ids, **limits}
     files["config.json"] |= ids
-    files["tokenizer.json"] = tokenizer_json(tokenizer, task)
+    if isinstance(tokenizer, SentencePieces):
+        names = {"eos_token": END_PIECE, "unk_token": UNK_PIECE, "pad_token": START_PIECE}
+        kind = "MarianTokenizer"
+    else:
+        files["tokenizer.json"] = tokenizer_json(tokenizer, task)
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     files["tokenizer_config.json"] = {
         "tokenizer_class": kind,
@@ -284,6 +308,8 @@ def export_model(path: Path, folder: Path) -> None:
     with whole_folder(folder) as temporary:
         if isinstance(tokenizer, WordPiece):
             tokenizer.save(temporary / "vocab.txt")  # for what reads no tokenizer.json
+        elif isinstance(tokenizer, SentencePieces):
+            tokenizer.save(temporary)
         tensors = to_theirs(task, config, model.state_dict())
         weights = temporary / "model.safetensors"
         safetensors().torch.save_file(tensors, weights, metadata={"format": "pt"})

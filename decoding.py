@@ -6,7 +6,8 @@ Nothing here knows the model. `write` and `beam_search` ask it through one funct
 
 where row n continues row rows[n] of the call before with tokens[n], and sentences lists which of
 the sentences of the call before are still being written; each has the same number of consecutive
-rows. The first call has one row for each sentence, and the start token in it.
+rows. The first call has one row for each sentence, and the start token in it. A start token that
+is not the end token too is never written.
 
 Nucleus sampling: Holtzman et al. 2020 (arXiv:1904.09751); min-p: Nguyen et al. 2024
 (arXiv:2407.01082). Beam search with the length penalty of Wu et al. 2016 (arXiv:1609.08144),
@@ -79,6 +80,8 @@ def write(
     keep, tokens = alive, torch.full((len(limits),), start, device=device)
     while alive:
         logits = advance(tokens, torch.tensor(keep, device=device), keep)
+        if start != end:
+            logits[:, start] = -math.inf
         tokens = pick(logits, alive).to(device)
         keep = []
         for row, (sentence, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
@@ -127,6 +130,8 @@ def beam_search(
         logits = advance(tokens, rows, sentences).float()
         V, K = logits.size(-1), scores.size(1)
         log_z = logits.logsumexp(-1, keepdim=True)
+        if start != end:  # it keeps its share of the probability, as in Hugging Face's search
+            logits[:, start] = -math.inf
         for i, sentence in enumerate(alive):
             if length > limits[sentence]:  # only ending is left, at the probability that it has
                 rows_of_it = logits[i * K : (i + 1) * K]

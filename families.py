@@ -27,6 +27,7 @@ KINDS = {
     "plain": {"weight": "", "bias": ""},
     "conv1d": {"weight": "transposed", "bias": ""},
     "lone": {"": ""},  # a parameter that belongs to no module of ours
+    "row": {"": "row"},  # one that is a matrix of one row there
     # Marian's, where the residual stream is in another order:
     "stream_table": {"weight": "columns"},
     "reads_stream": {"weight": "columns", "bias": ""},
@@ -88,8 +89,8 @@ def is_sinusoids(tensor: Tensor, get: Get, config: Seq2SeqConfig) -> bool:
     return apart.item() <= max(1e-6, torch.finfo(tensor.dtype).eps)
 
 
-def is_zero(tensor: Tensor, get: Get, config: Seq2SeqConfig) -> bool:
-    return tensor.shape == (1, config.vocab_size) and not tensor.any()
+def is_one_row(tensor: Tensor, get: Get, config: Seq2SeqConfig) -> bool:
+    return tensor.shape == (1, config.vocab_size)
 
 
 GPT2 = Family(
@@ -230,9 +231,9 @@ MARIAN = Family(
         "decoder_ffn_dim": ("n_ff", 4096),
         "dropout": ("dropout", 0.1),
         "attention_dropout": ("attention_dropout", 0.0),
+        "activation_function": ("activation", "gelu"),
     },
     fixed={
-        "activation_function": ("gelu", ("relu",)),
         "activation_dropout": (0.0, (0.0,)),
         "encoder_layerdrop": (0.0, (0.0,)),
         "decoder_layerdrop": (0.0, (0.0,)),
@@ -252,6 +253,7 @@ MARIAN = Family(
         ("model.shared", "token_embedding", "stream_table"),
         *marian_layer("encoder", {"self_attn": "attention"}),
         *marian_layer("decoder", {"self_attn": "attention", "encoder_attn": "cross"}),
+        ("final_logits_bias", "output_bias", "row"),
     ),
     derived={
         "lm_head.weight": same_as("model.shared.weight"),
@@ -260,7 +262,7 @@ MARIAN = Family(
         "model.encoder.embed_positions.weight": Derived("the sinusoids", is_sinusoids),
         "model.decoder.embed_positions.weight": Derived("the sinusoids", is_sinusoids),
         "final_logits_bias": Derived(
-            "zeros, for Seq2Seq has no such bias", is_zero, lambda c: torch.zeros(1, c.vocab_size)
+            "one row, a number for each token", is_one_row, lambda c: torch.zeros(1, c.vocab_size)
         ),
     },
 )

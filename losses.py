@@ -66,7 +66,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         if wants_gradient:
             d_features = torch.empty_like(features)
             d_weight = torch.zeros_like(weight)
-            d_bias = None if bias is None else torch.zeros_like(bias)
+            learns_bias = bias is not None and bias.requires_grad  # a buffer does not
+            d_bias = torch.zeros_like(bias) if learns_bias else None
         for start in range(0, len(features), rows):
             part = slice(start, start + rows)
             x, kept = features[part].to(dtype), keep[part]
@@ -87,7 +88,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if smoothing:
                     d_logits -= smoothing / V
                 d_logits = d_logits.mul_(kept[:, None])
-                if bias is not None:
+                if learns_bias:
                     d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(dtype)
                 d_features[part] = d_logits @ w

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from families import FAMILIES, KINDS, Family, Get, stream_order
+from seq2seq import ACTIVATIONS
 
 # The largest sizes that are believed: beyond all published models of these families.
 LIMITS = {
@@ -29,7 +30,8 @@ LIMITS = {
 
 def our_config(settings: dict) -> tuple[str, Any]:
     """What config.json says -> (task, our config). Raises ValueError, with its name, for a setting
-    that we do not compute with and for a size that cannot be. BERT's nsp is for `to_ours` to find.
+    that we do not compute with and for a size that cannot be. BERT's nsp and Marian's output_bias
+    are for `to_ours` to find.
     """
     known = {family.model_type: task for task, family in FAMILIES.items()}
     task = known.get(str(settings.get("model_type")))
@@ -51,6 +53,9 @@ def our_config(settings: dict) -> tuple[str, Any]:
         if ours in LIMITS:
             fits = type(value) is int and 1 <= value <= LIMITS[ours]
             wanted = f"an integer from 1 to {LIMITS[ours]:,}"
+        elif ours == "activation":
+            value = "silu" if value == "swish" else value  # its older name
+            fits, wanted = value in tuple(ACTIVATIONS), f"swish, {', '.join(ACTIVATIONS)}"
         else:
             fits = type(value) in (int, float) and (value > 0 or ours != "ln_eps") and value < 1
             wanted = "a number below 1" + (" and above 0" if ours == "ln_eps" else "")
@@ -87,7 +92,7 @@ class Row(NamedTuple):
 
     theirs: str
     ours: tuple[str, ...]
-    how: str  # "", transposed, rows or columns
+    how: str  # "", transposed, row, rows or columns
 
 
 def numbered(name: str, layers: int) -> list[str]:
@@ -99,6 +104,8 @@ def rows(task: str, config: Any) -> list[Row]:
     found = []
     for theirs, ours, kind in FAMILIES[task].modules:
         if task == "bert" and not config.nsp and ours in ("pooler", "nsp_head"):
+            continue
+        if task == "seq2seq" and not config.output_bias and ours == "output_bias":
             continue
         for there, here in zip(*(numbered(x, config.n_layer) for x in (theirs, ours)), strict=True):
             for part, how in KINDS[kind].items():
@@ -142,8 +149,9 @@ def to_ours(
 
     `shapes` are all that the file holds, `get` reads one of them by its name there. Only BERT may
     lack something: without pooler and its head it has nsp=False, and a head that the file lacks is
-    told. Raises ValueError that lists every missing, surplus or misshapen tensor, before any is
-    read, or all that are not what they should be derived from.
+    told. Marian has an output bias if the file's is not zero. Raises ValueError that lists every
+    missing, surplus or misshapen tensor, before any but that bias is read, or all that are not what
+    they should be derived from.
     """
     family, names = FAMILIES[task], canonical(FAMILIES[task], shapes)
     absent: set[str] = set()
@@ -153,6 +161,10 @@ def to_ours(
         for head in ("cls.predictions.", "cls.seq_relationship."):
             own = [row.theirs for row in rows(task, config) if row.theirs.startswith(head)]
             absent.update(own if not names.keys() & set(own) else [])
+    if task == "seq2seq":
+        bias = names.get("final_logits_bias")
+        one_row = bias is not None and tuple(shapes[bias]) == (1, config.vocab_size)
+        config = replace(config, output_bias=one_row and bool(get(bias).any()))
     with torch.device("meta"):
         state = family.Model(config).state_dict()
     wanted, table = {}, rows(task, config)
@@ -160,6 +172,8 @@ def to_ours(
         first, *rest = (state[name].shape for name in row.ours)
         shape = (first[0] + sum(s[0] for s in rest), *first[1:])
         wanted[row.theirs] = shape[::-1] if row.how == "transposed" else shape
+        if row.how == "row":
+            wanted[row.theirs] = (1, *shape)
     derived = {
         name: law for key, law in family.derived.items() for name in numbered(key, config.n_layer)
     }
@@ -204,7 +218,7 @@ def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, 
         joined = torch.cat([state[name] for name in row.ours])
         found[row.theirs] = turned(joined, row.how, back=True).contiguous()
     for name, law in FAMILIES[task].derived.items():
-        if law.make:
+        if law.make and name not in found:
             found[name] = law.make(config)
     return found
 
@@ -213,6 +227,8 @@ def turned(tensor: Tensor, how: str, back: bool = False) -> Tensor:
     """What Row.how says, from theirs to ours, or back."""
     if how == "transposed":
         return tensor.t()
+    if how == "row":
+        return tensor[None] if back else tensor[0]
     if how not in ("rows", "columns"):
         return tensor
     axis = 0 if how == "rows" else 1

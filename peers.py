@@ -25,9 +25,9 @@ def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict({**settings, **ids}))
 
 
-def hugging_face_marian(transformers, ours: Seq2Seq, end: int) -> nn.Module:
+def hugging_face_marian(transformers, ours: Seq2Seq, start: int, end: int) -> nn.Module:
     """With our sizes and weights: the same function of the tokens."""
-    ids = {"eos_token_id": end, "decoder_start_token_id": end, "forced_eos_token_id": None}
+    ids = {"eos_token_id": end, "decoder_start_token_id": start, "forced_eos_token_id": None}
     ids |= {"pad_token_id": ours.config.vocab_size - 1}
     settings = {**their_settings("seq2seq", ours.config), **ids}
     theirs = transformers.MarianMTModel(transformers.MarianConfig.from_dict(settings))

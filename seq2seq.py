@@ -23,6 +23,9 @@ from torch import Tensor
 from losses import linear_cross_entropy
 from model import Block, Dropout, KVCache, check_sizes, count_parameters, initialise, padding_mask
 
+# The paper has relu; Marian's models on the hub have silu (swish) or one of the others.
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+
 
 @dataclass
 class Seq2SeqConfig:
@@ -37,10 +40,16 @@ class Seq2SeqConfig:
     bias: bool = True  # biases in the linear layers and the LayerNorms
     ln_eps: float = 1e-5  # added to the variance in LayerNorm
     label_smoothing: float = 0.1  # probability that the target spreads over all tokens
+    activation: str = "relu"  # inside the MLP: relu, silu or gelu
+    output_bias: bool = False  # a number for each token on its logit; no training changes it
 
     def __post_init__(self):
         self.n_ff = self.n_ff or 4 * self.n_embd
         check_sizes(self, "dropout", "attention_dropout", "label_smoothing")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation={self.activation} is not known: choose {', '.join(ACTIVATIONS)}"
+            )
         if self.n_embd % 2:
             raise ValueError(
                 f"n_embd={self.n_embd} is odd, but positions are pairs of a sine and a cosine: "
@@ -64,12 +73,14 @@ class Seq2Seq(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         positions = sinusoids(config.block_size, config.n_embd)
         self.register_buffer("positions", positions, persistent=False)
-        self.dropout = Dropout(config.dropout)
+        bias = torch.zeros(config.vocab_size) if config.output_bias else None
+        self.register_buffer("output_bias", bias)
+        self.dropout, act = Dropout(config.dropout), ACTIVATIONS[config.activation]
         self.encoder = nn.ModuleList(
-            Block(config, pre_ln=False, act=F.relu) for _ in range(config.n_layer)
+            Block(config, pre_ln=False, act=act) for _ in range(config.n_layer)
         )
         self.decoder = nn.ModuleList(
-            Block(config, pre_ln=False, act=F.relu, cross=True) for _ in range(config.n_layer)
+            Block(config, pre_ln=False, act=act, cross=True) for _ in range(config.n_layer)
         )
         init_seq2seq(self)
 
@@ -91,9 +102,8 @@ class Seq2Seq(nn.Module):
         features = self.decode(tokens, self.encode(source, source_keep), source_keep)
         if targets is None:
             return self.head(features)
-        loss, nll, _ = linear_cross_entropy(
-            features, self.token_embedding.weight, targets, self.config.label_smoothing
-        )
+        weight, smoothing = self.token_embedding.weight, self.config.label_smoothing
+        loss, nll, _ = linear_cross_entropy(features, weight, targets, smoothing, self.output_bias)
         return {"loss": loss, "nll": nll}
 
     def embed(self, tokens: Tensor, past: int = 0) -> Tensor:
@@ -135,7 +145,7 @@ class Seq2Seq(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         """(..., C) -> (..., V) logits: the products with all token embeddings."""
-        return F.linear(features, self.token_embedding.weight)
+        return F.linear(features, self.token_embedding.weight, self.output_bias)
 
     def make_caches(self, source_len: int, target_len: int) -> list[tuple[KVCache, KVCache]]:
         """For each block of the decoder, one for its own keys and values, one for the memory's."""

@@ -1,11 +1,11 @@
 """The tokenizer files of Hugging Face, in and out: tokenizer.json, or vocab.json and merges.txt,
-or vocab.txt.
+or vocab.txt, or vocab.json and the two *.spm of a translator.
 
-Of what these files can say, ours is a part: byte-level BPE, split by one of our patterns, and
-BERT's WordPiece. Every field that changes ids is checked, and what we would not do exactly so is
-refused by its name.
+Of what these files can say, ours is a part: byte-level BPE, split by one of our patterns, BERT's
+WordPiece and Marian's SentencePiece. Every field that changes ids is checked, and what we would not
+do exactly so is refused by its name.
 
-Left out: Unigram, BPE on characters; settings for padding and truncation.
+Left out: Unigram and BPE on characters in a tokenizer.json; settings for padding and truncation.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, Tokenizer, byte_characters, unique_keys
 from data.masked import CLS, SEP, SPECIAL
 from data.tokens import END_OF_TEXT, AnyTokenizer
+from sentencepieces import END_PIECE, FILES, SPECIAL_PIECES, START_PIECE, UNK_PIECE, SentencePieces
 from wordpiece import UNK, WordPiece
 
 # vocab.txt is BERT's, *.spm are Marian's.
@@ -28,7 +29,7 @@ TOKENIZER_FILES = (
     "source.spm",
     "target.spm",
 )
-MOST_JSON = 100_000_000  # bytes of a JSON file; GPT-2's tokenizer.json has 1.4 million
+MOST_JSON = 100_000_000  # bytes of a file; GPT-2's tokenizer.json has 1.4 million, a .spm 0.8
 
 
 def parse_object(text: bytes, path: Path) -> dict:
@@ -41,12 +42,16 @@ def parse_object(text: bytes, path: Path) -> dict:
     return found
 
 
-def read_json(path: Path) -> dict:
+def read_whole(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError(f"there is no {path}")
     if path.stat().st_size > MOST_JSON:
         raise ValueError(f"{path} has more than {MOST_JSON:,} bytes: that is no {path.name}")
-    return parse_object(path.read_bytes(), path)
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> dict:
+    return parse_object(read_whole(path), path)
 
 
 # ---- out -----------------------------------------------------------------------------------------
@@ -60,11 +65,6 @@ SPLITS = {
     CHAR_PATTERN: "(?m:.)",
 }
 SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace())  # of str.split and str.strip
-
-
-def other_tokenizer(folder: Path, kind: str) -> Tokenizer:
-    """The one place for what is neither byte-level BPE nor WordPiece: Marian's SentencePiece."""
-    raise ValueError(f"{folder} has a {kind} tokenizer: not supported yet")
 
 
 def framing(task: str, special: dict[str, int]) -> tuple[dict | None, dict | None]:
@@ -150,11 +150,14 @@ def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
 
 
 def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
-    """From tokenizer.json, or vocab.json and merges.txt, or vocab.txt with tokenizer_config.json.
-    ValueError for what ours cannot equal."""
+    """From a translator's *.spm, from tokenizer.json, or vocab.json and merges.txt, or vocab.txt;
+    what tokenizer_config.json says of WordPiece or the *.spm must agree. ValueError for what ours
+    cannot equal."""
     path, settings = folder / "tokenizer.json", {}
-    if task == "bert" and (folder / "tokenizer_config.json").is_file():
+    if task != "gpt" and (folder / "tokenizer_config.json").is_file():
         settings = read_json(folder / "tokenizer_config.json")
+    if task == "seq2seq" and any((folder / name).is_file() for name in FILES[:2]):
+        return read_sentencepieces(folder, settings)
     if path.is_file():
         state = read_json(path)
         if is_wordpiece(state):
@@ -182,11 +185,17 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         path, lowercase = folder / "vocab.txt", settings.get("do_lower_case", True)
         tokenizer = WordPiece.from_vocab(path, lowercase=lowercase)
     elif any(folder.glob("*.spm")) or any(folder.glob("*.model")):
-        return other_tokenizer(folder, "SentencePiece")
+        raise ValueError(
+            f"{folder} has a SentencePiece tokenizer: only a translator's is read, from "
+            f"{', '.join(FILES)}"
+        )
     else:
         raise ValueError(f"{folder} holds no tokenizer.json, vocab.txt, or vocab.json, merges.txt")
     if isinstance(tokenizer, WordPiece):
-        agree(tokenizer, settings, folder / "tokenizer_config.json")
+        ours = {"do_lower_case": tokenizer.lowercase, "tokenize_chinese_chars": True}
+        ours |= {"do_basic_tokenize": True, "strip_accents": tokenizer.lowercase}
+        ours |= {"never_split": [], "unk_token": UNK}
+        agree(ours, settings, folder / "tokenizer_config.json")
     needed = SPECIAL if task == "bert" else (END_OF_TEXT,)
     if missing := [name for name in needed if name not in tokenizer.special_tokens]:
         raise ValueError(f"{path} has no token {', '.join(missing)}, which a {task} needs here")
@@ -200,16 +209,41 @@ def is_wordpiece(state: dict) -> bool:
     return kind == "WordPiece" or (kind is None and "max_input_chars_per_word" in (model or {}))
 
 
-def agree(tokenizer: WordPiece, settings: dict, path: Path) -> None:
+# What MarianTokenizer can be told, and what ours does.
+MARIAN_SETTINGS = {"separate_vocabs": False, "sp_model_kwargs": {}, "eos_token": END_PIECE}
+MARIAN_SETTINGS |= {"unk_token": UNK_PIECE, "pad_token": START_PIECE}
+MARIAN_SETTINGS |= {"additional_special_tokens": [], "extra_special_tokens": []}
+
+
+def read_sentencepieces(folder: Path, settings: dict) -> SentencePieces:
+    path = folder / "tokenizer_config.json"
+    agree(MARIAN_SETTINGS, settings, path)
+    added = settings.get("added_tokens_decoder") or {}
+    tokens = list(added.values()) if isinstance(added, dict) else [added]
+    for token in tokens:
+        if not isinstance(token, dict) or token.get("content") not in SPECIAL_PIECES:
+            raise ValueError(
+                f"{path}: the added token {str(token)[:80]} is not supported, only "
+                f"{', '.join(SPECIAL_PIECES)} are"
+            )
+    source, target = (read_whole(folder / name) for name in FILES[:2])
+    path = folder / FILES[2]
+    vocab = read_json(path)
+    if any(type(i) is not int for i in vocab.values()) or {*vocab.values()} != {*range(len(vocab))}:
+        raise ValueError(f"{path}: the ids of {len(vocab):,} pieces do not count from 0")
+    try:
+        return SentencePieces(source, target, sorted(vocab, key=vocab.get))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def agree(ours: dict, settings: dict, path: Path) -> None:
     """tokenizer_config.json can overrule the other files in what their tokenizer does: ValueError
     unless it says the same."""
-    ours = {"do_lower_case": tokenizer.lowercase, "tokenize_chinese_chars": True}
-    ours |= {"do_basic_tokenize": True, "strip_accents": tokenizer.lowercase}
-    ours |= {"never_split": [], "unk_token": UNK}
     for name, value in ours.items():
         found = settings.get(name)
         if isinstance(found, dict):  # an added token, with how it is found in a text
-            found = found.get("content")
+            found = found.get("content", found)
         if found not in (None, value):
             raise ValueError(f"{path}: {name}={str(found)[:80]} is not supported, only {value} is")
 
@@ -221,7 +255,7 @@ def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:
         raise ValueError(f"{path} has no model")
     kind = model.get("type", "BPE")
     if kind != "BPE" or model.get("byte_fallback"):  # byte_fallback: SentencePiece's BPE
-        return other_tokenizer(path.parent, str(kind))
+        raise ValueError(f"{path.parent} has a {kind} tokenizer: not supported in a {path.name}")
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(field):
             raise ValueError(f"{path}: {field}={model[field]!r} is not supported")

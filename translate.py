@@ -17,10 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from bpe import Tokenizer
-from data.pairs import Pairs, pad
+from data.pairs import Pairs, pad, start_and_end
 from data.parallel import ParallelCorpus, open_pairs
-from data.tokens import END_OF_TEXT
+from data.tokens import AnyTokenizer
 from decoding import Advance, beam_search, choose, distribution, write
 from model import Attention
 
@@ -95,16 +94,16 @@ def make_advance(
 
 @torch.no_grad()
 def translate_ids(
-    model: nn.Module, tokenizer: Tokenizer, sources: list[list[int]], config: TranslateConfig
+    model: nn.Module, tokenizer: AnyTokenizer, sources: list[list[int]], config: TranslateConfig
 ) -> list[list[int]]:
-    """One batch: source ids -> target ids, both without the end token."""
+    """One batch: source ids -> target ids, both without start and end token."""
     device, block_size = next(model.parameters()).device, model.config.block_size
-    end = tokenizer.special_tokens[END_OF_TEXT]
+    start, end = start_and_end(tokenizer)
     wanted = [config.max_new_tokens or len(ids) + 50 for ids in sources]  # 50: section 6.1 of 2017
     limits = [min(n, block_size - 1) for n in wanted]
     source, keep = (x.to(device) for x in pad(sources, end))
     advance = make_advance(model, source, keep, max(limits) + 1, tokenizer.vocab_size)
-    ends = {"start": end, "end": end, "device": device}
+    ends = {"start": start, "end": end, "device": device}
     if config.temperature == 0 and config.beam > 1:
         found = beam_search(advance, limits, beam=config.beam, alpha=config.length_penalty, **ends)
         return [tokens for _, tokens in found]
@@ -123,7 +122,7 @@ def translate_ids(
 
 def translate(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     lines: list[str],
     config: TranslateConfig,
     bar: tqdm | None = None,
@@ -173,7 +172,7 @@ def figures(hypotheses: list[str], references: list[str]) -> list[str]:
 
 def evaluate(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     pairs: list[tuple[str, str]],
     config: TranslateConfig,
 ) -> list[str]:
@@ -197,7 +196,7 @@ def eval_pairs(config: TranslateConfig, train_config: dict) -> ParallelCorpus:
     return open_pairs(config.eval, Path(config.cache_dir), languages=languages, split="test")
 
 
-def closing(model: nn.Module, tokenizer: Tokenizer, data: Pairs, folder: Path) -> list[str]:
+def closing(model: nn.Module, tokenizer: AnyTokenizer, data: Pairs, folder: Path) -> list[str]:
     """What a training run ends with: the scores of greedy translations of unseen pairs."""
     pairs = list(islice(data.texts(), 2000))
     lines = evaluate(model, tokenizer, pairs, TranslateConfig(beam=1))
@@ -228,7 +227,7 @@ def cross_attention(model: nn.Module, source: Tensor, tokens: Tensor) -> Tensor:
 
 
 def draw_attention(
-    model: nn.Module, tokenizer: Tokenizer, line: str, config: TranslateConfig, path: Path
+    model: nn.Module, tokenizer: AnyTokenizer, line: str, config: TranslateConfig, path: Path
 ) -> None:
     """Translates the line and draws the mean over layers and heads: source tokens across, written
     tokens down."""
@@ -236,13 +235,13 @@ def draw_attention(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--attention needs matplotlib: pip install matplotlib") from error
-    device, end = next(model.parameters()).device, tokenizer.special_tokens[END_OF_TEXT]
+    device, (start, end) = next(model.parameters()).device, start_and_end(tokenizer)
     source = tokenizer.encode(line.strip())[: model.config.block_size - 1]
     target = translate_ids(model, tokenizer, [source], config)[0]
     weights = cross_attention(
         model,
         torch.tensor([[*source, end]], device=device),
-        torch.tensor([[end, *target]], device=device),
+        torch.tensor([[start, *target]], device=device),
     ).mean((0, 1))
     names = [[tokenizer.decode([i]).strip() or "␣" for i in ids] for ids in (source, target)]
     across, down = [*names[0], "(end)"], [*names[1], "(end)"]
@@ -261,7 +260,7 @@ def draw_attention(
 
 
 def speak(
-    model: nn.Module, tokenizer: Tokenizer, config: TranslateConfig, checkpoint: dict
+    model: nn.Module, tokenizer: AnyTokenizer, config: TranslateConfig, checkpoint: dict
 ) -> None:
     """What `sample.py` does with a translator: score, translate prompts, or translate stdin."""
     if config.attention and not config.prompt:

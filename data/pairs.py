@@ -2,7 +2,7 @@
 
 The class fulfils what `data/windows.py` says of every data class. A pair is kept as two documents
 of a token file, source then target, each behind its <|endoftext|>. That token ends the source, and
-the target both begins and ends with it.
+the target both begins and ends with it; only Marian's tokenizers have a start token of their own.
 """
 
 import math
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpe import Tokenizer
 from data.buckets import Buckets, evenly, find, pad_rows
 from data.parallel import ParallelCorpus, open_pairs
-from data.tokens import END_OF_TEXT, TokenFile
+from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile
 from data.windows import both_splits
+from sentencepieces import START
 
 
 class Pairs:
@@ -33,7 +33,7 @@ class Pairs:
         file: TokenFile,
         corpus: ParallelCorpus,
         split: str,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         *,
         block_size: int,
         batch_size: int,
@@ -44,7 +44,7 @@ class Pairs:
         self.ids, self.fingerprint, self.tokenizer = file.ids, corpus.hash, tokenizer
         self.prompts, self.rule = corpus.prompts, corpus.rule
         self.split = split
-        self.end = tokenizer.special_tokens[END_OF_TEXT]
+        self.start, self.end = start_and_end(tokenizer)
         self.tokens_per_batch = batch_size * block_size
         # borders[2i], borders[2i + 1], borders[2i + 2]: source i begins, target i begins, both end.
         self.borders = np.append(find(file.ids, self.end), len(file.ids))
@@ -75,7 +75,7 @@ class Pairs:
         self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
 
     @classmethod
-    def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
+    def splits(cls, config, sizes: dict, tokenizer: AnyTokenizer | None = None):
         """(train, validation); the joint vocabulary is learnt from the training side only."""
         cache = Path(config.cache_dir)
         corpus = open_pairs(config.data, cache, languages=config.languages, valid=config.valid)
@@ -101,8 +101,8 @@ class Pairs:
         source, keep = pad(sources, self.end)
         target, scored = pad(targets, self.end)
         scored &= not empty
-        # The decoder reads the end token first, then every target but the last.
-        tokens = torch.cat([torch.full_like(target[:, :1], self.end), target[:, :-1]], dim=1)
+        # The decoder reads the start token first, then every target but the last.
+        tokens = torch.cat([torch.full_like(target[:, :1], self.start), target[:, :-1]], dim=1)
         batch = {"source": source, "tokens": tokens, "targets": target.masked_fill(~scored, -100)}
         return batch if keep.all() else {**batch, "source_keep": keep}
 
@@ -128,6 +128,12 @@ class Pairs:
         if self.too_long:
             text += f"; {self.too_long:,} pairs longer than --block_size {self.block_size} left out"
         return text
+
+
+def start_and_end(tokenizer: AnyTokenizer) -> tuple[int, int]:
+    """The ids that a target is written behind and that it, as its source, ends with."""
+    end = tokenizer.special_tokens[END_OF_TEXT]
+    return tokenizer.special_tokens.get(START, end), end
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], end: int) -> tuple[Tensor, Tensor]:

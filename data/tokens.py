@@ -16,6 +16,7 @@ import json
 import os
 import struct
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +24,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bpe import Tokenizer
+from bpe import END_OF_TEXT, Tokenizer
 from data.text import Corpus
+from sentencepieces import SentencePieces
 from wordpiece import WordPiece
 
 MAGIC = b"TOKENS\0\1"
 VERSION = 1
 HEADER = struct.Struct("<8sIIQQ32s32s")
 HEADER_SIZE = 128
-END_OF_TEXT = "<|endoftext|>"
 
-AnyTokenizer = Tokenizer | WordPiece
+AnyTokenizer = Tokenizer | WordPiece | SentencePieces
 
 
 def tokenizer_from_json(text: str) -> AnyTokenizer:
@@ -43,7 +44,8 @@ def tokenizer_from_json(text: str) -> AnyTokenizer:
         kind = state.get("type") if isinstance(state, dict) else None
     except (ValueError, RecursionError):
         kind = None  # then Tokenizer says what is wrong
-    return (WordPiece if kind == "WordPiece" else Tokenizer).from_json(text)
+    kinds = {"WordPiece": WordPiece, "SentencePiece": SentencePieces}
+    return kinds.get(str(kind), Tokenizer).from_json(text)
 
 
 def load_tokenizer(path: Path) -> AnyTokenizer:
@@ -105,13 +107,16 @@ def write_tokens(
 ) -> None:
     """Threads are enough: tiktoken's core lets go of Python's lock while it works."""
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+    encoders = [tokenizer.encode_numpy]
+    if isinstance(tokenizer, SentencePieces):  # the documents of pairs: source, target, source, …
+        encoders.append(tokenizer.encode_target)
     mark = np.array([tokenizer.special_tokens[border]], dtype=f"<u{width}").tobytes()
-    count = text_bytes = 0
+    count = text_bytes = documents = 0
     workers = os.cpu_count() or 1
     bar = tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=None)
 
-    def encode(text: str, begins: bool) -> tuple[bytes, int]:
-        ids = tokenizer.encode_numpy(text).astype(f"<u{width}").tobytes()
+    def encode(text: str, begins: bool, encoder: Callable) -> tuple[bytes, int]:
+        ids = encoder(text).astype(f"<u{width}").tobytes()
         return (mark if begins else b"") + ids, len(text.encode("utf-8"))
 
     with path.open("wb") as file, ThreadPoolExecutor(workers) as pool, bar:
@@ -127,7 +132,9 @@ def write_tokens(
             bar.update(size)
 
         for text, begins in corpus.pieces(split):
-            waiting.append(pool.submit(encode, text, begins))
+            documents += begins
+            encoder = encoders[(documents - 1) % len(encoders)]
+            waiting.append(pool.submit(encode, text, begins, encoder))
             if len(waiting) > 4 * workers:
                 write_first()
         while waiting:

@@ -1,6 +1,7 @@
 """What the tests of convert.py share: models, tokenizers, folders as the hub has them."""
 
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def noisy(model: nn.Module) -> nn.Module:
 
 def random_theirs(name: str, **changes) -> nn.Module:
     transformers = peer("transformers")
-    ids = {"eos_token_id": 0, "decoder_start_token_id": 0, "forced_eos_token_id": None}
+    end = tokenizers()["seq2seq"].special_tokens[END_OF_TEXT]
+    ids = {"eos_token_id": end, "decoder_start_token_id": end, "forced_eos_token_id": None}
     ids |= {"pad_token_id": V - 1}
     common = ids if name == "seq2seq" else {"pad_token_id": None, "eos_token_id": None}
     said = {**their_settings(TASK[name], OURS[name][1]), **common, **changes}
@@ -104,15 +106,15 @@ def save_ours(name: str, path: Path, tokenizer: Tokenizer, **state) -> nn.Module
     return model
 
 
-def batch(task: str) -> dict[str, torch.Tensor]:
+def batch(task: str, vocab_size: int = V) -> dict[str, torch.Tensor]:
     """By our names. The last ids are left out: Marian's padding gets no gradient there."""
-    tokens = torch.randint(V - 8, (B, T))
+    tokens = torch.randint(vocab_size - 8, (B, T))
     keep = torch.arange(T) < torch.tensor([T, 6, 9, 4, 11])[:, None]
     if task == "gpt":
         return {"tokens": tokens}
     if task == "bert":
         return {"tokens": tokens, "segments": torch.randint(2, (B, T)), "keep": keep}
-    source = torch.randint(V - 8, (B, T - 2))
+    source = torch.randint(vocab_size - 8, (B, T - 2))
     return {"source": source, "tokens": tokens, "source_keep": keep[:, : T - 2]}
 
 
@@ -129,7 +131,7 @@ THEIR_NAMES = {
 
 def both_logits(task: str, ours: nn.Module, theirs: nn.Module):
     """[(ours, theirs), …]: of the tokens, and of BERT's second head if it is there."""
-    given = batch(task)
+    given = batch(task, ours.config.vocab_size)
     named = {THEIR_NAMES[task][k]: v.long() for k, v in given.items()}
     got, want = ours(**given), theirs(**named)
     if task != "bert":
@@ -165,6 +167,116 @@ def assert_same_function(task: str, ours: nn.Module, theirs: nn.Module, dtype: t
         torch.testing.assert_close(
             gradient / scale, wanted[name] / scale, atol=near, rtol=0, msg=name
         )
+
+
+def must_end(end: int, length: int):
+    """For their generate: behind `length` tokens, the start's included, nothing but the end, at the
+    probability that it has. Ours does so; their forced_eos_token_id would make it certain."""
+
+    def process(written: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if written.size(1) == length:
+            others = torch.arange(scores.size(1)) != end
+            scores = scores.masked_fill(others, -torch.inf)
+        return scores
+
+    return process
+
+
+# ---- opus-mt -------------------------------------------------------------------------------------
+
+ENGLISH = ["the cat sat on the mat", "a dog didn't see 123 things", "one apple, two pears!"]
+ENGLISH += ["she sells what the others see", "they had a mat; nobody sat on it", "no dog, no cat"]
+GERMAN = ["der Hund sah die Katze nicht", "das Mädchen isst einen Apfel", "1 + 2 = 3 größere Bäume"]
+GERMAN += [
+    "sie verkauft, was andere sehen",
+    "niemand saß auf der Matte",
+    "die Äpfel und die Birnen",
+]
+# What config.json of Helsinki-NLP/opus-mt-en-de says, but for sizes and ids.
+OPUS = {
+    "activation_dropout": 0.0,
+    "activation_function": "swish",
+    "add_bias_logits": False,
+    "add_final_layer_norm": False,
+    "architectures": ["MarianMTModel"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "classif_dropout": 0.0,
+    "d_model": C,
+    "decoder_attention_heads": H,
+    "decoder_ffn_dim": N_FF,
+    "decoder_layerdrop": 0.0,
+    "decoder_layers": L,
+    "dropout": 0.1,
+    "encoder_attention_heads": H,
+    "encoder_ffn_dim": N_FF,
+    "encoder_layerdrop": 0.0,
+    "encoder_layers": L,
+    "eos_token_id": 0,
+    "forced_eos_token_id": 0,
+    "init_std": 0.02,
+    "is_encoder_decoder": True,
+    "max_length": 512,
+    "max_position_embeddings": 37,
+    "model_type": "marian",
+    "normalize_before": False,
+    "normalize_embedding": False,
+    "num_beams": 4,
+    "num_hidden_layers": L,
+    "scale_embedding": True,
+    "share_encoder_decoder_embeddings": True,
+    "static_position_embeddings": True,
+    "transformers_version": "4.22.0.dev0",
+    "use_cache": True,
+}
+
+
+@functools.cache
+def spm(kind: str, text: tuple[str, ...]) -> bytes:
+    """A SentencePiece model with Marian's special tokens, "unigram" or "bpe"."""
+    out, more = io.BytesIO(), {"hard_vocab_limit": False} if kind == "unigram" else {}
+    peer("sentencepiece").SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 5),
+        model_writer=out,
+        model_type=kind,
+        vocab_size=70,
+        **{"bos_id": -1, "eos_id": 0, "unk_id": 1, "minloglevel": 2, **more},
+    )
+    return out.getvalue()
+
+
+def save_tokenizer(folder: Path, kind: str) -> list[str]:
+    """The four files of opus-mt; returns the pieces of the vocabulary."""
+    folder.mkdir()
+    pieces = ["</s>", "<unk>", ">>fra<<"]
+    for name, text in (("source.spm", ENGLISH), ("target.spm", GERMAN)):
+        content = spm(kind, tuple(text))
+        (folder / name).write_bytes(content)
+        model = peer("sentencepiece").SentencePieceProcessor(model_proto=content)
+        found = map(model.id_to_piece, range(model.get_piece_size()))
+        pieces += [piece for piece in found if piece not in pieces]
+    # One piece of the source's model is in no vocabulary: unknown, though the model knows it.
+    pieces.remove("▁the" if "▁the" in pieces else "▁th")
+    pieces.append("<pad>")
+    vocab = {piece: i for i, piece in reversed([*enumerate(pieces)])}
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    said = {"target_lang": "de", "source_lang": "en"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
+    return pieces
+
+
+def save_opus(folder: Path, kind: str = "unigram", **changes) -> nn.Module:
+    """A translator with random weights and biases in the files of opus-mt; returns theirs."""
+    transformers, pad = peer("transformers"), len(save_tokenizer(folder, kind)) - 1
+    said = {**OPUS, "vocab_size": pad + 1, "decoder_vocab_size": pad + 1, "pad_token_id": pad}
+    said |= {"decoder_start_token_id": pad, "bad_words_ids": [[pad]], **changes}
+    theirs = noisy(transformers.MarianMTModel(transformers.MarianConfig.from_dict(said)))
+    with torch.no_grad():
+        theirs.final_logits_bias.normal_()
+        theirs.final_logits_bias[0, [0, pad]] += torch.tensor([2.0, 4.0])  # ends, and is tempted
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    return theirs
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

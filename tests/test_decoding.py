@@ -55,14 +55,15 @@ def brute_force(table: Table, sentence: int, limit: int, alpha: float):
     return max(scored)
 
 
-def plain_beam(table: Table, sentence: int, limit: int, beam: int, alpha: float):
+def plain_beam(table: Table, sentence: int, limit: int, beam: int, alpha: float, never=None):
     """Beam search of one sentence with lists, as its docstring tells it; the oracle."""
     living, complete = [(0.0, ())], []
     for length in range(1, limit + 2):
         ranked = []
         for score, written in living:
             log_p = table.logits(sentence, written).log_softmax(-1).tolist()
-            for token in range(table.V) if length <= limit else [END]:
+            tokens = [t for t in range(table.V) if t != never]
+            for token in tokens if length <= limit else [END]:
                 ranked.append((score + log_p[token], written, token))
         ranked.sort(key=lambda c: -c[0])
         complete += [(s / penalty(length, alpha), w) for s, w, t in ranked[:beam] if t == END]
@@ -101,6 +102,30 @@ def test_batched_search_equals_plain_lists_one_sentence_at_a_time(V, beam):
         for sentence, (limit, (score, tokens)) in enumerate(zip(limits, found, strict=True)):
             expected, sequence = plain_beam(table, sentence, limit, beam, 0.6)
             assert tuple(tokens) == sequence and score == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("start", [1, 6])
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_start_token_of_its_own_is_never_written(start, beam):
+    """And the probability that it would have is nobody else's."""
+    limits = [7, 3, 1, 5, 9, 7]
+    tempted = []
+    for seed in range(4):
+        table = Table(7, seed)
+
+        def greedy(logits, _):
+            assert (logits[:, start] == -math.inf).all()
+            return logits.argmax(-1)
+
+        found = beam_search(table.advance(6), limits, beam=beam, start=start, end=END)
+        for sentence, (limit, (score, tokens)) in enumerate(zip(limits, found, strict=True)):
+            expected, sequence = plain_beam(table, sentence, limit, beam, 0.6, never=start)
+            assert tuple(tokens) == sequence and score == pytest.approx(expected, abs=1e-5)
+            tempted.append(start in plain_beam(table, sentence, limit, beam, 0.6)[1])
+        written = write(table.advance(6), limits, greedy, start=start, end=END)
+        if beam == 1:
+            assert written == [tokens for _, tokens in found]
+    assert any(tempted)
 
 
 def test_a_beam_of_one_is_greedy_and_both_keep_to_the_limit():

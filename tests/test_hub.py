@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import peer
+from converting import save_opus
 
 import checkpoint as checkpoints
 import convert
@@ -590,6 +591,20 @@ def test_what_huggingface_hub_downloaded_is_used(hub):
     assert [str(folder / "config.json"), str(folder / "onnx" / "model.onnx")] == [config, model]
     assert (folder / "onnx" / "model.onnx").read_bytes() == LARGE
     assert hub.asked() == []
+
+
+def test_a_translator_comes_with_its_sentencepiece_models(hub):
+    theirs = save_opus(Path("there"))
+    files = {path.name: path.read_bytes() for path in Path("there").iterdir()}
+    hub.files = {**files, "README.md": b"not asked for"}
+    convert.main(["import", "owner/opus", "--out=opus.pt"])
+    paths = [path.partition("?")[0] for method, _, path, _ in hub.requests if method == "GET"]
+    asked = {path.rpartition("/")[2] for path in paths}
+    assert {"source.spm", "target.spm", "vocab.json"} <= asked and "README.md" not in asked
+    found, _ = convert.import_model("there")
+    again = checkpoints.load(Path("opus.pt"))
+    assert again["tokenizer_hash"] == found["tokenizer_hash"]
+    assert torch.equal(again["model"]["output_bias"], theirs.final_logits_bias[0])
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin", "shards"])

@@ -141,7 +141,7 @@ def test_equals_hugging_face_marian_logits_loss_and_gradients(V, n_head):
     transformers = peer("transformers")
     ours, given = small(vocab_size=V, n_head=n_head, label_smoothing=0.0), batch()
     # The padding token's embedding gets no gradient there: the batch does not use it.
-    theirs = hugging_face_marian(transformers, ours, end=0).eval()
+    theirs = hugging_face_marian(transformers, ours, start=0, end=0).eval()
     tensors = dict(theirs.named_parameters())
     frozen = {n for n, p in tensors.items() if not p.requires_grad}
     assert frozen == {f"model.{x}coder.embed_positions.weight" for x in ("en", "de")}

@@ -187,9 +187,9 @@ TOKENIZER_CHANGES = [
     (["model", "dropout", 0.1], "dropout"),
     (["model", "continuing_subword_prefix", "##"], "continuing_subword_prefix"),
     (["model", "end_of_word_suffix", "</w>"], "end_of_word_suffix"),
-    (["model", "type", "WordPiece"], "WordPiece tokenizer: not supported yet"),
-    (["model", "type", "Unigram"], "Unigram tokenizer: not supported yet"),
-    (["model", "byte_fallback", True], "not supported yet"),
+    (["model", "type", "WordPiece"], "WordPiece tokenizer: not supported"),
+    (["model", "type", "Unigram"], "Unigram tokenizer: not supported"),
+    (["model", "byte_fallback", True], "BPE tokenizer: not supported"),
     (["model", "vocab", []], "no vocab"),
     (["model", "vocab", "zz", 999], r"by \+1"),
     (["model", "vocab", "!", "0"], "is not an integer"),
@@ -241,15 +241,15 @@ def test_a_text_of_merges_is_refused_with_the_number(tmp_path, tokenizers):
         read_tokenizer(folder, "gpt")
 
 
-def test_other_tokenizers_have_one_place(tmp_path):
-    for file, kind in (("source.spm", "SentencePiece"),):
-        folder = tmp_path / kind
-        folder.mkdir()
-        (folder / file).touch()
-        with pytest.raises(ValueError, match=f"{kind} tokenizer: not supported yet"):
-            read_tokenizer(folder, "bert")
+@pytest.mark.parametrize("task", ["gpt", "bert", "seq2seq"])
+def test_a_folder_without_a_tokenizer_of_ours_is_refused(task, tmp_path):
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
-        read_tokenizer(tmp_path, "gpt")
+        read_tokenizer(tmp_path, task)
+    for file in ("spiece.model", "source.spm")[: 1 if task == "seq2seq" else 2]:
+        (tmp_path / file).touch()
+        with pytest.raises(ValueError, match=r"SentencePiece tokenizer: only a translator's"):
+            read_tokenizer(tmp_path, task)
+        (tmp_path / file).unlink()
 
 
 def test_a_tokenizer_without_the_tokens_of_the_task_is_refused(tmp_path, tokenizers):
