@@ -145,8 +145,6 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(
                 "--seeds repeats a run and --resume goes on with one: give one of them"
             )
-        if not self.data and not self.dry_run:
-            raise ValueError("--data is empty: name a file with labelled examples")
 
 
 @dataclass
@@ -222,6 +220,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         if preset and preset_task(preset) != task:
             raise ValueError(f"--preset {preset} is for --model {preset_task(preset)}, not {task}")
         base = {"model": task, "preset": preset, **PRESETS.get(preset, {})}
+        if task in FINETUNED:
+            base["dtype"] = "bf16"
         if not multiplies_bf16(device):
             base.pop("dtype", None)  # fp32 is faster then, and on mps what can be trusted
         tokenizer = path or {**base, **given}.get("tokenizer")
@@ -237,6 +237,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         wanted["epochs"] = 0.0
     names = {field.name for field in fields(Settings)}
     config = Settings(**{k: v for k, v in wanted.items() if k in names})
+    if task in FINETUNED and not (config.data or config.dry_run):
+        raise ValueError(f"--model {task} learns from labelled examples: name them with --data")
 
     sizes = asdict(Config())
     if checkpoint:  # perhaps another task's, with other settings for its heads

@@ -34,7 +34,7 @@ from data.hub import snapshot
 from data.masked import CLS, MASK, PAD, SEP
 from data.pairs import start_and_end
 from data.tokens import END_OF_TEXT, AnyTokenizer
-from families import FAMILIES
+from families import BASES, FAMILIES
 from logs import read_log
 from mapping import our_config, their_settings, to_ours, to_theirs
 from model import count_parameters
@@ -196,7 +196,7 @@ def import_model(source: str) -> tuple[dict, list[str]]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     shapes, get = open_weights(folder)
-    tokenizer = read_tokenizer(folder, task)
+    tokenizer = read_tokenizer(folder, BASES[FAMILIES[task].model_type])
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
@@ -273,7 +273,8 @@ def export_model(path: Path, folder: Path) -> None:
     task, config, special = checkpoint["task"], model.config, tokenizer.special_tokens
     kind = "PreTrainedTokenizerFast"
     files = {"config.json": their_settings(task, config)}
-    if task == "bert":
+    base = BASES[FAMILIES[task].model_type]
+    if base == "bert":
         ids = {"pad_token_id": special[PAD]}
         names = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
         if isinstance(tokenizer, WordPiece):
@@ -282,7 +283,7 @@ def export_model(path: Path, folder: Path) -> None:
     else:
         start, end = start_and_end(tokenizer)
         ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": start}
-        if task == "seq2seq":
+        if base == "seq2seq":
             ids |= {"decoder_start_token_id": start, "forced_eos_token_id": None}
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
         # Never written: ids that only pad the matrix, and a start token that does nothing else.
@@ -295,14 +296,14 @@ def export_model(path: Path, folder: Path) -> None:
         names = {"eos_token": END_PIECE, "unk_token": UNK_PIECE, "pad_token": START_PIECE}
         kind = "MarianTokenizer"
     else:
-        files["tokenizer.json"] = tokenizer_json(tokenizer, task)
+        files["tokenizer.json"] = tokenizer_json(tokenizer, base)
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     files["tokenizer_config.json"] = {
         "tokenizer_class": kind,
         "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
         # GPT-2 would add the embeddings of token types, zeros, to the words: that of token 0.
-        "model_input_names": inputs if task == "bert" else inputs[::2],
+        "model_input_names": inputs if base == "bert" else inputs[::2],
         **names,
     }
     with whole_folder(folder) as temporary:
@@ -341,7 +342,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 # What the hub's search calls the tasks.
-PIPELINES = {"gpt": "text-generation", "bert": "fill-mask", "seq2seq": "translation"}
+PIPELINES = {
+    "gpt": "text-generation",
+    "bert": "fill-mask",
+    "seq2seq": "translation",
+    "classify": "text-classification",
+    "tag": "token-classification",
+    "answer": "question-answering",
+    "similar": "feature-extraction",
+    "complete": "text-generation",
+}
 # Settings that say where a run was computed, not what.
 LOCAL = {"cache_dir", "out", "resume", "device", "dry_run", "stop_after", "minutes", "data", "init"}
 

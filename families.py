@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bert import BERT, SEGMENTS, BERTConfig
+from bert import BERT, SEGMENTS, BERTConfig, EncoderConfig
+from finetune import (
+    AnswerConfig,
+    Answerer,
+    Classifier,
+    LabelConfig,
+    Similarity,
+    TagConfig,
+    Tagger,
+)
 from model import GPT, GPTConfig, causal_mask
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
 
@@ -145,6 +154,23 @@ GPT2 = Family(
     },
 )
 
+ENCODER_MODULES = (
+    ("bert.embeddings.word_embeddings", "token_embedding", "table"),
+    ("bert.embeddings.position_embeddings", "position_embedding", "table"),
+    ("bert.embeddings.token_type_embeddings", "segment_embedding", "table"),
+    ("bert.embeddings.LayerNorm", "embedding_norm", "plain"),
+    ("bert.encoder.layer.{}.attention.self.query", "blocks.{}.attention.q", "plain"),
+    ("bert.encoder.layer.{}.attention.self.key", "blocks.{}.attention.k", "plain"),
+    ("bert.encoder.layer.{}.attention.self.value", "blocks.{}.attention.v", "plain"),
+    ("bert.encoder.layer.{}.attention.output.dense", "blocks.{}.attention.proj", "plain"),
+    ("bert.encoder.layer.{}.attention.output.LayerNorm", "blocks.{}.attention_norm", "plain"),
+    ("bert.encoder.layer.{}.intermediate.dense", "blocks.{}.mlp.fc", "plain"),
+    ("bert.encoder.layer.{}.output.dense", "blocks.{}.mlp.proj", "plain"),
+    ("bert.encoder.layer.{}.output.LayerNorm", "blocks.{}.mlp_norm", "plain"),
+)
+POOLER = ("bert.pooler.dense", "pooler", "plain")
+POSITION_IDS = {"bert.embeddings.position_ids": Derived("0, 1, 2, …", counts_up)}
+
 BERT_FAMILY = Family(
     "BERT",
     "bert",
@@ -174,26 +200,15 @@ BERT_FAMILY = Family(
     prefix="bert.",
     heads=("cls.",),
     modules=(
-        ("bert.embeddings.word_embeddings", "token_embedding", "table"),
-        ("bert.embeddings.position_embeddings", "position_embedding", "table"),
-        ("bert.embeddings.token_type_embeddings", "segment_embedding", "table"),
-        ("bert.embeddings.LayerNorm", "embedding_norm", "plain"),
-        ("bert.encoder.layer.{}.attention.self.query", "blocks.{}.attention.q", "plain"),
-        ("bert.encoder.layer.{}.attention.self.key", "blocks.{}.attention.k", "plain"),
-        ("bert.encoder.layer.{}.attention.self.value", "blocks.{}.attention.v", "plain"),
-        ("bert.encoder.layer.{}.attention.output.dense", "blocks.{}.attention.proj", "plain"),
-        ("bert.encoder.layer.{}.attention.output.LayerNorm", "blocks.{}.attention_norm", "plain"),
-        ("bert.encoder.layer.{}.intermediate.dense", "blocks.{}.mlp.fc", "plain"),
-        ("bert.encoder.layer.{}.output.dense", "blocks.{}.mlp.proj", "plain"),
-        ("bert.encoder.layer.{}.output.LayerNorm", "blocks.{}.mlp_norm", "plain"),
-        ("bert.pooler.dense", "pooler", "plain"),
+        *ENCODER_MODULES,
+        POOLER,
         ("cls.predictions.bias", "mlm_bias", "lone"),
         ("cls.predictions.transform.dense", "mlm_dense", "plain"),
         ("cls.predictions.transform.LayerNorm", "mlm_norm", "plain"),
         ("cls.seq_relationship", "nsp_head", "plain"),
     ),
     derived={
-        "bert.embeddings.position_ids": Derived("0, 1, 2, …", counts_up),
+        **POSITION_IDS,
         "cls.predictions.decoder.weight": same_as("bert.embeddings.word_embeddings.weight"),
         "cls.predictions.decoder.bias": same_as("cls.predictions.bias"),
     },
@@ -267,4 +282,43 @@ MARIAN = Family(
     },
 )
 
-FAMILIES = {"gpt": GPT2, "bert": BERT_FAMILY, "seq2seq": MARIAN}
+
+def with_head(architecture: str, Config: type, Model: type, *own: tuple[str, str, str]) -> Family:
+    """An encoder with the head of a task that it was fine-tuned for; own: the head's modules."""
+    return BERT_FAMILY._replace(
+        title=architecture,
+        architecture=architecture,
+        Config=Config,
+        Model=Model,
+        heads=("classifier.", "qa_outputs."),
+        modules=(*ENCODER_MODULES, *own),
+        derived=POSITION_IDS,
+    )
+
+
+CLASSIFIER = with_head(
+    "BertForSequenceClassification",
+    LabelConfig,
+    Classifier,
+    POOLER,
+    ("classifier", "head", "plain"),
+)
+ONE_LABEL = {"problem_type": (None, (None, "single_label_classification"))}
+
+# Of those with the same model_type, the first is what a file without a known architecture is.
+FAMILIES = {
+    "gpt": GPT2,
+    "bert": BERT_FAMILY,
+    "seq2seq": MARIAN,
+    "classify": CLASSIFIER._replace(fixed=CLASSIFIER.fixed | ONE_LABEL),
+    "tag": with_head(
+        "BertForTokenClassification", TagConfig, Tagger, ("classifier", "head", "plain")
+    ),
+    "answer": with_head(
+        "BertForQuestionAnswering", AnswerConfig, Answerer, ("qa_outputs", "head", "plain")
+    ),
+    "similar": with_head("BertModel", EncoderConfig, Similarity),
+    "complete": GPT2,
+}
+# What a family of theirs is to our tokenizers, whatever its head.
+BASES = {"gpt2": "gpt", "bert": "bert", "marian": "seq2seq"}

@@ -68,10 +68,10 @@ class Classifier(Encoder):
         """tokens (B, T) -> logits (B, k); or, given targets (B,), {"loss": summed loss, each times
         its row's weight, "accuracy": number right}, and in evaluation "predicted" (B,)."""
         features = self.features(tokens, segments, keep)
-        logits = self.head(self.dropout(self.pooled(features))).float()
+        logits = self.head(self.dropout(self.pooled(features)))
         if targets is None:
             return logits
-        losses = F.cross_entropy(logits, targets, reduction="none")
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
         if weights is not None:
             losses = losses * weights
         return self.scored(losses.sum(), logits, targets)
@@ -97,10 +97,10 @@ class Tagger(Encoder):
     ) -> Tensor | dict[str, Tensor]:
         """tokens (B, T) -> logits (B, T, k); or, given targets (B, T), {"loss": summed,
         "accuracy": number right}, and in evaluation "predicted" (B, T)."""
-        logits = self.head(self.dropout(self.features(tokens, keep=keep))).float()
+        logits = self.head(self.dropout(self.features(tokens, keep=keep)))
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         return self.scored(loss, logits, targets)
 
 
@@ -123,12 +123,14 @@ class Answerer(Encoder):
         """tokens (B, T) -> logits (B, 2, T) of the first and the last token, -inf at padding; or,
         given both targets (B,), {"start": summed loss, "end": summed loss}, and in evaluation
         "predicted", the logits."""
-        logits = self.head(self.features(tokens, segments, keep)).float().mT
+        logits = self.head(self.features(tokens, segments, keep)).mT
         if keep is not None:
             logits = logits.masked_fill(~keep[:, None], -torch.inf)
         if start_targets is None:
             return logits
-        ends = zip(("start", "end"), logits.unbind(1), (start_targets, end_targets), strict=True)
+        ends = zip(
+            ("start", "end"), logits.float().unbind(1), (start_targets, end_targets), strict=True
+        )
         sums = {name: F.cross_entropy(x, y, reduction="sum") for name, x, y in ends}
         return sums if self.training else {**sums, "predicted": logits}
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from families import FAMILIES, KINDS, Family, Get, stream_order
+from families import BASES, FAMILIES, KINDS, Family, Get, stream_order
 from seq2seq import ACTIVATIONS
 
 # The largest sizes that are believed: beyond all published models of these families.
@@ -33,12 +33,15 @@ def our_config(settings: dict) -> tuple[str, Any]:
     that we do not compute with and for a size that cannot be. BERT's nsp and Marian's output_bias
     are for `to_ours` to find.
     """
-    known = {family.model_type: task for task, family in FAMILIES.items()}
-    task = known.get(str(settings.get("model_type")))
+    task = BASES.get(str(settings.get("model_type")))
     if task is None:
         raise ValueError(
-            f"model_type={settings.get('model_type')!r} is not known: only {', '.join(known)} are"
+            f"model_type={settings.get('model_type')!r} is not known: only {', '.join(BASES)} are"
         )
+    named = settings.get("architectures")
+    for other in ("classify", "tag", "answer"):
+        if task == "bert" and named == [FAMILIES[other].architecture]:
+            task = other
     family, found, source = FAMILIES[task], {}, {}
     for name, (default, allowed) in family.fixed.items():
         if settings.get(name, default) not in allowed:
@@ -67,7 +70,24 @@ def our_config(settings: dict) -> tuple[str, Any]:
                 "they are one setting here"
             )
         source.setdefault(ours, name)
+    if task in ("classify", "tag"):
+        found["labels"] = labels_of(settings)
     return task, family.Config(**found)
+
+
+def labels_of(settings: dict) -> tuple[str, ...]:
+    """What id2label says, {"0": "no", "1": "yes"} for one; where it is missing, they are two."""
+    names = settings.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    found = list(names.values()) if isinstance(names, dict) else []
+    if (
+        not found
+        or list(names) != [str(i) for i in range(len(found))]
+        or not all(isinstance(name, str) for name in found)
+    ):
+        raise ValueError(f"id2label={str(names)[:80]} does not name the labels 0, 1, 2, …")
+    if len(set(found)) < len(found):
+        raise ValueError(f"id2label={str(names)[:80]} has a name twice")
+    return tuple(found)
 
 
 def their_settings(task: str, config: Any) -> dict:
@@ -79,6 +99,9 @@ def their_settings(task: str, config: Any) -> dict:
         raise ValueError(f"Hugging Face has no {family.title} with {ours}")
     settings = {name: getattr(config, ours) for name, (ours, _) in family.settings.items()}
     settings |= {name: allowed[0] for name, (_, allowed) in family.fixed.items()}
+    if hasattr(config, "labels"):
+        settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+        settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
     alone = task == "bert" and not config.nsp
     architecture = "BertForMaskedLM" if alone else family.architecture
     return {"model_type": family.model_type, "architectures": [architecture], **settings}
