@@ -30,7 +30,7 @@ from data.pairs import pad, start_and_end
 from data.text import open_corpus
 from data.tokens import END_OF_TEXT
 from model import GPT, GPTConfig
-from peers import hugging_face_bert, hugging_face_gpt2, hugging_face_marian, peer
+from peers import hugging_face_encoder, hugging_face_gpt2, hugging_face_marian, peer
 from plan import least_seconds
 from processes import Processes, pick_device
 from sample import SampleConfig, generate, lay_out_for_decoding, load_model, make_pick
@@ -271,7 +271,7 @@ def bench_bert_step(config: BenchConfig, device: torch.device, T: int, B: int) -
         return model(**inputs, labels=labels, next_sentence_label=follows).loss
 
     transformers = peer("transformers")
-    theirs = hugging_face_bert(transformers, ours).to(device).train() if transformers else None
+    theirs = hugging_face_encoder(transformers, ours).to(device).train() if transformers else None
     steps = training_steps(ours, theirs, batch, their_loss, config)
     times = take_turns(steps, config.repeats, device)
     title = (

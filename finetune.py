@@ -128,10 +128,11 @@ class Answerer(Encoder):
             logits = logits.masked_fill(~keep[:, None], -torch.inf)
         if start_targets is None:
             return logits
-        ends = zip(
-            ("start", "end"), logits.float().unbind(1), (start_targets, end_targets), strict=True
-        )
-        sums = {name: F.cross_entropy(x, y, reduction="sum") for name, x, y in ends}
+        return self.scored(logits.float(), start_targets, end_targets)
+
+    def scored(self, logits: Tensor, starts: Tensor, ends: Tensor) -> dict[str, Tensor]:
+        named = zip(("start", "end"), logits.unbind(1), (starts, ends), strict=True)
+        sums = {name: F.cross_entropy(x, y, reduction="sum") for name, x, y in named}
         return sums if self.training else {**sums, "predicted": logits}
 
 

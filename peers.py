@@ -2,7 +2,7 @@
 
 import torch.nn as nn
 
-from bert import BERT
+from bert import Encoder
 from families import FAMILIES
 from mapping import their_settings, to_theirs
 from model import GPTConfig
@@ -34,13 +34,13 @@ def hugging_face_marian(transformers, ours: Seq2Seq, start: int, end: int) -> nn
     return with_our_weights(theirs, "seq2seq", ours)
 
 
-def hugging_face_bert(transformers, ours: BERT) -> nn.Module:
-    """BertForPreTraining, or without NSP BertForMaskedLM, with our sizes and weights. They have
-    neither a pre-LN BERT nor one without biases: ValueError."""
+def hugging_face_encoder(transformers, ours: Encoder, task: str = "bert") -> nn.Module:
+    """BertForPreTraining, without NSP BertForMaskedLM, or the class of a task of fine-tuning, with
+    our sizes and weights. They have neither a pre-LN BERT nor one without biases: ValueError."""
     # With an id for padding, its embedding would get no gradient from the input.
-    settings = {**their_settings("bert", ours.config), "pad_token_id": None}
+    settings = {**their_settings(task, ours.config), "pad_token_id": None}
     Model = getattr(transformers, settings["architectures"][0])
-    return with_our_weights(Model(transformers.BertConfig.from_dict(settings)), "bert", ours)
+    return with_our_weights(Model(transformers.BertConfig.from_dict(settings)), task, ours)
 
 
 def with_our_weights(theirs: nn.Module, task: str, ours: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bert import BERT, BERTConfig, init_bert
 from mapping import rows, to_ours
 from model import count_parameters
-from peers import hugging_face_bert
+from peers import hugging_face_encoder
 from plan import parameter_table
 from presets import PRESETS
 
@@ -100,7 +100,7 @@ def as_theirs(given: dict) -> dict[str, torch.Tensor]:
 def test_equals_hugging_face_logits_losses_and_gradients(nsp, dtype, atol):
     ours = small(nsp=nsp).to(dtype)
     given = batch() if nsp else without(batch(), "nsp_targets")
-    theirs = hugging_face_bert(peer("transformers"), ours).eval().to(dtype)
+    theirs = hugging_face_encoder(peer("transformers"), ours).eval().to(dtype)
     tensors = dict(theirs.named_parameters())
     assert set(tensors) == {row.theirs for row in rows("bert", ours.config)}
     embedding = tensors["bert.embeddings.word_embeddings.weight"]
@@ -136,14 +136,14 @@ def test_equals_hugging_face_logits_losses_and_gradients(nsp, dtype, atol):
 
 def test_hugging_faces_bert_drops_what_ours_drops():
     transformers = peer("transformers")
-    theirs = hugging_face_bert(transformers, small(dropout=0.2, attention_dropout=0.3))
+    theirs = hugging_face_encoder(transformers, small(dropout=0.2, attention_dropout=0.3))
     rates = {name: m.p for name, m in theirs.named_modules() if isinstance(m, nn.Dropout)}
     assert len(rates) == 1 + 3 * 3
     for name, p in rates.items():
         assert p == (0.3 if name.endswith("attention.self.dropout") else 0.2), name
     for changes in ({"pre_ln": True}, {"bias": False}):
         with pytest.raises(ValueError, match=r"Hugging Face has no BERT with pre_ln="):
-            hugging_face_bert(transformers, small(**changes))
+            hugging_face_encoder(transformers, small(**changes))
 
 
 @pytest.mark.parametrize("pre_ln", [True, False])
