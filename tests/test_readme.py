@@ -1,5 +1,6 @@
 """Every command in the README's code blocks runs, at toy size."""
 
+import json
 import os
 import re
 import shlex
@@ -24,14 +25,22 @@ LINES += re.findall(r"^\| `(python [^`]+)`", README, re.MULTILINE)  # the table 
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 SCRIPTS = {c for c in COMMANDS if re.match(r"(python|torchrun)\b.*\b\w+\.py\b", c)}
 TOYS = {"gpt": TOY, "bert": TOY_BERT, "seq2seq": TOY_PAIRS}
-FOLDERS = {
-    "out/gpt": "gpt",
-    "out/gpt2": "gpt",
-    "out/bert": "bert",
-    "out/crammed": "bert",
-}  # the rest: seq2seq
+LABELLED = {
+    "classify": "toy.csv",
+    "tag": "toy.conll",
+    "answer": "toy.json",
+    "similar": "toy-alike.csv",
+    "complete": "toy.jsonl",
+}
+for task, file in LABELLED.items():
+    TOYS[task] = [f"--model={task}", f"--data={file}", "--n_ff=40", *TOY[1:], "--dtype=fp32"]
+TOYS["complete"].remove("--n_ff=40")
+TOYS["similar"] += ["--batch_size=8", "--row_length=8"]
+FOLDERS = {"out/gpt": "gpt", "out/gpt2": "gpt", "out/bert": "bert", "out/crammed": "bert"}
+FOLDERS |= {"out/minilm": "bert", **{f"out/{task}": task for task in LABELLED}}  # else seq2seq
 STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt"}
 STAND_INS |= {"queries.txt": "toy-docs.txt", "lines.txt": "toy.txt"}
+STAND_INS |= {"text.txt": "toy.txt", "dev.csv": "toy.csv", "my.txt": "toy.txt"}
 FILES = ("--data", "--valid", "--languages", "--layout", "--tokenizer", "--minutes")
 
 
@@ -64,8 +73,34 @@ def test_the_readme_names_every_file_that_a_reader_will_see():
     assert not missing
 
 
+@pytest.fixture
+def labelled(toy_pairs) -> Path:
+    """The toy folder, with a small file for each task of fine-tuning."""
+    words = ["cat", "dog", "cow", "hen", "pig", "fox", "owl", "bee"]
+    lines = [f"the {a} saw the {b},{'good' if a < b else 'bad'}\n" for a in words for b in words]
+    Path("toy.csv").write_text("text,label\n" + "".join(lines), encoding="utf-8")
+    pairs = [f"the {a} saw {b},{b} was seen by {a}\n" for a in words for b in words if a < b]
+    Path("toy-alike.csv").write_text("a,b\n" + "".join(pairs), encoding="utf-8")
+    tagged = [f"the O\n{a} B-animal\nsaw O\n{b} B-animal\n\n" for a in words for b in words]
+    Path("toy.conll").write_text("".join(tagged), encoding="utf-8")
+    asked = [{"prompt": f"{a} {b} ", "completion": b} for a in words for b in words]
+    text = "".join(json.dumps(row) + "\n" for row in asked)
+    Path("toy.jsonl").write_text(text, encoding="utf-8")
+    paragraphs = [
+        {
+            "context": f"the {a} saw the {b}",
+            "qas": [{"id": a + b, "question": "Who?", "answers": [{"text": a, "answer_start": 4}]}],
+        }
+        for a in words
+        for b in words
+    ]
+    squad = {"version": "1.1", "data": [{"title": "toy", "paragraphs": paragraphs}]}
+    Path("toy.json").write_text(json.dumps(squad), encoding="utf-8")
+    return toy_pairs
+
+
 @pytest.mark.parametrize("command", sorted(SCRIPTS))
-def test_command(toy_pairs, command):
+def test_command(labelled, command):
     """Names of data that would be downloaded become the toy text, sizes become toy sizes."""
     if "nnodes" in command:
         pytest.skip("needs a second machine")
@@ -88,7 +123,8 @@ def test_command(toy_pairs, command):
             run(*trained, "--stop_after=1")
             flags = keep
         elif "--init" in keep:
-            run(*trained)
+            base = TOYS[FOLDERS.get(folder, "seq2seq")]
+            run(str(ROOT / "train.py"), "--steps=4", *base, "--out", folder)
             sizes = ("--vocab_size", "--block_size", "--n_layer", "--n_head", "--n_embd", "--n_ff")
             flags = [*keep, "--steps=2", *without(small, *sizes)]
         else:
@@ -96,13 +132,17 @@ def test_command(toy_pairs, command):
     elif name == "sample.py":
         run(*trained)
         flags = [STAND_INS.get(f, f) for f in flags] + ["--device=cpu"]
-        flags += ["--max_new_tokens=5"] * (task != "bert")
+        flags += ["--max_new_tokens=5"] * (
+            task in ("gpt", "seq2seq", "complete") and "--eval" not in flags
+        )
     elif name == "average.py":
         run(*trained)
     elif name == "convert.py":
-        run(*trained[:-3], "--out", "out/gpt")
+        task = FOLDERS.get(folder, "seq2seq")
+        small, made = TOYS[task], f"out/{task}-made" if flags[0] == "import" else folder
+        run(str(ROOT / "train.py"), "--steps=4", *small, "--out", made)
         if flags[0] == "import":  # what would be downloaded is exported instead
-            run(str(ROOT / name), "export", "out/gpt/best.pt", "--to=theirs")
+            run(str(ROOT / name), "export", f"{made}/best.pt", "--to=theirs")
             flags[1] = "theirs"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     lines = "3 plus 4\n" if redirected else None
