@@ -105,4 +105,4 @@ def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[
 
 
 def percent(values: np.ndarray) -> float:
-    return round(100 * float(values.mean()), 4)
+    return round(100 * float(values.mean()), 6)

@@ -9,23 +9,30 @@ from torch import Tensor
 
 
 class Buckets:
-    """Steps of at most tokens_per_step tokens, padding included, each dealt out to `parts`
-    micro-batches.
+    """Steps of at most tokens_per_step tokens, padding included, each dealt out to micro-batches of
+    about tokens_per_batch.
 
     Rows are sorted by length and cut into steps that are as full as that allows. Training: every
     epoch shuffles the rows of equal length and the order of the steps, with the seed; each row
     comes once. The lengths in sorted order are the same in every epoch, and so are the cuts: the
     number of steps is fixed. How many micro-batches, and so processes, share a step changes
-    nothing about what is in it. Without shuffling, for an evaluation: the same batches each time.
+    nothing about what is in it. An evaluation: the same batches of tokens_per_batch each time.
     """
 
     def __init__(
-        self, lengths: np.ndarray, tokens_per_step: int, *, parts: int, seed: int, shuffle: bool
+        self,
+        lengths: np.ndarray,
+        tokens_per_batch: int,
+        tokens_per_step: int,
+        *,
+        seed: int,
+        training: bool,
     ):
-        self.lengths, self.parts, self.seed, self.shuffle = lengths, parts, seed, shuffle
+        self.lengths, self.seed, self.training = lengths, seed, training
+        self.parts = max(1, tokens_per_step // tokens_per_batch) if training else 1
         self.order = np.argsort(lengths, kind="stable")
-        self.cuts = cut(lengths[self.order], tokens_per_step)
-        self.n_batches = (len(self.cuts) - 1) * parts
+        self.cuts = cut(lengths[self.order], self.parts * tokens_per_batch)
+        self.n_batches = (len(self.cuts) - 1) * self.parts
         self.epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +49,7 @@ class Buckets:
         """(epoch, rows, False) of micro-batch i. The last step of an epoch may have fewer rows
         than parts: (epoch, one row that is not to be counted, True) then."""
         rows, (i, part), number = self.order, divmod(i, self.parts), 0
-        if self.shuffle:
+        if self.training:
             number, i = divmod(i, len(self.cuts) - 1)
             rows, steps = self.epoch(number)
             i = steps[i]
@@ -51,12 +58,17 @@ class Buckets:
             return number, step[:1], True
         return number, step[part :: self.parts], False
 
-    def padding(self, sides: np.ndarray) -> tuple[int, float]:
-        """(steps of an epoch, share of them that is padding), as they are before any shuffling;
-        that changes little. sides (rows, k): the lengths of k sequences, each padded by itself."""
+    def describe(self, sides: np.ndarray | None = None) -> str:
+        """Of training: the steps of an epoch and how much of them is padding, as they are before
+        any shuffling; that changes little. Of an evaluation: nothing. sides (rows, k): the lengths
+        of k sequences, each padded by itself; None: rows are one each."""
+        if not self.training:
+            return ""
+        sides = self.lengths[:, None] if sides is None else sides
         steps = [sides[self.order[a:b]] for a, b in pairwise(self.cuts)]
         filled = sum(len(step) * int(step.max(0).sum()) for step in steps)
-        return len(steps), 1 - int(sides.sum()) / filled
+        padding = 1 - int(sides.sum()) / filled
+        return f", {len(steps):,} steps with {padding:.1%} padding"
 
 
 def cut(lengths: np.ndarray, tokens: int) -> list[int]:
@@ -76,6 +88,13 @@ def cut(lengths: np.ndarray, tokens: int) -> list[int]:
 def evenly(n: int, wanted: int) -> np.ndarray:
     """`wanted` of the numbers 0 to n - 1, evenly spaced."""
     return np.arange(wanted) * n // wanted
+
+
+def evenly_within(n: int, tokens: int, max_tokens: int, least: int = 1) -> np.ndarray:
+    """Which of n rows with so many tokens an evaluation scores: evenly spaced ones that have about
+    max_tokens, at least so many rows; all of them if that is 0, or more than there are."""
+    wanted = max(least, n * max_tokens // tokens) if max_tokens else n
+    return evenly(n, min(wanted, n))
 
 
 def find(ids: np.ndarray, token: int, block: int = 1 << 24) -> np.ndarray:

@@ -22,19 +22,18 @@ weights of single rows, a loss on the prompt.
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from data.buckets import Buckets, evenly, pad_rows
+from data.buckets import Buckets, evenly_within, pad_rows
 from data.tables import Row, TableCorpus, open_tables
 from data.tokens import END_OF_TEXT
-from data.windows import get_tokenizer
+from data.windows import SPLITS, get_tokenizer, settings
 
-COLUMNS = {"prompt": (), "completion": ()}
+FORMS = [("prompt", "completion")]
 SHOWN = 4  # prompts, after training
 
 
@@ -63,27 +62,22 @@ class Completions:
         training, self.row_length = split == "train", min(row_length or block_size, block_size)
         self.tokenizer, self.split = tokenizer, split
         self.fingerprint, self.rule = corpus.hash, corpus.rule
-        self.prompts = list(dict.fromkeys(row["prompt"] for _, row in corpus.validation))[:SHOWN]
+        self.prompts = list(dict.fromkeys(row.texts[0] for row in corpus.splits["validation"]))
+        self.prompts = self.prompts[:SHOWN]
         self.end = tokenizer.special_tokens[END_OF_TEXT]
         self.tokens_per_batch = batch_size * block_size
         self.rows: list[np.ndarray] = []
         self.borders: list[int] = []  # where the completion of each row begins
         self.shortened = self.cut = 0  # prompts without their beginning, completions without an end
-        bar = tqdm(getattr(corpus, split), f"tokenizing {split}", unit=" rows", disable=None)
-        for _, row in bar:
-            self.add(row["prompt"], row["completion"])
+        bar = tqdm(corpus.splits[split], f"tokenizing {split}", unit=" rows", disable=None)
+        for row in bar:
+            self.add(*row.texts)
         lengths, self.n_all = np.array([len(row) - 1 for row in self.rows]), len(self.rows)
-        self.chosen = np.arange(self.n_all)
-        if not training and 0 < max_tokens < lengths.sum():
-            self.chosen = evenly(self.n_all, max(1, self.n_all * max_tokens // int(lengths.sum())))
-        # Micro-batches in a step.
-        parts = max(1, tokens_per_step // self.tokens_per_batch) if training else 1
+        limit = 0 if training else max_tokens
+        self.chosen = evenly_within(self.n_all, int(lengths.sum()), limit)
+        lengths = lengths[self.chosen]
         self.buckets = Buckets(
-            lengths[self.chosen],
-            parts * self.tokens_per_batch,
-            parts=parts,
-            seed=seed,
-            shuffle=training,
+            lengths, self.tokens_per_batch, tokens_per_step, seed=seed, training=training
         )
         self.n_batches = self.buckets.n_batches
         self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
@@ -92,14 +86,11 @@ class Completions:
     def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
         """(train, validation) of a table with the columns "prompt" and "completion"; the tokenizer
         is learnt from the training rows unless given."""
-        corpus = open_tables(config.data, config.valid, COLUMNS, config.seed, blank=("prompt",))
-        if not tokenizer:
-            cache, learnt = Path(config.cache_dir), replace(corpus, train=moved(corpus.train))
-            tokenizer = get_tokenizer(config, sizes["vocab_size"], learnt, cache, (END_OF_TEXT,))
-        more = {"row_length": config.row_length, "tokens_per_step": config.tokens_per_step}
-        more |= {"block_size": sizes["block_size"], "batch_size": config.batch_size}
-        more |= {"seed": config.seed, "max_tokens": config.eval_tokens}
-        return tuple(cls(corpus, split, tokenizer, **more) for split in ("train", "validation"))
+        corpus = open_tables(config.data, config.valid, FORMS, blank=("prompt",))
+        learnt = replace(corpus, splits={"train": moved(corpus.splits["train"])})
+        tokenizer = tokenizer or get_tokenizer(config, sizes, learnt, (END_OF_TEXT,))
+        more = settings(config, sizes, "row_length", "tokens_per_step")
+        return tuple(cls(corpus, split, tokenizer, **more) for split in SPLITS)
 
     def add(self, prompt: str, completion: str) -> None:
         """One more row. What is cut off a prompt is its <|endoftext|> first: behind the cut no
@@ -140,9 +131,7 @@ class Completions:
         if len(self.chosen) < self.n_all:
             text += f", evenly spaced among {self.n_all:,}"
         text += f", {lengths.sum():,} tokens, {asked:,} of them asked for"
-        if self.split == "train":
-            steps, padding = self.buckets.padding(lengths[:, None])
-            text += f", {steps:,} steps with {padding:.0%} padding"
+        text += self.buckets.describe()
         if self.shortened:
             text += f"; {self.shortened:,} prompts are cut at their beginning"
         if self.cut:
@@ -168,5 +157,5 @@ def split_space(prompt: str) -> tuple[str, str]:
 
 def moved(rows: list[Row]) -> list[Row]:
     """The rows as they are encoded, for a tokenizer to learn from."""
-    split = ((number, *split_space(row["prompt"]), row["completion"]) for number, row in rows)
-    return [(n, {"prompt": prompt, "completion": space + text}) for n, prompt, space, text in split]
+    split = ((line, *split_space(prompt), text) for line, (prompt, text) in rows)
+    return [Row(line, (prompt, space + text)) for line, prompt, space, text in split]

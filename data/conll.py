@@ -12,8 +12,7 @@ and become IOB2.
 - A line that begins with "# " is a comment if it is no row and stands before a sentence; # is also
   a word, as in tweets.
 
-Without a file that validates, one sentence in ten does, drawn with a fixed seed: the same in every
-run, so that runs compare.
+Without a file that validates, one sentence in ten does: see `data/division.py`.
 
 Left out: entities in other columns than the last, words in other columns than the first (CoNLL-U,
 GermEval), tags without a type, documents (their sentences are taken one by one).
@@ -26,13 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
+from data.division import divide
 from data.parallel import read_lines
-from data.text import check_text
+from data.text import check_text, name_of
 from entities import TAG, entities, scheme_of, to_iob2
 
-HELD_OUT_SEED = 0
+HELD_OUT = 10  # one sentence in so many validates where no file does
 COMMENT, DOCUMENT = "# ", "-DOCSTART-"
 BLANK = " \t"
 
@@ -94,7 +92,8 @@ def open_tagged(data: str, valid: str = "") -> TaggedText:
         for split, found in splits.items()
     }
     if not valid:
-        splits, rule = held_out(path, splits["train"])
+        train, validation, rule = divide(splits["train"], HELD_OUT, "sentence", str(path))
+        splits = {"train": train, "validation": validation}
         schemes["validation"] = schemes["train"]
     digest = hashlib.sha256(b"tags 1")
     for split, found in splits.items():
@@ -103,7 +102,7 @@ def open_tagged(data: str, valid: str = "") -> TaggedText:
             rows = "".join(f"\n{word}\t{tag}" for word, tag in zip(words, tags, strict=True))
             digest.update(f"\n{rows}".encode())
     return TaggedText(
-        path.name.partition(".")[0] or path.name,
+        name_of(path),
         digest.hexdigest(),
         rule,
         shown(splits["validation"]),
@@ -116,19 +115,6 @@ def open_tagged(data: str, valid: str = "") -> TaggedText:
 
 def labels_of(types: set[str]) -> tuple[str, ...]:
     return ("O", *(f"{prefix}-{type_}" for type_ in sorted(types) for prefix in "BI"))
-
-
-def held_out(path: Path, sentences: list[Sentence]) -> tuple[dict[str, list[Sentence]], str]:
-    total = len(sentences)
-    if total < 2:
-        raise ValueError(f"{path} has one sentence, too few to hold one out: give more, or --valid")
-    count = max(1, total // 10)
-    drawn = set(np.random.default_rng(HELD_OUT_SEED).permutation(total)[:count].tolist())
-    splits = {
-        "train": [s for i, s in enumerate(sentences) if i not in drawn],
-        "validation": [s for i, s in enumerate(sentences) if i in drawn],
-    }
-    return splits, f"{count:,} of {total:,} sentences, drawn with a fixed seed, validate"
 
 
 def shown(sentences: list[Sentence], number: int = 4) -> list[str]:

@@ -6,9 +6,10 @@
 An answer is a piece of the original text, with its capitals, accents and spaces. So the context is
 cut into units of which the characters are known, and each is encoded by itself: a unit is a run of
 characters without white space, punctuation or Chinese characters, or one of the latter two. These
-are the borders of WordPiece too, and its ids are those of the whole text. Byte-level BPE gets a
-space before a unit where white space stood in the text; it encodes units of several punctuation
-marks ("...") or an apostrophe with its letters ("n't") otherwise than it would the whole.
+are the borders of WordPiece too, and its ids are those of the whole text (but for U+000B, U+0085
+and the like, white space that it drops without dividing a word). Byte-level BPE gets a space before
+a unit where white space stood in the text; it encodes units of several punctuation marks ("...") or
+an apostrophe with its letters ("n't") otherwise than it would the whole.
 
 Left out: answers that begin or end inside a unit ("1990" of "1990s"); they get the whole of it.
 
@@ -23,9 +24,9 @@ import numpy as np
 import regex
 
 from answers import THRESHOLD, best_span, join_windows
-from bpe import Tokenizer
 from data.masked import CLS, SEP, assemble, encode_text
-from wordpiece import IDEOGRAPH, WordPiece
+from data.tokens import AnyTokenizer
+from wordpiece import IDEOGRAPH
 
 MAX_QUESTION = 64  # tokens; the rest of a longer question is not read
 OVERLAP = 128  # tokens that two neighbouring windows share, half of a smaller window
@@ -89,7 +90,7 @@ class Answer(NamedTuple):
 # ---- text -> rows --------------------------------------------------------------------------------
 
 
-def encode_context(tokenizer: Tokenizer | WordPiece, text: str) -> Context:
+def encode_context(tokenizer: AnyTokenizer, text: str) -> Context:
     ids, starts, ends = [], [], []
     for unit in UNIT.finditer(text):
         start, end = unit.span()
@@ -101,7 +102,7 @@ def encode_context(tokenizer: Tokenizer | WordPiece, text: str) -> Context:
     return Context(text, *(np.array(x, dtype=np.int64) for x in (ids, starts, ends)))
 
 
-def encode_question(tokenizer: Tokenizer | WordPiece, text: str, T: int) -> np.ndarray:
+def encode_question(tokenizer: AnyTokenizer, text: str, T: int) -> np.ndarray:
     """Ids of at most MAX_QUESTION tokens, and half of what a row of T has room for."""
     if T < 5:
         raise ValueError(f"rows of {T} tokens have no room for a question: choose 5 or more")
@@ -121,7 +122,7 @@ def windows(n_question: int, n_context: int, T: int) -> list[Window]:
 
 
 def make_row(
-    tokenizer: Tokenizer | WordPiece, question: np.ndarray, context: Context, window: Window
+    tokenizer: AnyTokenizer, question: np.ndarray, context: Context, window: Window
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, segments), both (window.length,)."""
     special = tokenizer.special_tokens
@@ -130,7 +131,7 @@ def make_row(
 
 
 def ask(
-    tokenizer: Tokenizer | WordPiece, question: str, context: str, T: int
+    tokenizer: AnyTokenizer, question: str, context: str, T: int
 ) -> tuple[Context, list[Window], list[tuple[np.ndarray, np.ndarray]]]:
     """One question: its context, its windows, and a row (ids, segments) of at most T tokens for
     each of them. ValueError where the context has no token in it."""

@@ -10,23 +10,22 @@ which are cut instead.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bpe import Tokenizer
-from data.buckets import Buckets, evenly, pad_rows
+from data.buckets import Buckets, evenly_within, pad_rows
 from data.examples import LabelledCorpus, open_labelled
 from data.masked import CLS, PAD, SEP, SPECIAL, assemble, encode_text
-from data.windows import get_tokenizer
+from data.tokens import AnyTokenizer
+from data.windows import SPLITS, get_tokenizer, settings
 from scores import accuracy, confusion_matrix, macro_f1
 
 
 def encode_parts(
-    tokenizer: Tokenizer, texts: Sequence[str], length: int
+    tokenizer: AnyTokenizer, texts: Sequence[str], length: int
 ) -> tuple[list[np.ndarray], bool]:
     """One text or two -> (their ids, whether they were cut to fit, with [CLS] and a [SEP] each,
     into `length` tokens). The longer text loses its end first; of equal ones, the second."""
@@ -45,7 +44,7 @@ def encode_parts(
     return parts, cut
 
 
-def collate(rows: Sequence[list[np.ndarray]], tokenizer: Tokenizer) -> dict[str, Tensor]:
+def collate(rows: Sequence[list[np.ndarray]], tokenizer: AnyTokenizer) -> dict[str, Tensor]:
     """Rows of one text, or all of two -> {"tokens": (B, T)}; for pairs also "segments": (B, T);
     if some rows are shorter than others, "keep": (B, T), False at padding."""
     special = tokenizer.special_tokens
@@ -70,7 +69,7 @@ class LabelledTexts:
         self,
         corpus: LabelledCorpus,
         split: str,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         *,
         block_size: int,
         batch_size: int,
@@ -93,39 +92,28 @@ class LabelledTexts:
         self.n_cut = sum(cut)
         self.targets = np.array([index[example.label] for example in examples], np.int64)
         lengths = np.array([1 + sum(len(part) + 1 for part in parts) for parts in self.rows])
-        self.chosen = np.arange(len(lengths))
-        if not training and 0 < max_tokens < lengths.sum():
-            wanted = max(1, len(lengths) * max_tokens // int(lengths.sum()))
-            self.chosen = evenly(len(lengths), wanted)
+        limit = 0 if training else max_tokens
+        self.chosen = evenly_within(len(lengths), int(lengths.sum()), limit)
         self.weights = None
         if class_weights and training:
             counts = np.bincount(self.targets)
             each = len(lengths) / (np.count_nonzero(counts) * counts[self.targets])
             self.weights = each.astype(np.float32)
-        # Micro-batches in a step.
-        parts = max(1, tokens_per_step // self.tokens_per_batch) if training else 1
+        lengths = lengths[self.chosen]
         self.buckets = Buckets(
-            lengths[self.chosen],
-            parts * self.tokens_per_batch,
-            parts=parts,
-            seed=seed,
-            shuffle=training,
+            lengths, self.tokens_per_batch, tokens_per_step, seed=seed, training=training
         )
         self.n_batches = self.buckets.n_batches
         self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
         self.confusion: np.ndarray | None = None  # (k, k), of the last evaluation
 
     @classmethod
-    def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
+    def splits(cls, config, sizes: dict, tokenizer: AnyTokenizer | None = None):
         """(train, validation); a vocabulary, if none is given, is learnt from the training text."""
         corpus = open_labelled(config.data, valid=config.valid, labels=sizes["labels"])
-        if not tokenizer:
-            cache = Path(config.cache_dir)
-            tokenizer = get_tokenizer(config, sizes["vocab_size"], corpus, cache, SPECIAL)
-        names = ("batch_size", "row_length", "class_weights", "tokens_per_step", "seed")
-        more = {name: getattr(config, name) for name in names}
-        more |= {"block_size": sizes["block_size"], "max_tokens": config.eval_tokens}
-        return tuple(cls(corpus, split, tokenizer, **more) for split in ("train", "validation"))
+        tokenizer = tokenizer or get_tokenizer(config, sizes, corpus, SPECIAL)
+        more = settings(config, sizes, "row_length", "tokens_per_step", "class_weights")
+        return tuple(cls(corpus, split, tokenizer, **more) for split in SPLITS)
 
     def batch(self, i: int) -> dict[str, Tensor]:
         """What `collate` makes and {"targets": (B,)}, indices into labels; with class_weights in
@@ -162,9 +150,7 @@ class LabelledTexts:
             text += f", evenly spaced among {len(self.rows):,}"
         text += f", {len(counts)} label{'s' * (len(counts) > 1)} with {counts.min():,} to "
         text += f"{counts.max():,} each, {lengths.sum():,} tokens"
-        if self.split == "train":
-            steps, padding = self.buckets.padding(lengths[:, None])
-            text += f", {steps:,} steps with {padding:.1%} padding"
+        text += self.buckets.describe()
         if self.n_cut:
             text += f"; {self.n_cut:,} cut to {self.row_length} tokens"
         return text

@@ -17,7 +17,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from data.buckets import Buckets, evenly, pad_rows
+from data.buckets import Buckets, evenly_within, pad_rows
 from data.sentence_pairs import PackedText, SentencePairs
 from data.sentences import SentenceCorpus, open_sentences
 from data.tokens import AnyTokenizer, TokenFile
@@ -71,17 +71,11 @@ class MaskedText:
         else:
             self.rows = PackedText(file.ids, border, T, training=training, **place)
         lengths, self.n_all = self.rows.lengths, len(self.rows.lengths)
-        self.chosen = np.arange(self.n_all)
-        if not training and 0 < max_tokens < lengths.sum():
-            self.chosen = evenly(self.n_all, max(1, self.n_all * max_tokens // int(lengths.sum())))
-        # Micro-batches in a step.
-        parts = max(1, tokens_per_step // self.tokens_per_batch) if training else 1
+        limit = 0 if training else max_tokens
+        self.chosen = evenly_within(self.n_all, int(lengths.sum()), limit)
+        lengths = lengths[self.chosen]
         self.buckets = Buckets(
-            lengths[self.chosen],
-            parts * self.tokens_per_batch,
-            parts=parts,
-            seed=self.seed,
-            shuffle=training,
+            lengths, self.tokens_per_batch, tokens_per_step, seed=self.seed, training=training
         )
         self.n_batches = self.buckets.n_batches
         self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
@@ -97,8 +91,8 @@ class MaskedText:
             layout=config.layout,
             by_sentence=sizes["nsp"],
         )
-        more = {"nsp": sizes["nsp"], "tokens_per_step": config.tokens_per_step}
-        more |= {k: getattr(config, k) for k in ("mlm_rate", "whole_words", "row_length")}
+        names = ("tokens_per_step", "mlm_rate", "whole_words", "row_length")
+        more = {"nsp": sizes["nsp"], **{name: getattr(config, name) for name in names}}
         return both_splits(
             cls, corpus, config, sizes, tokenizer, special_tokens=SPECIAL, border=SEP, **more
         )
@@ -152,9 +146,7 @@ class MaskedText:
         if len(self.chosen) < self.n_all:
             text += f", evenly spaced among {self.n_all:,}"
         text += f", {lengths.sum():,} tokens, {self.rate:.0%} of them asked for"
-        if self.split == "train":
-            steps, padding = self.buckets.padding(lengths[:, None])
-            text += f", {steps:,} steps with {padding:.1%} padding"
+        text += self.buckets.describe()
         return text
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.buckets import Buckets, evenly, find, pad_rows
+from data.buckets import Buckets, evenly_within, find, pad_rows
 from data.parallel import ParallelCorpus, open_pairs
 from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile
 from data.windows import both_splits
@@ -57,19 +57,13 @@ class Pairs:
                 f"none of the {len(longer):,} pairs for {split} in {corpus.name} fits into "
                 f"--block_size {block_size}: choose more, or give more text"
             )
-        tokens = int(longer[self.chosen].sum())
+        training, tokens = split == "train", int(longer[self.chosen].sum())
         self.n_all = len(self.chosen)
-        if split != "train" and 0 < max_tokens < tokens:
-            wanted = max(1, self.n_all * max_tokens // tokens)
-            self.chosen = self.chosen[evenly(self.n_all, wanted)]
-        # Micro-batches in a step.
-        parts = max(1, tokens_per_step // self.tokens_per_batch) if split == "train" else 1
+        limit = 0 if training else max_tokens
+        self.chosen = self.chosen[evenly_within(self.n_all, tokens, limit)]
+        lengths = longer[self.chosen]
         self.buckets = Buckets(
-            longer[self.chosen],
-            parts * self.tokens_per_batch,
-            parts=parts,
-            seed=seed,
-            shuffle=split == "train",
+            lengths, self.tokens_per_batch, tokens_per_step, seed=seed, training=training
         )
         self.n_batches = self.buckets.n_batches
         self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
@@ -122,9 +116,7 @@ class Pairs:
         if len(self.chosen) < self.n_all:
             text += f" of {self.n_all:,}, evenly spaced"
         text += f", {source:,} source and {target:,} target tokens"
-        if self.split == "train":
-            steps, padding = self.buckets.padding(lengths)
-            text += f", {steps:,} steps with {padding:.0%} padding"
+        text += self.buckets.describe(lengths)
         if self.too_long:
             text += f"; {self.too_long:,} pairs longer than --block_size {self.block_size} left out"
         return text

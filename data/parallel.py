@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.dates import COUNTS, dates, dates_hash, prompts
 from data.download import MULTI30K, fetch
-from data.text import Part, blocks, known_sha256
+from data.text import Part, blocks, known_sha256, name_of
 from data.wmt import wmt14_files
 
 NAMES = ("dates", "multi30k", "wmt14")
@@ -102,8 +102,8 @@ def open_pairs(
         files = {"test" if split == "test" else "train": [first]}
         if valid:
             files["validation"] = [own_files("--valid", valid, source, target, cache)]
-        name = first.paths[0].name.partition(".")[0] or first.paths[0].name
         divided = "the given files" if valid or split == "test" else ""
+        name = name_of(first.paths[0])
         corpus = files_corpus(name, (source, target), files, cache, divided)
     if split:
         corpus.pairs(split)  # says which there are

@@ -7,7 +7,6 @@ As in Devlin et al. 2019 (arXiv:1810.04805, sections 4.2 and 4.3), the targets a
 answer's first and last token, and [CLS] twice where the row has no answer.
 """
 
-from pathlib import Path
 from reprlib import repr as short
 
 import numpy as np
@@ -16,13 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from answers import score
-from bpe import Tokenizer
-from data.buckets import Buckets, evenly, pad_rows
+from data.buckets import Buckets, evenly_within, pad_rows
 from data.contexts import Window, encode_context, encode_question, make_row, read_answer, windows
 from data.masked import CLS, PAD, SEP
 from data.squad import SquadCorpus, open_squad
-from data.windows import get_tokenizer
-from wordpiece import WordPiece
+from data.tokens import AnyTokenizer
+from data.windows import SPLITS, get_tokenizer, settings
 
 PROMPTS = 4
 
@@ -41,7 +39,7 @@ class Questions:
         self,
         corpus: SquadCorpus,
         split: str,
-        tokenizer: Tokenizer | WordPiece,
+        tokenizer: AnyTokenizer,
         *,
         block_size: int,
         batch_size: int,
@@ -91,34 +89,23 @@ class Questions:
             self.rows += [(q, window) for window in found]
         lengths = np.array([window.length for _, window in self.rows])
         n, tokens = len(self.questions), int(lengths.sum())
-        self.chosen = np.arange(n)  # questions
-        if not training and 0 < max_tokens < tokens:
-            self.chosen = evenly(n, max(1, n * max_tokens // tokens))
+        self.chosen = evenly_within(n, tokens, 0 if training else max_tokens)  # questions
         self.chosen_rows = np.concatenate([self.rows_of[q] for q in self.chosen])
-        # Micro-batches in a step.
-        parts = max(1, tokens_per_step // self.tokens_per_batch) if training else 1
+        lengths = lengths[self.chosen_rows]
         self.buckets = Buckets(
-            lengths[self.chosen_rows],
-            parts * self.tokens_per_batch,
-            parts=parts,
-            seed=seed,
-            shuffle=training,
+            lengths, self.tokens_per_batch, tokens_per_step, seed=seed, training=training
         )
         self.n_batches = self.buckets.n_batches
         self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
 
     @classmethod
-    def splits(cls, config, sizes: dict, tokenizer: Tokenizer | WordPiece | None = None):
+    def splits(cls, config, sizes: dict, tokenizer: AnyTokenizer | None = None):
         """(train, validation); without a tokenizer, that of --tokenizer, or one learnt from the
         contexts and questions for training."""
         corpus = open_squad(config.data, valid=config.valid)
-        if not tokenizer:
-            special, cache = (PAD, CLS, SEP), Path(config.cache_dir)
-            tokenizer = get_tokenizer(config, sizes["vocab_size"], corpus, cache, special)
-        more = {"block_size": sizes["block_size"], "max_tokens": config.eval_tokens}
-        names = ("batch_size", "row_length", "tokens_per_step", "seed")
-        more |= {name: getattr(config, name) for name in names}
-        return tuple(cls(corpus, split, tokenizer, **more) for split in ("train", "validation"))
+        tokenizer = tokenizer or get_tokenizer(config, sizes, corpus, (PAD, CLS, SEP))
+        more = settings(config, sizes, "row_length", "tokens_per_step")
+        return tuple(cls(corpus, split, tokenizer, **more) for split in SPLITS)
 
     def batch(self, i: int) -> dict[str, Tensor]:
         """{"tokens": (B, T), "segments": (B, T), "start_targets": (B,), "end_targets": (B,)}, the
@@ -167,9 +154,7 @@ class Questions:
         if none := sum(not self.questions[q].answers for q in chosen):
             text += f", {none:,} of them without an answer"
         text += f", {len(lengths):,} rows, {lengths.sum():,} tokens"
-        if self.split == "train":
-            steps, padding = self.buckets.padding(lengths[:, None])
-            text += f", {steps:,} steps with {padding:.1%} padding"
+        text += self.buckets.describe()
         if self.left_out:
             several = self.left_out > 1
             text += f"; {self.left_out:,} question{'s' * several} left out, "

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data.download import WIKITEXT2, WIKITEXT103, fetch, replacing
 from data.layouts import LAYOUTS, TextFile, all_sentences, layout_of, marked
 from data.pydocs import PROMPTS, pydocs
-from data.text import BLOCK, SUFFIXES, check_text, is_jsonl, known_sha256, sorted_files
+from data.text import BLOCK, SUFFIXES, check_text, is_jsonl, known_sha256, name_of, sorted_files
 
 NAMES = ("pydocs", "wikitext", "wikitext103")
 WIKITEXT = {  # name: (archive, its folder, bytes that a member may have; the largest has 540 MB)
@@ -116,7 +116,7 @@ def open_sentences(
         if by_sentence and not layout:
             files = {split: divisible(parts) for split, parts in files.items()}
         path = Path(data)
-        name = path.resolve().name if path.is_dir() else path.name.partition(".")[0] or path.name
+        name = path.resolve().name if path.is_dir() else name_of(path)
         divided, prompts = "the given files validate", []
     digest = hashlib.sha256(f"{RULES} {by_sentence}".encode())
     for split, parts in files.items():

@@ -20,20 +20,19 @@ otherwise is not looked at), negatives gathered from all processes, other losses
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bpe import Tokenizer
-from data.buckets import evenly, pad_rows
+from data.buckets import evenly_within, pad_rows
 from data.masked import CLS, PAD, SEP, SPECIAL, assemble, encode_text
 from data.tables import Row, TableCorpus, open_tables
-from data.windows import get_tokenizer
+from data.tokens import AnyTokenizer
+from data.windows import SPLITS, get_tokenizer, settings
 
-COLUMNS = {"a": ("text", "sentence1"), "b": ("text_b", "sentence2")}
+FORMS = [("a", "b"), ("text", "text_b"), ("sentence1", "sentence2")]
 SHOWN = 3  # pairs, after training
 TIE = 1e-6  # cosines of float32 vectors that are closer than this count as equal
 BLOCK = 1024  # rows of similarities held at a time
@@ -52,7 +51,7 @@ class SimilarPairs:
         self,
         corpus: TableCorpus,
         split: str,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         *,
         block_size: int,
         batch_size: int,
@@ -64,8 +63,8 @@ class SimilarPairs:
         self.training, self.row_length = split == "train", min(row_length or block_size, block_size)
         self.tokenizer, self.split, self.seed = tokenizer, split, seed
         self.fingerprint, self.rule = corpus.hash, corpus.rule
-        shown = [text for _, row in corpus.validation[:SHOWN] for text in row.values()]
-        self.prompts = [" ".join(text.split()) for text in shown]
+        shown = corpus.splits["validation"][:SHOWN]
+        self.prompts = [text for row in shown for text in row.texts]
         self.tokens_per_batch = batch_size * block_size
         if self.training and tokens_per_step not in (0, self.tokens_per_batch):
             raise ValueError(
@@ -81,13 +80,13 @@ class SimilarPairs:
                 f"{self.row_length} tokens (3 at least): choose another --tokens_per_step or "
                 "--row_length"
             )
-        bar = tqdm(getattr(corpus, split), f"tokenizing {split}", unit=" pairs", disable=None)
-        pairs = [tuple(encode_text(tokenizer, row[side]) for side in "ab") for _, row in bar]
+        bar = tqdm(corpus.splits[split], f"tokenizing {split}", unit=" pairs", disable=None)
+        pairs = [tuple(encode_text(tokenizer, text) for text in row.texts) for row in bar]
         self.n_all, room = len(pairs), self.row_length - 2  # for what is between [CLS] and [SEP]
         tokens = sum(min(len(text), room) + 2 for pair in pairs for text in pair)
-        if not self.training and 0 < max_tokens < tokens:
-            wanted = max(2, self.n_all * max_tokens // tokens)  # one alone would have no negative
-            pairs = [pairs[i] for i in evenly(self.n_all, min(wanted, self.n_all))]
+        limit = 0 if self.training else max_tokens
+        # One alone would have no negative.
+        pairs = [pairs[i] for i in evenly_within(self.n_all, tokens, limit, least=2)]
         self.cut = sum(len(text) > room for pair in pairs for text in pair)
         ends = tokenizer.special_tokens[CLS], tokenizer.special_tokens[SEP]
         self.pairs = [
@@ -106,17 +105,14 @@ class SimilarPairs:
             )
 
     @classmethod
-    def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
-        """(train, validation) of a table with the columns a and b (or other names in COLUMNS); the
+    def splits(cls, config, sizes: dict, tokenizer: AnyTokenizer | None = None):
+        """(train, validation) of a table with the columns a and b (or other names in FORMS); the
         tokenizer is learnt from the training pairs unless given."""
-        corpus = open_tables(config.data, config.valid, COLUMNS, config.seed)
-        if not tokenizer:
-            cache, learnt = Path(config.cache_dir), replace(corpus, train=spaced(corpus.train))
-            tokenizer = get_tokenizer(config, sizes["vocab_size"], learnt, cache, SPECIAL)
-        more = {"row_length": config.row_length, "tokens_per_step": config.tokens_per_step}
-        more |= {"block_size": sizes["block_size"], "batch_size": config.batch_size}
-        more |= {"seed": config.seed, "max_tokens": config.eval_tokens}
-        return tuple(cls(corpus, split, tokenizer, **more) for split in ("train", "validation"))
+        corpus = open_tables(config.data, config.valid, FORMS, collapse=True)
+        learnt = replace(corpus, splits={"train": spaced(corpus.splits["train"])})
+        tokenizer = tokenizer or get_tokenizer(config, sizes, learnt, SPECIAL)
+        more = settings(config, sizes, "row_length", "tokens_per_step")
+        return tuple(cls(corpus, split, tokenizer, **more) for split in SPLITS)
 
     def rows(self, i: int) -> np.ndarray:
         """The pairs of batch i. All pairs are put into a row, group after group, and dealt out one
@@ -213,4 +209,4 @@ def groups(pairs: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.nda
 
 def spaced(rows: list[Row]) -> list[Row]:
     """The rows as `encode_text` reads them, for a tokenizer to learn from."""
-    return [(n, {k: f" {' '.join(text.split())}" for k, text in row.items()}) for n, row in rows]
+    return [Row(line, tuple(f" {text}" for text in texts)) for line, texts in rows]

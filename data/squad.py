@@ -18,11 +18,10 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-import numpy as np
+from data.division import divide
+from data.text import Part, blocks, name_of
 
-from data.text import Part, blocks
-
-EVERY = 5  # of so many paragraphs, one validates
+HELD_OUT = 5  # one paragraph in so many validates where no file does
 MOST_MISPLACED = 0.1  # share of the answered questions; above it, the file is refused
 
 
@@ -60,9 +59,9 @@ class SquadCorpus:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def open_squad(data: str, *, valid: str = "", seed: int = 0) -> SquadCorpus:
-    """data and valid are files; without valid, one in EVERY paragraphs of data, drawn with the
-    seed, validates, with all of its questions. Raises ValueError on bad input."""
+def open_squad(data: str, *, valid: str = "") -> SquadCorpus:
+    """data and valid are files; without valid, one in HELD_OUT paragraphs of data validates, with
+    all of its questions. Raises ValueError on bad input."""
     raw = read_bytes("--data", data)
     train, abstains = parse(raw, data)
     digest = hashlib.sha256(b"squad 1" + hashlib.sha256(raw).digest())
@@ -73,22 +72,12 @@ def open_squad(data: str, *, valid: str = "", seed: int = 0) -> SquadCorpus:
         digest.update(b"given" + hashlib.sha256(raw).digest())
         rule = "the given file validates"
     else:
-        n = len(train)
-        if n < 2:
-            raise ValueError(
-                f"{data} has one paragraph with questions, too few to hold one out: give more, "
-                "or --valid"
-            )
-        drawn = set(np.random.default_rng(seed).permutation(n)[: max(1, n // EVERY)].tolist())
-        items = list(train.items())
-        train = dict(item for i, item in enumerate(items) if i not in drawn)
-        validation = dict(item for i, item in enumerate(items) if i in drawn)
+        items, held_out, rule = divide(list(train.items()), HELD_OUT, "paragraph", data)
+        train, validation = dict(items), dict(held_out)
         may_abstain = {"train": abstains, "validation": abstains}
-        digest.update(f"drawn {EVERY} {seed}".encode())
-        rule = f"{len(drawn):,} of {n:,} paragraphs, drawn with the seed, validate"
-    name = Path(data).name.partition(".")[0] or Path(data).name
+        digest.update(f"drawn {HELD_OUT}".encode())
     splits = {"train": train, "validation": validation}
-    return SquadCorpus(name, digest.hexdigest(), rule, splits, may_abstain)
+    return SquadCorpus(name_of(Path(data)), digest.hexdigest(), rule, splits, may_abstain)
 
 
 def read_bytes(flag: str, name: str) -> bytes:

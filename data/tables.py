@@ -1,14 +1,17 @@
 """Small tables of text -> rows of named columns, in memory: what fine-tuning learns from.
 
-    .jsonl  an object a line; numbers are read as they are written, other keys are ignored
-    .csv    comma-separated, as the csv module reads it: "quoted" cells may hold commas, doubled
-            quotes and line ends
-    .tsv    tab-separated, and nothing more: a quote is a character like any other
+    .jsonl  an object a line; numbers, true and false are text as they are written
+    .csv    columns divided by commas, as the csv module reads it: "quoted" cells may hold commas,
+            doubled quotes and line ends
+    .tsv    columns divided by tabs, a line a row, as GLUE's files are: a quote is text
 
 Each of them UTF-8, with or without a byte-order mark, lines ending in \\n or \\r\\n; also as .gz.
-Blank lines are skipped. A table may begin with a header: it does if the first row names a column
-that is asked for. Other columns are ignored then. Without a header the columns are those asked for,
-in that order, and there are no others. White space around text is part of it.
+Blank lines are skipped, and so are rows of empty cells.
+
+What a table is asked for is a form, the names of its columns, and there may be several: the first
+counts whose names are all there, in the first line, or in each object of a .jsonl, in any order.
+Other columns are passed over. A first line without such names is a row; its columns are those of
+the first form of as many, in that order.
 
 Left out: other separators and encodings, nested JSON, Excel and Parquet, tables that do not fit
 into memory, rows that occur twice (they may fall on both sides of the division).
@@ -17,17 +20,28 @@ into memory, rows that occur twice (they may fall on both sides of the division)
 import csv
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-
+from data.division import divide
 from data.parallel import read_lines
+from data.text import name_of
 
-HELD_OUT_EVERY = 10  # of this many rows, one validates
-Columns = dict[str, tuple[str, ...]]  # name: other names that a file may give it, best first
-Row = tuple[int, dict[str, str]]  # (line that it begins in, {column: text})
+HELD_OUT = 10  # one row in so many validates where no file does
+Form = tuple[str, ...]  # names of columns
+
+
+class Row(NamedTuple):
+    line: int  # of its file, where it begins
+    texts: tuple[str, ...]  # one for each column of its form
+
+
+class Table(NamedTuple):
+    rows: list[Row]
+    named: bool  # whether the file names its columns
 
 
 @dataclass
@@ -37,116 +51,120 @@ class TableCorpus:
     name: str
     hash: str
     rule: str  # how it was split, for the plan
-    train: list[Row]
-    validation: list[Row]
+    splits: dict[str, list[Row]]
 
     def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
         """What a tokenizer is learnt from: every cell is a document of its own."""
-        for _, row in getattr(self, split):
-            for text in row.values():
+        for row in self.splits[split]:
+            for text in row.texts:
                 yield text, True
 
 
 def open_tables(
-    data: str,
-    valid: str,
-    columns: Columns,
-    seed: int,
-    *,
-    optional: Collection[str] = (),
-    blank: Collection[str] = (),
+    data: str, valid: str, forms: Sequence[Form], *, blank: Collection[str] = (), **more
 ) -> TableCorpus:
-    """The rows of --data and --valid; without the latter, one row in ten validates, drawn with the
-    seed. The other arguments are those of read_table. Raises ValueError on bad input."""
-    path, more = Path(data), {"optional": optional, "blank": blank}
-    rows = read_table(path, columns, **more)
+    """The rows of --data and --valid; without the latter, one in HELD_OUT validates. The other
+    arguments are those of read_table. Raises ValueError on bad input."""
+
+    def read(name: str) -> list[Row]:
+        table = read_table(Path(name), forms, blank=blank, **more)
+        first = table.rows[0]
+        known = [c for c in map(clean, first.texts) if any(c in form for form in forms)]
+        if known and not table.named:
+            told = f'this looks like names, and "{known[0]}" is one, but others are missing'
+            raise refusal(Path(name), first.line, f"{told}: {name_them(forms)}")
+        return table.rows
+
     if valid:
-        train, validation, divided = (
-            rows,
-            read_table(Path(valid), columns, **more),
-            "the given files",
-        )
+        train, validation = read(data), read(valid)
+        rule = f"{len(train):,} rows train, {len(validation):,} validate (the given files)"
     else:
-        if len(rows) < 2:
-            raise ValueError(f"{data} has one row, too few to hold one out: give more, or --valid")
-        n = max(1, len(rows) // HELD_OUT_EVERY)
-        held_out = set(np.random.default_rng(seed).permutation(len(rows))[:n].tolist())
-        train = [row for i, row in enumerate(rows) if i not in held_out]
-        validation = [row for i, row in enumerate(rows) if i in held_out]
-        divided = f"one in {HELD_OUT_EVERY if n > 1 else len(rows)}, drawn with seed {seed}"
-    content = json.dumps(["tables 1", *([row for _, row in part] for part in (train, validation))])
+        train, validation, rule = divide(read(data), HELD_OUT, "row", data)
+    content = json.dumps(["tables 1", *([row.texts for row in x] for x in (train, validation))])
     return TableCorpus(
-        path.name.partition(".")[0] or path.name,
+        name_of(Path(data)),
         hashlib.sha256(content.encode()).hexdigest(),
-        f"{len(train):,} rows train, {len(validation):,} validate ({divided})",
-        train,
-        validation,
+        rule,
+        {"train": train, "validation": validation},
     )
 
 
-def read_table(
-    path: Path,
-    columns: Columns,
-    *,
-    optional: Collection[str] = (),
-    blank: Collection[str] = (),
-) -> list[Row]:
-    """All rows of a file, in its order; their columns are in the order of `columns`.
+# ---- one file ------------------------------------------------------------------------------------
 
-    optional: columns that the file, or an object of a .jsonl, may lack, and then the row does too.
-    blank: columns whose cells may be empty or white space. Without a header a row has either all
-    columns or all but the optional ones. Column names match without regard to case and white space
-    around them. ValueError with the line and its content for what is broken.
+
+def read_table(
+    path: Path, forms: Sequence[Form], *, blank: Collection[str] = (), collapse: bool = False
+) -> Table:
+    """All rows of a file, in its order.
+
+    blank: columns whose cells may be empty or white space. collapse: white space is a single space
+    and none at either end; otherwise it is part of the text. Names match without regard to case and
+    white space around them. ValueError with the line and its content for what is broken.
     """
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     if kind not in (".jsonl", ".csv", ".tsv"):
-        raise ValueError(f"{path} is no table: its name must end in .csv, .tsv or .jsonl, or .gz")
+        raise ValueError(f"{path} is no .csv, .tsv or .jsonl (each also as .gz): convert it")
     if not path.is_file():
         raise ValueError(f"{path} is no file here: give a .csv, .tsv or .jsonl, each also as .gz")
-    required, rows = [name for name in columns if name not in optional], []
     if kind == ".jsonl":
-        records = jsonl_records(path)
+        named, records = True, json_records(path)
     else:
-        cells = csv_cells(path) if kind == ".csv" else tsv_cells(path)
-        records = named(path, cells, columns, required)
-    for number, record, line in records:
-        row = pick(record, columns)
-        for name in required:
-            if name not in row:
-                raise refusal(path, number, line, f"there is no {either(name, columns)}")
-        for name, text in row.items():
-            if not isinstance(text, str):
-                raise refusal(path, number, line, f'"{name}" is no text')
-            if name not in blank and not text.strip():
-                raise refusal(path, number, line, f'"{name}" is empty')
-        rows.append((number, row))
+        cells = csv_cells(path, collapse) if kind == ".csv" else tsv_cells(path)
+        named, records = named_records(path, cells, forms)
+    form, rows = (), []
+    for number, record in records:
+        found = find_form(record, forms)
+        if found is None:
+            first = " and ".join(min(forms, key=len))
+            raise refusal(path, number, f"it has no {first}, or no known names for them")
+        form = form or found
+        if found != form:
+            names = [", ".join(names) for names in (found, form)]
+            raise refusal(path, number, f"it has {names[0]} where the others have {names[1]}")
+        texts = [as_text(path, number, name, record[name], name in blank) for name in form]
+        if collapse:
+            texts = [" ".join(text.split()) for text in texts]
+        rows.append(Row(number, tuple(texts)))
     if not rows:
         raise ValueError(f"{path} has no rows: give a table with text in it")
-    return rows
+    return Table(rows, named)
 
 
-def pick(record: dict, columns: Columns) -> dict:
-    """{column: its value}, under the first of its names that the record has."""
-    found = {
-        name: next((alias for alias in (name, *aliases) if alias in record), None)
-        for name, aliases in columns.items()
-    }
-    return {name: record[alias] for name, alias in found.items() if alias is not None}
+def as_text(path: Path, number: int, name: str, value: object, may_be_blank: bool) -> str:
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise refusal(path, number, f"its {name} is {json.dumps(value)[:20]}, which is no text")
+    if not value.strip() and not may_be_blank:
+        raise refusal(path, number, f"its {name} is empty")
+    return value
 
 
-def either(name: str, columns: Columns) -> str:
-    return " or ".join(f'"{alias}"' for alias in (name, *columns[name]))
+def find_form(names: Collection[str], forms: Sequence[Form]) -> Form | None:
+    return next((form for form in forms if all(name in names for name in form)), None)
 
 
-def refusal(path: Path, number: int, line: str, what: str) -> ValueError:
-    return ValueError(f"{path}, line {number:,}: {what}: {line.strip()[:60]}")
+def name_them(forms: Sequence[Form]) -> str:
+    """What helps where columns are not what they seem: the first form of each length is said."""
+    first = {len(form): ", ".join(form) for form in reversed(forms)}
+    return f"name the columns in a first line ({' or '.join(first[n] for n in sorted(first))})"
+
+
+def refusal(path: Path, number: int, why: str) -> ValueError:
+    """The line is read again: nothing else needs it as it is written."""
+    line = next(islice(read_lines(path), number - 1, None))
+    return ValueError(f"{path}, line {number:,}: {why}: {' '.join(line.split())[:60]}")
+
+
+def clean(name: str) -> str:
+    return name.strip().lower()
 
 
 # ---- the three formats ---------------------------------------------------------------------------
 
 
-def jsonl_records(path: Path) -> Iterator[tuple[int, dict, str]]:
-    """(number of the line, object, line). A number becomes the text that stands for it."""
+def json_records(path: Path) -> Iterator[tuple[int, dict]]:
+    """(number of the line, object); a number in it becomes the text that stands for it."""
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -155,56 +173,58 @@ def jsonl_records(path: Path) -> Iterator[tuple[int, dict, str]]:
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
-            raise refusal(path, number, line, "this is no JSON object")
-        yield number, {clean(key): value for key, value in record.items()}, line
+            raise refusal(path, number, "it is no JSON object")
+        yield number, {clean(name): value for name, value in record.items()}
 
 
-def csv_cells(path: Path) -> Iterator[tuple[int, list[str], str]]:
-    """(number of the record's first line, cells, that line)"""
-    lines = list(read_lines(path))
-    reader, number = csv.reader((f"{line}\n" for line in lines), strict=True), 1
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise refusal(path, number, lines[number - 1], f"this is no CSV ({error})") from error
-        if any(cell.strip() for cell in cells):
-            yield number, cells, lines[number - 1]
-        number = reader.line_num + 1
+def csv_cells(path: Path, skip_spaces: bool) -> Iterator[tuple[int, list[str]]]:
+    """(number of the row's first line, its cells). skip_spaces: those behind a comma, so that a
+    quote may follow them."""
+    lines, number = (f"{line}\n" for line in read_lines(path)), 1
+    reader = csv.reader(lines, strict=True, skipinitialspace=skip_spaces)
+    try:
+        for cells in reader:
+            yield number, cells
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise refusal(path, number, f"what begins here is no CSV ({error})") from error
 
 
-def tsv_cells(path: Path) -> Iterator[tuple[int, list[str], str]]:
+def tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(read_lines(path), 1):
-        if line.strip():
-            yield number, line.removesuffix("\r").split("\t"), line
+        yield number, line.removesuffix("\r").split("\t")
 
 
-def named(
-    path: Path, rows: Iterator[tuple[int, list[str], str]], columns: Columns, required: list[str]
-) -> Iterator[tuple[int, dict, str]]:
-    """Cells -> {name: cell}; the names are those of the header, or of `columns`."""
-    names: list[str] = []
-    for i, (number, cells, line) in enumerate(rows):
-        if not i:
-            names = [clean(cell) for cell in cells]
-            found = pick({name: name for name in names}, columns)
-            lacking = [name for name in required if name not in found]
-            if len(lacking) < len(required):
-                if lacking:
-                    what = f"this header has no {either(lacking[0], columns)}"
-                    raise refusal(path, number, line, what)
-                for name in found.values():
-                    if names.count(name) > 1:
-                        raise refusal(path, number, line, f'this header names "{name}" twice')
-                continue
-            names = required if len(cells) == len(required) else list(columns)
-        if len(cells) != len(names):
-            what = f"{len(cells)} instead of {len(names)} columns ({', '.join(names)})"
-            raise refusal(path, number, line, what)
-        yield number, dict(zip(names, cells, strict=True)), line
+def named_records(
+    path: Path, rows: Iterator[tuple[int, list[str]]], forms: Sequence[Form]
+) -> tuple[bool, Iterator[tuple[int, dict[str, str]]]]:
+    """(whether the first row has the names, (number, {name: cell}) of each row)"""
+    rows = ((number, cells) for number, cells in rows if any(map(str.strip, cells)))
+    first, cells = next(rows, (0, []))
+    if not first:
+        return True, iter(())
+    width, names = len(cells), [clean(cell) for cell in cells]
+    form = find_form(names, forms)
+    named = form is not None
+    if named:
+        twice = [name for name in form if names.count(name) > 1]
+        if twice:
+            raise refusal(path, first, f'"{twice[0]}" is the name of two columns')
+    else:
+        names = next((form for form in forms if len(form) == width), None)
+        if not names:
+            raise refusal(path, first, f"{columns(width)}, and no known names: {name_them(forms)}")
+        rows = chain([(first, cells)], rows)
+
+    def records() -> Iterator[tuple[int, dict[str, str]]]:
+        for number, cells in rows:
+            if len(cells) != width:
+                why = f"{columns(len(cells))} where line {first:,} has {width}"
+                raise refusal(path, number, why)
+            yield number, dict(zip(names, cells, strict=True))
+
+    return named, records()
 
 
-def clean(name: str) -> str:
-    return name.strip().lower()
+def columns(n: int) -> str:
+    return f"{n} column{'s' * (n != 1)}"

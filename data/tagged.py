@@ -11,20 +11,19 @@ Left out: context from neighbouring sentences of a document, and a CRF on top.
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bpe import Tokenizer
-from data.buckets import Buckets, evenly, pad_rows
+from data.buckets import Buckets, evenly_within, pad_rows
 from data.conll import TaggedText, open_tagged
 from data.masked import CLS, MASK, PAD, SEP, SPECIAL, encode_text
-from data.windows import get_tokenizer
+from data.tokens import AnyTokenizer
+from data.windows import SPLITS, get_tokenizer, settings
 from entities import entities, entity_scores
-from wordpiece import UNK, WordPiece
+from wordpiece import UNK
 
 
 class TaggedSentences:
@@ -38,7 +37,7 @@ class TaggedSentences:
         self,
         text: TaggedText,
         split: str,
-        tokenizer: Tokenizer | WordPiece,
+        tokenizer: AnyTokenizer,
         labels: tuple[str, ...],
         *,
         block_size: int,
@@ -57,40 +56,28 @@ class TaggedSentences:
         shown = {"desc": f"tokenizing {split}", "unit": " sentences", "disable": None}
         words = tqdm((s.words for s in self.sentences), total=len(self.sentences), **shown)
         self.rows = sentence_rows(words, tokenizer, min(row_length or block_size, block_size))
-        self.chosen = np.arange(len(self.sentences))
-        tokens = sum(len(row.ids) for row in self.rows)
-        if not training and 0 < max_tokens < tokens:
-            wanted = max(1, len(self.sentences) * max_tokens // tokens)
-            self.chosen = evenly(len(self.sentences), wanted)
-            kept = set(self.chosen.tolist())
-            self.rows = [row for row in self.rows if row.sentence in kept]
+        tokens, limit = sum(len(row.ids) for row in self.rows), 0 if training else max_tokens
+        self.chosen = evenly_within(len(self.sentences), tokens, limit)
+        kept = set(self.chosen.tolist())
+        self.rows = [row for row in self.rows if row.sentence in kept]
         self.tokens_per_batch = batch_size * block_size
-        # Micro-batches in a step.
-        parts = max(1, tokens_per_step // self.tokens_per_batch) if training else 1
+        lengths = np.array([len(row.ids) for row in self.rows])
         self.buckets = Buckets(
-            np.array([len(row.ids) for row in self.rows]),
-            parts * self.tokens_per_batch,
-            parts=parts,
-            seed=seed,
-            shuffle=training,
+            lengths, self.tokens_per_batch, tokens_per_step, seed=seed, training=training
         )
         self.n_batches = self.buckets.n_batches
         self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
 
     @classmethod
-    def splits(cls, config, sizes: dict, tokenizer: Tokenizer | WordPiece | None = None):
+    def splits(cls, config, sizes: dict, tokenizer: AnyTokenizer | None = None):
         """(train, validation). sizes["labels"] are a checkpoint's; where it is empty, the types of
         the training file make them. ValueError for a tag that is none of them."""
         text = open_tagged(config.data, config.valid)
-        if not tokenizer:
-            cache = Path(config.cache_dir)
-            tokenizer = get_tokenizer(config, sizes["vocab_size"], text, cache, SPECIAL)
+        tokenizer = tokenizer or get_tokenizer(config, sizes, text, SPECIAL)
         labels = tuple(sizes.get("labels") or text.labels)
         text.check(labels)
-        more = {"block_size": sizes["block_size"], "batch_size": config.batch_size}
-        more |= {"row_length": config.row_length, "tokens_per_step": config.tokens_per_step}
-        more |= {"seed": config.seed, "max_tokens": config.eval_tokens}
-        return tuple(cls(text, s, tokenizer, labels, **more) for s in ("train", "validation"))
+        more = settings(config, sizes, "row_length", "tokens_per_step")
+        return tuple(cls(text, s, tokenizer, labels, **more) for s in SPLITS)
 
     def batch(self, i: int) -> dict[str, Tensor]:
         """{"tokens": (B, T), "targets": (B, T)}, a target at the first sub-token of each word that
@@ -121,7 +108,7 @@ class TaggedSentences:
         joined = join_rows(rows, answers)
         gold = [self.sentences[k].tags for k in self.chosen]
         tags = [[self.labels[label] for label in joined[k]] for k in self.chosen]
-        return {name: round(value, 4) for name, value in entity_scores(gold, tags).items()}
+        return {name: round(value, 6) for name, value in entity_scores(gold, tags).items()}
 
     def describe(self) -> str:
         sentences = [self.sentences[k] for k in self.chosen]
@@ -134,9 +121,7 @@ class TaggedSentences:
         )
         text += f", {sum(len(s.words) for s in sentences):,} words, {len(found):,} entities of "
         text += f"{len(set(found))} types ({scheme}), {len(self.rows):,} rows"
-        if self.split == "train":
-            steps, padding = self.buckets.padding(self.buckets.lengths[:, None])
-            text += f", {steps:,} steps with {padding:.0%} padding"
+        text += self.buckets.describe()
         return text
 
 
@@ -153,9 +138,7 @@ class Row:
     first: int  # the first word that is asked for; the others follow it
 
 
-def sentence_rows(
-    sentences: Iterable[list[str]], tokenizer: Tokenizer | WordPiece, T: int
-) -> list[Row]:
+def sentence_rows(sentences: Iterable[list[str]], tokenizer: AnyTokenizer, T: int) -> list[Row]:
     """Rows of at most T tokens, in which every word is asked for once; see `windows`.
 
     Each word is encoded by itself. One of which nothing is left (a zero-width space under

@@ -86,7 +86,12 @@ def open_corpus(data: str, cache: Path) -> Corpus:
         return folder_corpus(path.resolve().name, path, files, cache)
     if not path.is_file():
         raise ValueError(f"{data} is no file or folder here, nor one of {', '.join(NAMES)}")
-    return file_corpus(path.name.partition(".")[0] or path.name, path, cache)
+    return file_corpus(name_of(path), path, cache)
+
+
+def name_of(path: Path) -> str:
+    """Of a file without its endings: what is made from it is called after it."""
+    return path.name.partition(".")[0] or path.name
 
 
 def whole(corpus: Corpus) -> Corpus:

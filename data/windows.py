@@ -2,13 +2,32 @@
 
 This is one of the data classes that `checkpoint.TASKS` names. What the training loop asks of each:
 
-    Data.splits(config, sizes, tokenizer) -> (train, validation)
+    Data.splits(config, sizes, tokenizer) -> (train, validation); config has the flags, sizes are
+                 the model's settings. Without a tokenizer, see get_tokenizer
     .batch(i)    a pure function of (seed, split, i) -> {argument of the model's forward: tensor};
                  every tensor whose name ends in "targets" marks "no target" with -100
     .tokens_per_batch, .tokens_per_epoch for training, .n_batches of an evaluation
-    .report(sums, counts) -> {name: number}, with "loss" among them, lower is better
-    .tokenizer, .fingerprint (a hash of the text), .prompts (to show what a model has learnt)
+    .report(sums, counts) -> {name: number}, with "loss" among them, lower is better; both are of
+                 a whole evaluation: losses, and whatever else the model sums, and targets
+    .tokenizer, .fingerprint (a hash of the text and of its division)
+    .prompts     a few inputs as a user would write them, of the validation side where that is a
+                 file's: the responses to them show what a model has learnt
     .rule, .describe(): for the plan, how the text was split and how much of it there is
+
+And where a model, in an evaluation, returns more than sums:
+
+    .measure(predicted) -> {name: number}, the task's own figures, to join the report; predicted[i]
+                 is what the model returned as "predicted" for batch i, an array, for all batches.
+                 Shares are from 0 to 1 (SQuAD's scores in percent, as everywhere), to 6 digits
+
+What a model's head must know of the data are attributes by the names in `finetune.LEARNT`:
+
+    .labels      the names of the classes; the place of a label is its id in targets
+    .pairs       whether a label belongs to a pair of texts
+    .may_abstain whether a question may have no answer
+
+They replace sizes of the same name. sizes["labels"] are a checkpoint's, and are kept, in their
+order; where they are empty, the training data makes them.
 """
 
 import math
@@ -23,6 +42,7 @@ from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
 from data.text import Corpus, open_corpus
 from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile, load_tokenizer, tokenize
 
+SPLITS = ("train", "validation")
 TOKENIZER_CHARACTERS = 100_000_000  # of training text that a new tokenizer is learnt from
 
 
@@ -152,21 +172,25 @@ def both_splits(
 
     special_tokens are those that the task needs; `border` is the one before each document.
     """
-    cache = Path(config.cache_dir)
-    if not tokenizer:
-        tokenizer = get_tokenizer(config, sizes["vocab_size"], corpus, cache, special_tokens)
-    more |= {"block_size": sizes["block_size"], "batch_size": config.batch_size}
-    more |= {"seed": config.seed, "max_tokens": config.eval_tokens}
+    tokenizer = tokenizer or get_tokenizer(config, sizes, corpus, special_tokens)
+    cache, more = Path(config.cache_dir), {**settings(config, sizes), **more}
     return tuple(
         Data(tokenize(corpus, split, tokenizer, cache, border), corpus, split, tokenizer, **more)
-        for split in ("train", "validation")
+        for split in SPLITS
     )
 
 
+def settings(config, sizes: dict, *names: str) -> dict:
+    """{argument: value} of a data class, of what all take and of `names`, which are flags."""
+    values = {name: getattr(config, name) for name in ("batch_size", "seed", *names)}
+    return {"block_size": sizes["block_size"], "max_tokens": config.eval_tokens, **values}
+
+
 def get_tokenizer(
-    config, vocab_size: int, corpus: Corpus, cache: Path, special_tokens: tuple[str, ...]
+    config, sizes: dict, corpus: Corpus, special_tokens: tuple[str, ...]
 ) -> AnyTokenizer:
     """GPT-2's own, one from a file, or (cached) one learnt from the training part of the corpus."""
+    cache, vocab_size = Path(config.cache_dir), sizes["vocab_size"]
     if config.tokenizer:
         if config.tokenizer == "gpt2":
             files = fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache)

@@ -139,8 +139,8 @@ def test_the_best_of_the_answers_counts_and_questions_weigh_the_same():
     golds = [["dog", "Cat!"], ["dog", "white dog"], ["cat"]]
     # F1 of "black dog": 2/3 with "dog", 1/2 with "white dog".
     assert score(said, golds) == {
-        "exact_match": round(100 / 3, 4),
-        "f1": round(100 * (1 + 2 / 3) / 3, 4),
+        "exact_match": round(100 / 3, 6),
+        "f1": round(100 * (1 + 2 / 3) / 3, 6),
     }
 
 
@@ -149,9 +149,9 @@ def test_questions_without_an_answer_are_right_with_an_empty_one():
     report = score(["", "cat", "", "cat dog", "bird"], golds)
     assert report == {
         "exact_match": 40.0,
-        "f1": round(100 * (1 + 0 + 0 + 2 / 3 + 1) / 5, 4),
-        "answerable_exact_match": round(100 / 3, 4),
-        "answerable_f1": round(100 * (2 / 3 + 1) / 3, 4),
+        "f1": round(100 * (1 + 0 + 0 + 2 / 3 + 1) / 5, 6),
+        "answerable_exact_match": round(100 / 3, 6),
+        "answerable_f1": round(100 * (2 / 3 + 1) / 3, 6),
         "unanswerable_exact_match": 50.0,
     }
     assert all(type(value) is float and math.isfinite(value) for value in report.values())

@@ -48,8 +48,8 @@ def xquad():
 
 @given(ANY, st.booleans())
 def test_units_of_wordpiece_have_the_ids_of_the_whole(text, lowercase):
-    tokenizer = PIECES[lowercase]
-    assert encode_context(tokenizer, text).ids.tolist() == encode_text(tokenizer, text)
+    tokenizer, spaced = PIECES[lowercase], " ".join(text.split())  # U+0085 divides words here
+    assert encode_context(tokenizer, text).ids.tolist() == encode_text(tokenizer, spaced)
 
 
 @pytest.mark.parametrize("lowercase", [True, False])

@@ -1,12 +1,9 @@
-"""data/examples.py: labelled texts in all the forms that files have; what is refused, and how."""
+"""data/examples.py: which columns are texts and labels, what is refused, and the two splits."""
 
-import csv
 import gzip
-import io
 import json
 import re
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,12 +13,6 @@ from hypothesis import strategies as st
 
 from data.examples import open_labelled, read_examples
 
-# Whatever can be in a text, among it line separators that are no line ends, and what CSV quotes.
-CHARACTERS = st.sampled_from("ab é数😀,;'\"\t\r\n\u2028\x85\xa0#|\\") | st.characters(
-    codec="utf-8", exclude_characters="\0"
-)
-TEXT = st.text(CHARACTERS, max_size=12).map(lambda text: text + "x")
-ROWS = st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=8)
 IN_A_FOLDER = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -40,48 +31,11 @@ def read(name: str, text: str | bytes) -> list[tuple]:
     return [(*example.texts, example.label) for example in read_examples(write(name, text))]
 
 
-def collapsed(rows) -> list[tuple]:
-    return [tuple(" ".join(cell.split()) for cell in row) for row in rows]
-
-
-# ---- formats -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("name", ["x.csv", "x.CSV.gz"])
-@given(rows=ROWS, quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
-@IN_A_FOLDER
-def test_what_csv_writes_is_read(name, end, rows, quoting):
-    # csv alone leaves a "\r" bare where lines end in "\n".
-    rows = [[cell.replace("\r", "\n") for cell in row] for row in rows]
-    into = io.StringIO(newline="")
-    writer = csv.writer(into, lineterminator=end, quoting=quoting)
-    writer.writerows([["Label ", "text_B", "text"], *rows])
-    got = read(name, b"\xef\xbb\xbf" + into.getvalue().encode())
-    assert got == collapsed((text, text_b, label) for label, text_b, text in rows)
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-@given(rows=ROWS)
-@IN_A_FOLDER
-def test_a_tsv_has_no_quotes(end, rows):
-    """GLUE's files have lone quotes; read as CSV, one of them swallows hundreds of lines."""
-    rows = [[re.sub("[\t\n]", " ", cell) for cell in row] for row in rows]
-    lines = "".join("\t".join(row) + end for row in [["text", "text_b", "label"], *rows])
-    assert read("x.tsv", lines) == read("x.tsv.gz", lines.removesuffix(end)) == collapsed(rows)
-
-
-@given(rows=ROWS, ascii=st.booleans())
-@IN_A_FOLDER
-def test_jsonl_is_read_with_any_white_space(rows, ascii):
-    names = ("Text", " text_b", "LABEL")
-    objects = [{"id": 3, **dict(zip(names, row, strict=True))} for row in rows]
-    lines = "\r\n\n \n".join(json.dumps(x, ensure_ascii=ascii) for x in objects)
-    assert read("x.jsonl", "\ufeff" + lines) == read("x.jsonl.gz", lines) == collapsed(rows)
+# ---- columns -------------------------------------------------------------------------------------
 
 
 def test_labels_of_any_kind_become_their_text():
-    values = ["a", " 1 ", 1, -2, 0.5, True, False, "True", "two  words"]
+    values = ["a", " 1 ", 1, -2, 0.5, True, False, "True", "two \n words"]
     lines = "\n".join(json.dumps({"text": "x", "label": value}) for value in values)
     labels = [label for _, label in read("x.jsonl", lines)]
     assert labels == ["a", "1", "1", "-2", "0.5", "true", "false", "True", "two words"]
@@ -132,66 +86,33 @@ def test_sst2_is_read_as_it_is_published():
 
 # ---- what is refused -----------------------------------------------------------------------------
 
-TWO = "text\tlabel\na b\t1\n"
-
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.tsv", TWO + "c\td\t0\n", r"x.tsv, line 3: 3 columns where line 1 has 2: c d 0$"),
-        ("x.tsv", "a\t1\n\nb\n", r"line 3: 1 columns where line 1 has 2: b$"),
-        ("x.csv", 'text,label\n"a\nb",1\n\n"c\nd"\n', r"x.csv, line 5: 1 col.* line 1 has 2: \"c$"),
-        ("x.csv", 'text,label\na,1\n"b,0\nc,1\n', r"line 3: what begins here is no CSV .*: \"b,0$"),
-        ("x.csv", 'text,label\n"a" b,1\n', r"line 2: what begins here is no CSV .*: \"a\" b,1$"),
-        ("x.csv", "text,label\ra,1\rb,1", r"line 1: what begins here is no CSV \(new-line"),
-        ("x.csv", "text,label\na,1\n" + "b" * 200_000 + ",1", r"3: .*limit.*: b{60}$"),
-        ("x.tsv", TWO + " \t1\n", r"line 3: its text is empty: 1$"),
-        ("x.tsv", TWO + "c\t\n", r"line 3: its label is empty: c$"),
-        ("x.csv", "premise,hypothesis,label\na,,1\n", r"line 2: its hypothesis is empty: a,,1$"),
-        ("x.tsv", "a\tb\tc\td\n", r"line 1: 4 columns, and no names .*text_b and label: a b c d$"),
-        ("x.csv", "a;1\nb;0\n", r"line 1: 1 column, and no names"),
+        ("x.tsv", "a\tb\tc\td\n", r"line 1: 4 columns, and no known .*text_b, label\): a b c d$"),
+        (
+            "x.csv",
+            "a;1\nb;0\n",
+            r"line 1: 1 column, and no known names: name the .* \(text, label or",
+        ),
         ("x.tsv", "index\tsentence\n0\ta\n1\tb\n", r"line 1: its label 'sentence' comes nowhere"),
         ("x.tsv", "news\ttopic\na\t1\nb\t0\n", r"line 1: its label 'topic' comes nowhere .*topic$"),
         ("x.tsv", "1\ta\n0\tb\n1\tc\n", r"line 1: the first column has 2 different .* last 3, as"),
         ("x.csv", "3,a,b\n4,a,c\n3,d,e", r"first column has 2 .* last 3.*order of the file: 3,a,b"),
-        ("x.jsonl", '{"text": "a", "label": 1}\n{"a": \n', r'line 2: it is no JSON object: {"a":$'),
-        ("x.jsonl", "[1]\n", r"line 1: it is no JSON object: \[1\]$"),
-        ("x.jsonl", "[" * 100_000, r"line 1: it is no JSON object: \[{60}$"),
+        ("x.tsv", "text\tlabel\na\t1\nb\t\n", r"x.tsv, line 3: its label is empty: b$"),
         ("x.jsonl", '{"text": "a"}', r"line 1: it has no text and label, or no known names"),
-        ("x.jsonl", '{"text": "a", "label": null}', r"line 1: its label is null, which is no text"),
-        (
-            "x.jsonl",
-            '{"text": ["a"], "label": 1}',
-            r'line 1: its text is \["a"\], which is no text',
-        ),
         (
             "x.jsonl",
             '{"text": "a", "label": 1}\n\n{"text": "a", "text_b": "b", "label": 1}',
             r"line 3: it has text, text_b, label where the others have text, label: {",
         ),
-        ("x.tsv", "", r"x.tsv has no example in it"),
-        ("x.csv", "\n \n", r"x.csv has no example in it"),
-        ("x.tsv", "text\tlabel\n", r"x.tsv has no example in it"),
-        ("x.tsv", b"\xff\t1\n", r"x.tsv is not UTF-8 in line 1"),
-        ("x.tsv", b"a\x00\t1\n", r"x.tsv is binary"),
-        ("x.txt", "a\t1\n", r"x.txt is no .csv, .tsv or .jsonl"),
-        ("x.tsv.zip", "a\t1\n", r"x.tsv.zip is no .csv, .tsv or .jsonl"),
     ],
 )
-def test_what_is_broken_is_told_with_its_line(name, text, message):
+def test_what_is_no_text_with_a_label_is_told_with_its_line(name, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read(name, text)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
-
-
-def test_a_file_that_is_not_there_is_told():
-    for name in ("no.tsv", "."):
-        with pytest.raises(ValueError, match=r"no \.csv, .tsv or .jsonl|no.tsv is no file here"):
-            read_examples(Path(name))
-    write("x.tsv.gz", TWO)
-    Path("x.tsv.gz").write_bytes(Path("x.tsv.gz").read_bytes()[:20])
-    with pytest.raises(ValueError, match="no intact gzip"):
-        read_examples(Path("x.tsv.gz"))
 
 
 # ---- splits and labels ---------------------------------------------------------------------------
@@ -212,18 +133,9 @@ def test_one_in_ten_of_each_label_is_held_out(counts):
     held = Counter(x.label for x in validation)
     assert held == {k: max(1, n // 10) for k, n in counts.items() if n > 1}
     assert sorted(train + validation) == read_examples(Path("x.tsv"))  # none lost, none twice
-    assert train == sorted(train) and validation == sorted(validation)
     numbers = f"{len(train)} examples train, {len(validation)} validate (one in 10 of each label"
     assert corpus.rule.startswith(numbers) and corpus.labels == tuple(sorted(counts))
-
-
-def test_what_is_held_out_is_drawn_from_all_of_a_label_and_always_the_same():
-    corpus = open_labelled(str(write("x.tsv", lines({"a": 300, "b": 200}))))
-    places = [x.line - 2 for x in corpus.splits["validation"]]
-    assert places == [x.line - 2 for x in open_labelled("x.tsv").splits["validation"]]
-    gaps = {b - a for a, b in pairwise(places)}
-    assert len(gaps) > 8  # not every tenth: what was collected together often lies so
-    assert min(Counter(place // 100 for place in places).values()) >= 4
+    assert corpus.rule.endswith(", drawn with a fixed seed)")
 
 
 @pytest.mark.parametrize(

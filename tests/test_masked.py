@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from config import MaskedConfig
-from data.buckets import evenly, pad_rows
+from data.buckets import evenly, evenly_within, pad_rows
 from data.masked import CLS, MASK, PAD, SEP, MaskedText, Masking
 from data.sentence_pairs import NEXT, RANDOM, fit
 from processes import Processes
@@ -420,6 +420,13 @@ def test_a_step_holds_the_same_rows_however_many_micro_batches_share_it(folder, 
     assert empty or n < 8  # a part without rows has a batch without targets
     larger, _ = splits(nsp=nsp, batch_size=batch_size, tokens_per_step=16 * T)
     assert sorted(epochs(larger, 1, 3)) == sorted(epochs(whole, 1, 3))  # only the order changes
+
+
+@given(st.integers(1, 60), st.integers(0, 900), st.integers(1, 3))
+def test_a_limit_of_tokens_is_one_of_rows(n, limit, least):
+    chosen = evenly_within(n, 13 * n, limit, least)
+    assert len(chosen) == (min(n, max(least, limit // 13)) if limit else n)
+    assert chosen.tolist() == evenly(n, len(chosen)).tolist() == sorted(set(chosen.tolist()))
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(0, 100))

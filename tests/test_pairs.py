@@ -290,7 +290,7 @@ def test_describe_counts_what_is_there(folder):
     told = train.describe()
     assert told.startswith(f"210 pairs, {source:,} source and {target:,} target tokens, ")
     assert f"{train.n_batches:,} steps with" in told and "steps" not in validation.describe()
-    padding = int(re.search(r"with (\d+)% padding", told)[1]) / 100
+    padding = float(re.search(r"with ([\d.]+)% padding", told)[1]) / 100
     real = cells = 0
     for i in range(train.n_batches):
         batch = train.batch(i)

@@ -19,7 +19,7 @@ from bpe import Tokenizer
 from data import similar
 from data.masked import CLS, PAD, SEP, SPECIAL
 from data.similar import SimilarPairs
-from data.tables import TableCorpus
+from data.tables import Row, TableCorpus
 from wordpiece import WordPiece
 
 WORDS = "sun moon star naïve déjà 7 42 x2 über-fast don't [SEP] (see) Ahoy".split(" ")  # noqa: SIM905
@@ -71,9 +71,12 @@ def splits(rows=None, valid=None, tokenizer=BPE, block_size=T, **flags) -> tuple
 
 def direct(rows: list[Pair], split: str = "train", batch_size: int = 14, **more) -> SimilarPairs:
     """Without files."""
-    table = [(i, {"a": a, "b": b}) for i, (a, b) in enumerate(rows)]
-    corpus = TableCorpus("x", "", "", table, table)
-    return SimilarPairs(corpus, split, BPE, block_size=T, batch_size=batch_size, **more)
+    return SimilarPairs(corpus(rows), split, BPE, block_size=T, batch_size=batch_size, **more)
+
+
+def corpus(rows: list[Pair]) -> TableCorpus:
+    table = [Row(line, pair) for line, pair in enumerate(rows, 1)]
+    return TableCorpus("x", "", "", {"train": table, "validation": table})
 
 
 def ids_of(data: SimilarPairs, text: str, room: int = T) -> tuple[int, ...]:
@@ -365,7 +368,10 @@ def test_what_is_told():
     assert report == {"loss": 3.0, "accuracy": 0.75}
     assert train.report({"loss": 0.0, "accuracy": 0.0}, {"loss": 0}) == {"loss": 0, "accuracy": 0}
     tenth, held = splits(valid="")
-    assert (tenth.n_all, held.n_all) == (45, 5) and "one in 10" in tenth.rule
+    assert (tenth.n_all, held.n_all) == (45, 5) and tenth.rule.startswith(
+        "5 of 50 rows, drawn with a fixed seed"
+    )
+    assert splits(valid="", seed=2)[1].pairs[0][0].tolist() == held.pairs[0][0].tolist()
     assert tenth.fingerprint == held.fingerprint != train.fingerprint
 
 
@@ -388,12 +394,10 @@ def test_texts_are_equal_if_the_model_reads_the_same():
     common beginning would make all texts one group."""
     uncased = WordPiece.train(["one two three four five six"] * 3, 60, min_frequency=1)
     rows = [("One", "two"), ("one", "three"), ("four", "TWO "), ("five", "six")]
-    corpus = TableCorpus("x", "", "", [(1, {"a": a, "b": b}) for a, b in rows], [])
-    data = SimilarPairs(corpus, "train", uncased, block_size=T, batch_size=4)
+    data = SimilarPairs(corpus(rows), "train", uncased, block_size=T, batch_size=4)
     assert len(set(data.group[:3])) == 1 and len(set(data.group)) == 2
     rows = [("\u200b", "six"), ("one", "five")]  # the first is nothing to it
-    corpus = TableCorpus("x", "", "", [(1, {"a": a, "b": b}) for a, b in rows], [])
-    empty = SimilarPairs(corpus, "train", uncased, block_size=T, batch_size=4)
+    empty = SimilarPairs(corpus(rows), "train", uncased, block_size=T, batch_size=4)
     assert len(empty.pairs[0][0]) == 2 and empty.pairs[0][0].dtype == np.int64
     cut = direct([("sun moon star", "x2"), ("sun moon 7", "42"), ("moon", "7")], row_length=4)
     assert len(set(cut.group)) == 3 and (cut.pairs[0][0] == cut.pairs[1][0]).all()
