@@ -8,7 +8,7 @@ What their settings and tensors are called is in `families.py`, how they become 
 opened, sizes are checked before memory is taken, and a tokenizer, a weight or a setting that we
 would not compute with exactly is refused.
 
-Left out: optimizer states, heads for fine-tuning, quantized weights, TensorFlow's and flax's files.
+Left out: optimizer states, quantized weights, TensorFlow's and flax's files.
 """
 
 import json
@@ -34,6 +34,7 @@ from data.hub import snapshot
 from data.masked import CLS, MASK, PAD, SEP
 from data.pairs import start_and_end
 from data.tokens import END_OF_TEXT, AnyTokenizer
+from evaluation import best_figure
 from families import BASES, FAMILIES
 from logs import read_log
 from mapping import our_config, their_settings, to_ours, to_theirs
@@ -365,7 +366,8 @@ def card(name: str, checkpoint: dict, records: list[dict]) -> str:
     last = [r for r in records if r["split"] == "validation" and r["step"] == step][-1:]
     results = {k: v for r in last for k, v in r.items() if k not in ("split", "step")}
     if math.isfinite(checkpoint["best"]):
-        results["best loss of the run"] = checkpoint["best"]
+        name_of, figure = best_figure(task, checkpoint["best"])
+        results[f"best {name_of} of the run"] = figure
     settings = {k: v for k, v in train.items() if k not in LOCAL and v not in ("", None)}
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {PIPELINES[task]}\n---",

@@ -70,18 +70,17 @@ def evaluate(
 
 # What a run is after, where it is not the smallest loss: the task's own figure, the higher the
 # better.
-GOALS = {
-    "classify": "accuracy",
-    "tag": "f1",
-    "answer": "f1",
-    "similar": "mrr",
-}
+GOALS = {"classify": "accuracy", "tag": "f1", "answer": "f1", "similar": "mrr"}
 
 
 def badness(task: str, report: dict[str, float]) -> float:
-    """What the best checkpoint has the least of."""
-    goal = GOALS.get(task)
-    return -report[goal] if goal else report["loss"]
+    """What the best checkpoint has the least of, and what is kept of it."""
+    return -report[GOALS[task]] if task in GOALS else report["loss"]
+
+
+def best_figure(task: str, badness: float) -> tuple[str, float]:
+    """("accuracy", 0.88) of a badness of -0.88, ("loss", 1.25) of one of 1.25."""
+    return (GOALS[task], -badness) if task in GOALS else ("loss", badness)
 
 
 def scores(model: nn.Module, data, progress: bool = False) -> dict[str, float]:

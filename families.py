@@ -283,42 +283,48 @@ MARIAN = Family(
 )
 
 
-def with_head(architecture: str, Config: type, Model: type, *own: tuple[str, str, str]) -> Family:
-    """An encoder with the head of a task that it was fine-tuned for; own: the head's modules."""
+def is_pooler(tensor: Tensor, get: Get, config: EncoderConfig) -> bool:
+    return set(tensor.shape) == {config.n_embd}
+
+
+def with_head(
+    architecture: str, Config: type, Model: type, *own: tuple[str, str, str], **fixed: tuple
+) -> Family:
+    """An encoder with the head of a task that it was fine-tuned for; own: the head's modules. Files
+    of older versions have a pooler even where nothing uses it."""
+    pooler = Derived("a pooler, which nothing uses", is_pooler)
+    unused = {f"{POOLER[0]}.{part}": pooler for part in ("weight", "bias")}
     return BERT_FAMILY._replace(
         title=architecture,
         architecture=architecture,
         Config=Config,
         Model=Model,
+        fixed=BERT_FAMILY.fixed | fixed,
         heads=("classifier.", "qa_outputs."),
         modules=(*ENCODER_MODULES, *own),
-        derived=POSITION_IDS,
+        derived=POSITION_IDS if POOLER in own else POSITION_IDS | unused,
     )
 
 
-CLASSIFIER = with_head(
-    "BertForSequenceClassification",
-    LabelConfig,
-    Classifier,
-    POOLER,
-    ("classifier", "head", "plain"),
-)
-ONE_LABEL = {"problem_type": (None, (None, "single_label_classification"))}
-
-# Of those with the same model_type, the first is what a file without a known architecture is.
+HEAD = ("classifier", "head", "plain")
 FAMILIES = {
     "gpt": GPT2,
     "bert": BERT_FAMILY,
     "seq2seq": MARIAN,
-    "classify": CLASSIFIER._replace(fixed=CLASSIFIER.fixed | ONE_LABEL),
-    "tag": with_head(
-        "BertForTokenClassification", TagConfig, Tagger, ("classifier", "head", "plain")
+    "classify": with_head(
+        "BertForSequenceClassification",
+        LabelConfig,
+        Classifier,
+        POOLER,
+        HEAD,
+        problem_type=(None, (None, "single_label_classification")),
     ),
+    "tag": with_head("BertForTokenClassification", TagConfig, Tagger, HEAD),
     "answer": with_head(
         "BertForQuestionAnswering", AnswerConfig, Answerer, ("qa_outputs", "head", "plain")
     ),
     "similar": with_head("BertModel", EncoderConfig, Similarity),
     "complete": GPT2,
 }
-# What a family of theirs is to our tokenizers, whatever its head.
+# model_type -> the task of pretraining, which is also that of a file without a head of the others.
 BASES = {"gpt2": "gpt", "bert": "bert", "marian": "seq2seq"}

@@ -65,7 +65,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll, right = torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.long)
         if wants_gradient:
             d_features = torch.empty_like(features)
-            d_weight = torch.zeros_like(weight)
+            d_weight = torch.zeros_like(weight) if weight.requires_grad else None
             learns_bias = bias is not None and bias.requires_grad  # a buffer does not
             d_bias = torch.zeros_like(bias) if learns_bias else None
         for start in range(0, len(features), rows):
@@ -92,7 +92,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                     d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(dtype)
                 d_features[part] = d_logits @ w
-                d_weight += d_logits.t() @ x
+                if d_weight is not None:
+                    d_weight += d_logits.t() @ x
         if wants_gradient:
             ctx.save_for_backward(d_features, d_weight, d_bias)
         ctx.mark_non_differentiable(nll, right)

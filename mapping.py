@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entities import split_tag
 from families import BASES, FAMILIES, KINDS, Family, Get, stream_order
 from seq2seq import ACTIVATIONS
 
@@ -38,10 +39,9 @@ def our_config(settings: dict) -> tuple[str, Any]:
         raise ValueError(
             f"model_type={settings.get('model_type')!r} is not known: only {', '.join(BASES)} are"
         )
-    named = settings.get("architectures")
-    for other in ("classify", "tag", "answer"):
-        if task == "bert" and named == [FAMILIES[other].architecture]:
-            task = other
+    if task == "bert":  # or one of its fine-tuned classes
+        heads = {(FAMILIES[name].architecture,): name for name in ("classify", "tag", "answer")}
+        task = heads.get(tuple(settings.get("architectures") or ()), task)
     family, found, source = FAMILIES[task], {}, {}
     for name, (default, allowed) in family.fixed.items():
         if settings.get(name, default) not in allowed:
@@ -72,6 +72,14 @@ def our_config(settings: dict) -> tuple[str, Any]:
         source.setdefault(ours, name)
     if task in ("classify", "tag"):
         found["labels"] = labels_of(settings)
+    if task == "classify" and len(found["labels"]) < 2:
+        raise ValueError("a single label is a regression, which is not supported")
+    if task == "tag":
+        for label in found["labels"]:
+            split_tag(label)  # which refuses what is neither O nor B-TYPE, I-TYPE, …
+    for name, task_of in (("pairs", "classify"), ("may_abstain", "answer")):
+        if task == task_of and type(settings.get(name, False)) is bool:
+            found[name] = settings.get(name, False)
     return task, family.Config(**found)
 
 
@@ -102,6 +110,10 @@ def their_settings(task: str, config: Any) -> dict:
     if hasattr(config, "labels"):
         settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
         settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    # They have no such settings, and keep them: so what goes out comes in again.
+    settings |= {
+        name: vars(config)[name] for name in ("pairs", "may_abstain") if name in vars(config)
+    }
     alone = task == "bert" and not config.nsp
     architecture = "BertForMaskedLM" if alone else family.architecture
     return {"model_type": family.model_type, "architectures": [architecture], **settings}

@@ -13,7 +13,7 @@ Press and Wolf 2017 (arXiv:1608.05859); label smoothing: Szegedy et al. 2016 (ar
 Axes as in `model.py`; S counts source positions, T target positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -41,7 +41,8 @@ class Seq2SeqConfig:
     ln_eps: float = 1e-5  # added to the variance in LayerNorm
     label_smoothing: float = 0.1  # probability that the target spreads over all tokens
     activation: str = "relu"  # inside the MLP: relu, silu or gelu
-    output_bias: bool = False  # a number for each token on its logit; no training changes it
+    # A number for each token on its logit, as imported: no training changes it.
+    output_bias: bool = field(default=False, metadata={"flag": False})
 
     def __post_init__(self):
         self.n_ff = self.n_ff or 4 * self.n_embd

@@ -171,7 +171,7 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         path = folder / "merges.txt"
         vocab = read_json(folder / "vocab.json")
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = read_whole(path).decode("utf-8").split("\n")
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
         pairs = [line.split(" ") for line in lines if line]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import peer
-from converting import SIZES, TEXT, batch, noisy
+from converting import SIZES, TEXT, batch, noisy, put_tensors, tensors_of
 from test_convert_bert import wordpiece
 
 import checkpoint as checkpoints
@@ -18,7 +18,7 @@ from finetune import AnswerConfig, LabelConfig, TagConfig
 
 LABELS = ("very bad", "so so", "good")
 OURS = {
-    "classify": LabelConfig(*SIZES, labels=LABELS),
+    "classify": LabelConfig(*SIZES, labels=LABELS, pairs=True),
     "tag": TagConfig(*SIZES, labels=("O", "B-x", "I-x")),
     "answer": AnswerConfig(*SIZES, may_abstain=True),
     "similar": EncoderConfig(*SIZES),
@@ -88,16 +88,41 @@ def test_fine_tuned_classes_come_in_again(task, tmp_path, capsys):
     convert.main(["export", str(tmp_path / "best.pt"), "--to", str(tmp_path / "there")])
     convert.main(["import", str(tmp_path / "there"), "--out", str(tmp_path / "again.pt")])
     found = checkpoints.load(tmp_path / "again.pt")
-    assert found["task"] == task
+    assert found["task"] == task and found["model_config"] == vars(OURS[task])
     assert found["model"].keys() == ours.state_dict().keys()
     assert all(torch.equal(found["model"][n], t) for n, t in ours.state_dict().items())
-    flags = ["--checkpoint", str(tmp_path / "again.pt"), "--prompt=the cat", "--device=cpu"]
+    flags = ["--checkpoint", str(tmp_path / "again.pt"), "--prompt=the\tcat", "--device=cpu"]
     if task == "answer":
         (tmp_path / "text.txt").write_text("the cat sat on the mat", encoding="utf-8")
         flags += ["--context", str(tmp_path / "text.txt")]
     capsys.readouterr()
     sample.main(flags)
     assert capsys.readouterr().out.strip()
+
+
+def test_a_tagger_of_an_old_version_has_a_pooler_that_nothing_uses(tmp_path):
+    ours = saved("tag", tmp_path / "best.pt")
+    there = tmp_path / "there"
+    convert.main(["export", str(tmp_path / "best.pt"), "--to", str(there)])
+    tensors, C = tensors_of(there), SIZES[4]
+    pooler = {"bert.pooler.dense.weight": torch.ones(C, C), "bert.pooler.dense.bias": torch.ones(C)}
+    put_tensors(there, tensors | pooler)
+    found, _ = convert.import_model(str(there))
+    assert found["model"].keys() == ours.state_dict().keys()
+    put_tensors(there, tensors | {"bert.pooler.dense.weight": torch.ones(C, C + 1)})
+    with pytest.raises(ValueError, match=r"bert\.pooler\.dense\.weight is not a pooler"):
+        convert.import_model(str(there))
+
+
+def test_a_tagger_whose_labels_are_no_tags_is_refused(tmp_path):
+    saved("tag", tmp_path / "best.pt")
+    convert.main(["export", str(tmp_path / "best.pt"), "--to", str(tmp_path / "there")])
+    path = tmp_path / "there" / "config.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["id2label"] = {"0": "O", "1": "NOUN", "2": "VERB"}
+    path.write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json: 'NOUN' is no tag"):
+        convert.import_model(str(tmp_path / "there"))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +133,7 @@ def test_fine_tuned_classes_come_in_again(task, tmp_path, capsys):
         ({"id2label": ["a", "b"]}, "does not name the labels"),
         ({"id2label": {"0": "a", "1": "b"}}, r"misshapen: classifier\.weight"),
         ({"problem_type": "multi_label_classification"}, "problem_type='multi_label"),
+        ({"id2label": {"0": "LABEL_0"}}, "a single label is a regression"),
     ],
     ids=str,
 )
