@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,19 +21,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import checkpoint as checkpoints
 import cli
-import finetune
 import optim
 from checkpoint import TASKS
-from config import CONFIGS
+from config import CONFIGS, divide_step
 from data.masked import PAD
 from evaluation import scores
-from finetune import Answerer, Classifier
+from finetune import LEARNT, label_sums, span_sums, take_weights
 from peers import hugging_face_encoder, peer
 from processes import Processes
 from train import gradients
+
+TURN = 640  # rows
 
 
 @dataclass
@@ -46,7 +48,7 @@ class BenchConfig:
     rows: int = 32  # of theirs in a batch
     lr: float = 5e-5  # peak learning rate of theirs
     row_length: int = 0  # most tokens of a row; 0: as many as the encoder reads
-    repeats: int = 7  # turns of each, of 640 rows
+    repeats: int = 7  # turns of each
     dtype: str = "fp32"  # fp32 or bf16 (autocast), of both
     seed: int = 1337  # of the head's weights and the order of rows
 
@@ -70,10 +72,12 @@ class Theirs(nn.Module):
         if self.task != "answer":
             logits, wanted = out.logits.float(), targets["targets"]
             loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="sum")
-            return Classifier.scored(self, loss, logits, wanted)
+            return label_sums(loss, logits, wanted, self.training)
         logits = torch.stack([out.start_logits, out.end_logits], 1).float()
         logits = logits.masked_fill(keep[:, None] == 0, -torch.inf)
-        return Answerer.scored(self, logits, targets["start_targets"], targets["end_targets"])
+        return span_sums(
+            logits, *(targets[f"{end}_targets"] for end in ("start", "end")), self.training
+        )
 
 
 def rows_of(data) -> list[dict[str, Tensor]]:
@@ -94,12 +98,13 @@ def random_batches(rows: list[dict], size: int, pad: int) -> Iterator[dict[str, 
             some = [rows[i] for i in chosen]
             lengths = torch.tensor([len(row["tokens"]) for row in some])
             batch = {"keep": torch.arange(int(lengths.max())) < lengths[:, None]}
-            for name in some[0]:
+            for name, first in some[0].items():
                 parts = [row[name] for row in some]
-                pile = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-                whole = parts[0].dim() == 0
-                padded = torch.stack(parts) if whole else pile(parts, padding_value=fills[name])
-                batch[name] = padded
+                batch[name] = (
+                    pad_sequence(parts, batch_first=True, padding_value=fills[name])
+                    if first.dim()
+                    else torch.stack(parts)
+                )
             yield batch
 
 
@@ -114,82 +119,103 @@ def their_step(model: nn.Module, batch: dict, optimizer, autocast) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser(__doc__.partition("\n")[0])
-    cli.add_flags(parser, BenchConfig, "comparison")
-    config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
-    if config.model not in ("classify", "tag", "answer"):
-        raise ValueError(f"--model {config.model} is not known: choose classify, tag, answer")
+def load(config: BenchConfig) -> tuple[nn.Module, Theirs, object, object, int]:
+    """(our model, theirs with the same weights, training data, validation data, the padding)."""
     transformers = peer("transformers")
+    if not transformers:
+        raise ValueError("there is nothing to compare with: pip install transformers")
     Config, Model, Data = TASKS[config.model]
     checkpoint = checkpoints.load(Path(config.init))
     tokenizer = checkpoints.restore_tokenizer(Path(config.init), checkpoint)
-    settings = CONFIGS[config.model](
-        data=config.data, valid=config.valid, row_length=config.row_length, seed=config.seed
-    )
-    sizes = {k: v for k, v in checkpoint["model_config"].items() if k in vars(Config())}
-    settings.batch_size = settings.tokens_per_step // sizes["block_size"]
-    train, valid = Data.splits(settings, {"labels": (), **sizes}, tokenizer)
-    sizes |= {k: getattr(train, k) for k in finetune.LEARNT if k in vars(Config())}
+    said = {"data": config.data, "valid": config.valid, "row_length": config.row_length}
+    settings = CONFIGS[config.model](**said, seed=config.seed)
+    saved, known = checkpoint["model_config"], asdict(Config())
+    sizes = known | {k: v for k, v in saved.items() if k in known.keys() - set(LEARNT)}
+    settings.batch_size, _ = divide_step(settings, sizes["block_size"], 1)
+    train, valid = Data.splits(settings, sizes, tokenizer)
+    sizes |= {k: getattr(train, k) for k in LEARNT if k in known}
     torch.manual_seed(config.seed)
     ours = Model(Config(**sizes))
-    finetune.take_weights(ours, checkpoint["model"])
-    theirs = Theirs(hugging_face_encoder(transformers, ours, config.model), config.model).train()
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=config.dtype == "bf16")
+    take_weights(ours, checkpoint["model"])
+    theirs = Theirs(hugging_face_encoder(transformers, ours, config.model), config.model)
+    return ours.train(), theirs.train(), train, valid, tokenizer.special_tokens[PAD]
 
-    rows = rows_of(train)
-    order = random_batches(rows, config.rows, tokenizer.special_tokens[PAD])
-    ours.train()
-    optimizer = optim.make_optimizer(ours, "adamw", lr=1e-9)
-    group, seconds, step = Processes(0, 1, torch.device("cpu")), {"ours": [], "theirs": []}, 0
-    slow = torch.optim.AdamW(theirs.parameters(), lr=1e-9, weight_decay=0.01)
+
+def compare_speed(
+    ours: nn.Module, theirs: Theirs, train, batches: Iterator[dict], autocast, config: BenchConfig
+) -> float:
+    """Prints the seconds of an epoch of both, in turns of TURN rows, at a learning rate so small
+    that no weight moves; returns theirs."""
+    fast = optim.make_optimizer(ours, "adamw", lr=1e-12)
+    slow = torch.optim.AdamW(theirs.parameters(), lr=1e-12, weight_decay=0.01)
+    group, step, n = Processes(0, 1, torch.device("cpu")), 0, len(rows_of(train))
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(config.repeats + 1):
         begin, done = time.perf_counter(), 0
-        while done < 640:
+        while done < TURN:
             batch = train.batch(step)
-            done, step = done + len(batch["tokens"]), step + 1
             gradients(ours, [batch], group, autocast)
             nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        middle = time.perf_counter()
-        for _ in range(640 // config.rows):
-            their_step(theirs, next(order), slow, autocast)
+            fast.step()
+            fast.zero_grad(set_to_none=True)
+            done, step = done + len(batch["tokens"]), step + 1
+        middle, count = time.perf_counter(), 0
+        while count < TURN:
+            batch = next(batches)
+            their_step(theirs, batch, slow, autocast)
+            count += len(batch["tokens"])
         if turn:  # the first one warms up
-            seconds["ours"].append((middle - begin) / done * len(rows))
-            count = 640 // config.rows * config.rows
-            seconds["theirs"].append((time.perf_counter() - middle) / count * len(rows))
+            seconds["ours"].append((middle - begin) / done * n)
+            seconds["theirs"].append((time.perf_counter() - middle) / count * n)
     for name, each in seconds.items():
         low, mid, high = statistics.quantiles(each, n=4)
-        print(f"{name:>7}  {mid:7.1f} s an epoch of {len(rows):,} rows ({low:.1f} to {high:.1f})")
-    ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["theirs"])
-    print(f"  ratio  {ratio:.2f}", flush=True)
-    if config.minutes:
-        train_theirs(theirs, order, valid, config, statistics.median(seconds["theirs"]), len(rows))
+        print(f"{name:>7}  {mid:7.1f} s an epoch of {n:,} rows ({low:.1f} to {high:.1f})")
+    mine, other = map(statistics.median, seconds.values())
+    print(f"  ratio  {mine / other:.2f}", flush=True)
+    return other
 
 
 def train_theirs(
-    model: nn.Module, batches: Iterator[dict], valid, config: BenchConfig, epoch: float, n: int
+    theirs: Theirs,
+    batches: Iterator[dict],
+    valid,
+    autocast,
+    config: BenchConfig,
+    steps: int,
+    n: int,
 ) -> None:
-    """From the weights as they were: the steps of the warming up had a rate of nearly nothing."""
-    steps = round(60 * config.minutes / epoch * n / config.rows)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
+    """As many steps as fit into --minutes, scored after every epoch of n rows."""
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=config.lr, weight_decay=0.01)
     warm = max(1, steps // 10)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm, (steps - i) / max(1, steps - warm))
     )
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=config.dtype == "bf16")
     print(f"theirs, {steps:,} steps of {config.rows} rows, peak lr {config.lr:g}", flush=True)
     spent = 0.0
-    for step in range(steps):
+    for step in range(1, steps + 1):
         begin = time.perf_counter()
-        their_step(model, next(batches), optimizer, autocast)
+        their_step(theirs, next(batches), optimizer, autocast)
         rate.step()
         spent += time.perf_counter() - begin
-        if (step + 1) % max(1, n // config.rows) == 0 or step + 1 == steps:
-            figures = "  ".join(f"{k} {v:.4f}" for k, v in scores(model, valid).items())
-            model.train()
-            print(f"{spent:6.0f} s, step {step + 1:,}: {figures}", flush=True)
+        if step % max(1, n // config.rows) == 0 or step == steps:
+            figures = "  ".join(f"{k} {v:.4f}" for k, v in scores(theirs, valid).items())
+            print(f"{spent:6.0f} s, step {step:,}: {figures}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser("Fine-tuning beside the same encoder in Hugging Face's class.")
+    cli.add_flags(parser, BenchConfig, "comparison")
+    config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
+    if config.model not in ("classify", "tag", "answer"):
+        raise ValueError(f"--model {config.model} is not known: choose classify, tag, answer")
+    ours, theirs, train, valid, pad = load(config)
+    rows = rows_of(train)
+    batches = random_batches(rows, config.rows, pad)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=config.dtype == "bf16")
+    epoch = compare_speed(ours, theirs, train, batches, autocast, config)
+    if config.minutes:
+        steps = max(1, round(60 * config.minutes / epoch * len(rows) / config.rows))
+        train_theirs(theirs, batches, valid, autocast, config, steps, len(rows))
 
 
 if __name__ == "__main__":

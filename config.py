@@ -23,14 +23,14 @@ class TrainConfig:
     model: str = "gpt"  # gpt, bert, seq2seq; classify, tag, answer, similar, complete
     preset: str = ""  # a named size and recipe of presets.py; empty: a first run for this machine
     data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .gz, .jsonl or a folder of them
-    tokenizer: str = ""  # gpt2, or a tokenizer's .json; empty: trained on the training text
+    tokenizer: str = ""  # gpt2, a tokenizer's .json, a checkpoint's .pt; empty: a new one is learnt
     pattern: str = "gpt2"  # how a new tokenizer splits text before it merges: gpt2, gpt4 or char
     cache_dir: str = "data/cache"  # where downloads, tokenizers and token files are kept
     out: str = ""  # the run's folder; empty: out/<model>, numbered where that is taken
     init: str = ""  # a checkpoint to take weights, sizes and tokenizer from
     resume: bool = False  # go on with the run in --out (empty: the newest below out/)
     steps: int = 1000  # optimizer steps of the whole run
-    epochs: float = 0.0  # as many steps as read the training data so often; 0: --steps
+    epochs: float = 0.0  # passes over the training data, instead of --steps; 0: --steps
     minutes: float = 0.0  # fit the number of steps into this time instead
     stop_after: int = 0  # leave after this many steps as an interruption would
     tokens_per_step: int = 8192  # tokens of one optimizer step, over all processes
@@ -121,7 +121,7 @@ class FinetuneConfig(TrainConfig):
 
     data: str = ""  # the labelled data: see data/labelled.py, conll.py, squad.py, and so on
     valid: str = ""  # validation data, as for --data; empty: some of --data are held out
-    epochs: float = 3.0  # as many steps as read the training data so often; 0: --steps
+    epochs: float = 3.0  # passes over the training data, instead of --steps; 0: --steps
     tokens_per_step: int = 1024  # tokens of one optimizer step, over all processes
     optimizer: str = "adamw"  # adamw, adam, or muon (with AdamW for what is no matrix)
     lr: float = 5e-5  # peak learning rate

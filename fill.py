@@ -28,6 +28,7 @@ from data.sentence_pairs import NEXT, fit
 from data.sentences import NAMES, open_sentences
 from data.tokens import AnyTokenizer, tokenize
 from evaluation import print_scores
+from finetune import mean_pooled
 from wordpiece import WordPiece
 
 POOLINGS = ("mean", "cls")
@@ -194,7 +195,7 @@ def embed(
             if pooling == "cls":
                 pooled = features[:, 0]
             else:
-                pooled = (features * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
+                pooled = mean_pooled(features, keep)
             found[batch] = pooled.float().cpu().numpy()
     return found
 

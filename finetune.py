@@ -14,6 +14,7 @@ arXiv:1801.06146); low-rank adapters (Hu et al. 2021, arXiv:2106.09685). Axes as
 counts labels.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class TagConfig(EncoderConfig):
 
 @dataclass
 class LabelConfig(TagConfig):
-    pairs: bool = field(default=False, metadata={"flag": False})  # labels are of pairs of texts
+    pairs: bool = field(default=False, metadata={"flag": False})  # a label is for two texts
 
 
 @dataclass
@@ -74,18 +75,17 @@ class Classifier(Encoder):
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         if weights is not None:
             losses = losses * weights
-        return self.scored(losses.sum(), logits, targets)
+        return label_sums(losses.sum(), logits, targets, self.training)
 
-    def scored(self, loss: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        predicted = logits.argmax(-1)
-        sums = {"loss": loss, "accuracy": (predicted == targets).sum()}
-        return sums if self.training else {**sums, "predicted": predicted}
+
+def label_sums(loss: Tensor, logits: Tensor, targets: Tensor, training: bool) -> dict[str, Tensor]:
+    predicted = logits.argmax(-1)
+    sums = {"loss": loss, "accuracy": (predicted == targets).sum()}
+    return sums if training else {**sums, "predicted": predicted}
 
 
 class Tagger(Encoder):
     """One of the labels for each position."""
-
-    scored = Classifier.scored
 
     def __init__(self, config: TagConfig):
         super().__init__(config)
@@ -101,7 +101,7 @@ class Tagger(Encoder):
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        return self.scored(loss, logits, targets)
+        return label_sums(loss, logits, targets, self.training)
 
 
 class Answerer(Encoder):
@@ -128,12 +128,13 @@ class Answerer(Encoder):
             logits = logits.masked_fill(~keep[:, None], -torch.inf)
         if start_targets is None:
             return logits
-        return self.scored(logits.float(), start_targets, end_targets)
+        return span_sums(logits.float(), start_targets, end_targets, self.training)
 
-    def scored(self, logits: Tensor, starts: Tensor, ends: Tensor) -> dict[str, Tensor]:
-        named = zip(("start", "end"), logits.unbind(1), (starts, ends), strict=True)
-        sums = {name: F.cross_entropy(x, y, reduction="sum") for name, x, y in named}
-        return sums if self.training else {**sums, "predicted": logits}
+
+def span_sums(logits: Tensor, starts: Tensor, ends: Tensor, training: bool) -> dict[str, Tensor]:
+    named = zip(("start", "end"), logits.unbind(1), (starts, ends), strict=True)
+    sums = {name: F.cross_entropy(x, y, reduction="sum") for name, x, y in named}
+    return sums if training else {**sums, "predicted": logits}
 
 
 class Similarity(Encoder):
@@ -188,13 +189,12 @@ def take_weights(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
 # ---- what is trained, and how fast ---------------------------------------------------------------
 
 
-def depth(name: str) -> int:
-    """Of a parameter: 0 for embeddings, i + 1 for block i; heads and what follows the blocks are
-    above all (1,000,000)."""
+def depth(name: str) -> float:
+    """Of a parameter: 0 for embeddings, i + 1 for block i, infinite for what comes behind them."""
     block = re.match(r"blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
-    return 0 if "embedding" in name else 10**6
+    return 0 if "embedding" in name else math.inf
 
 
 def freeze(model: nn.Module, what: str) -> None:
@@ -251,10 +251,10 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, LoRA):
-            for part in ("down", "up", "linear.weight", "linear.bias"):
-                tensor = state.pop(f"{name}.{part}", None)
-                if part == "linear.bias" and tensor is not None:
-                    state[f"{name}.bias"] = tensor
+            for part in ("down", "up", "linear.weight"):
+                del state[f"{name}.{part}"]
+            if module.linear.bias is not None:
+                state[f"{name}.bias"] = state.pop(f"{name}.linear.bias")
             state[f"{name}.weight"] = module.merged()
     return state
 
