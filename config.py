@@ -51,7 +51,7 @@ class TrainConfig:
     log_interval: int = 10  # steps between records in log.jsonl
     seed: int = 1337  # of the weights, the order of the data and dropout
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "auto"  # bf16, fp32, or auto: bf16 on GPUs that have it
+    dtype: str = "auto"  # bf16, fp32, or auto: bf16 on GPUs that have it (fine-tuning: on CPUs too)
     compile: bool | None = None  # torch.compile; auto: on for CUDA on Linux
     recompute: bool = False  # compute activations again in the backward pass, to save memory
     dry_run: bool = False  # print the plan and the parameter table, allocate and train nothing

@@ -66,6 +66,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there,
 
 def files_of(source: str) -> Path:
     """The folder with the files of the model that `source` names: it, or one of the hub's cache."""
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file: name the folder that it lies in")
     indexes = [f"{name}.index.json" for name in WEIGHTS]
     folder = snapshot(source, [CONFIG], [*TOKENIZER_FILES, WEIGHTS[0], *indexes])
     if not Path(source).is_dir():
@@ -236,6 +238,7 @@ def import_model(source: str) -> tuple[dict, list[str]]:
         step=0,
         best=math.inf,
         skipped=0,
+        fresh=fresh,
     )
     lines = [
         f"{FAMILIES[task].title}, {count_parameters(model):,} parameters, {', '.join(kinds)}",
@@ -354,7 +357,8 @@ PIPELINES = {
     "complete": "text-generation",
 }
 # Settings that say where a run was computed, not what.
-LOCAL = {"cache_dir", "out", "resume", "device", "dry_run", "stop_after", "minutes", "data", "init"}
+LOCAL = {"cache_dir", "out", "resume", "device", "dry_run", "stop_after", "minutes"}
+LOCAL |= {"data", "valid", "init", "tokenizer"}  # paths, of which the names are told
 
 
 def card(name: str, checkpoint: dict, records: list[dict]) -> str:

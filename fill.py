@@ -132,7 +132,9 @@ def fill(
         else:
             continue
         if not first:
-            raise ValueError(f"the prompt {prompts[number]!r} {wrong}{VERDICT * (mask not in ids)}")
+            prompt = repr(prompts[number])  # of which a long one is told by its beginning
+            prompt = prompt if len(prompt) < 100 else f"{prompt[:90]}…"
+            raise ValueError(f"the prompt {prompt} {wrong}{VERDICT * (mask not in ids)}")
         tqdm.write(f"note: line {first + number:,} {wrong}", file=sys.stderr)
         texts[number] = []
     candidates = torch.tensor(tokenizer.ordinary_ids(), device=model.mlm_bias.device)
@@ -286,6 +288,11 @@ def speak(model: nn.Module, tokenizer: AnyTokenizer, config: FillConfig, checkpo
         write_embeddings(model, tokenizer, config)
     elif config.similar:
         print_similar(model, tokenizer, config)
+    elif "mlm_dense.weight" in checkpoint.get("fresh", ()):
+        raise ValueError(
+            "this encoder came without the head that fills in words, or judges sentences: train it "
+            "with --init, or ask for --embed and --similar"
+        )
     elif len(config.prompt) == 2 and not any(MASK in prompt for prompt in config.prompt):
         print(f"the second follows the first: {follows(model, tokenizer, *config.prompt):.1%}")
     elif config.prompt:

@@ -26,6 +26,7 @@ def describe(run) -> str:
     name = f"{torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+    learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     how = "eager" if run.eager_or_compiled is run.model else "compiled"
     plan = {
         "data": f"{config.data}: {data.rule}",
@@ -33,7 +34,8 @@ def describe(run) -> str:
         "validation": run.validation.describe(),
         "tokenizer": f"{data.tokenizer.vocab_size:,} tokens, {data.tokenizer.hash[:12]}",
         "model": f"{config.model}, preset {config.preset or 'none'}, "
-        f"{count_parameters(run.model):,} parameters",
+        f"{count_parameters(run.model):,} parameters"
+        + (f", of which {learning:,} learn" if learning < count_parameters(run.model) else ""),
         "step": f"{config.tokens_per_step:,} tokens = {data.tokens_per_batch:,} in a "
         f"micro-batch x {run.accumulate} accumulated x {group.world} "
         f"process{'es' * (group.world > 1)}",

@@ -51,7 +51,7 @@ class SampleConfig:
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
     stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
     num_samples: int = 1  # continuations of each prompt
-    eval: str = ""  # score instead: stdlib, shakespeare, or a path, scored whole
+    eval: str = ""  # score instead: stdlib, shakespeare, or a path; of complete: a file as --data
     cache_dir: str = "data/cache"  # where --eval keeps downloads and token files
     batch_size: int = 8  # windows of that text at a time
     seed: int = 1337  # equal seeds give equal samples

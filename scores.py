@@ -45,22 +45,24 @@ def macro_f1(confusion: np.ndarray) -> float:
 
 def confusion_table(confusion: np.ndarray, labels: Sequence[str]) -> str:
     """Lines for the terminal: the figures of each label, then the matrix, in which the labels are
-    numbers and 0 is a dot. Names come last, so that no length or script of theirs moves a column.
-    """
+    letters (numbers may be their names) and 0 is a dot. Names come last, so that no length or
+    script of theirs moves a column."""
+    letters = len(labels) <= LARGEST_MATRIX
+    signs = [chr(97 + i) if letters else str(i + 1) for i in range(len(labels))]
     lines = [f"accuracy {accuracy(confusion):.3f}, macro-F1 {macro_f1(confusion):.3f}", ""]
-    side, width = len(str(len(labels))), max(5, len(str(confusion.sum())))
+    side, width = len(signs[-1]), max(5, len(str(confusion.sum())))
     lines.append(f"{'':{side}}  precision  recall     F1  {'true':>{width}}  label")
     figures = zip(labels, *per_label(confusion), confusion.sum(1), strict=True)
-    for number, (label, precision, recall, f1, count) in enumerate(figures, 1):
+    for sign, (label, precision, recall, f1, count) in zip(signs, figures, strict=True):
         lines.append(
-            f"{number:{side}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  {count:{width}}  "
+            f"{sign:>{side}}  {precision:9.3f}  {recall:6.3f}  {f1:5.3f}  {count:{width}}  "
             f"{shorten(label, 60)}"
         )
     if len(labels) > LARGEST_MATRIX:
         return "\n".join([*lines, "", f"(the matrix of {len(labels)} labels is too wide to show)"])
     width = max(side, len(str(confusion.max())))
     cells = [[n or "·" for n in row] for row in confusion.tolist()]
-    rows = [("", range(1, len(labels) + 1)), *enumerate(cells, 1)]
+    rows = [("", signs), *zip(signs, cells, strict=True)]
     lines += ["", "true label in rows, predicted in columns"]
     lines += [f"{i:>{side}}  " + " ".join(f"{cell:>{width}}" for cell in row) for i, row in rows]
     return "\n".join(lines)

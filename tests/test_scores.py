@@ -78,22 +78,22 @@ def test_the_table_by_hand():
         "accuracy 0.950, macro-F1 0.623",
         "",
         "   precision  recall     F1   true  label",
-        "1      0.912   0.893  0.902    428  bad",
-        "2      0.963   0.969  0.966   1245  good",
-        "3      0.000   0.000  0.000      0  数",
+        "a      0.912   0.893  0.902    428  bad",
+        "b      0.963   0.969  0.966   1245  good",
+        "c      0.000   0.000  0.000      0  数",
         "",
         "true label in rows, predicted in columns",
-        "      1    2    3",
-        "1   382   46    ·",
-        "2    37 1207    1",
-        "3     ·    ·    ·",
+        "      a    b    c",
+        "a   382   46    ·",
+        "b    37 1207    1",
+        "c     ·    ·    ·",
     ]
 
 
 @pytest.mark.parametrize("k", [2, 13, LARGEST_MATRIX])
 @pytest.mark.parametrize("most", [1, 10, 1000])
 def test_the_table_is_readable_whatever_the_names(k, most):
-    """Every count stands below the number of its label, and no line is wider than a terminal."""
+    """Every count stands below the letter of its label, and no line is wider than a terminal."""
     confusion = np.random.default_rng(k).integers(0, most, (k, k))
     labels = [f"{'very ' * 30 * (i % 3)}long {i}" for i in range(k)]
     figures, rows = confusion_table(confusion, labels).split("\n\n")[1:]
@@ -102,9 +102,9 @@ def test_the_table_is_readable_whatever_the_names(k, most):
         assert line.endswith(label if len(label) <= 60 else f"  {label[:59]}…")
     _, head, *body = rows.split("\n")
     ends = [i for i in range(1, len(head) + 1) if (head + " ")[i] == " " != head[i - 1]]
-    assert len(ends) == k and [line.split()[0] for line in body] == [str(i + 1) for i in range(k)]
+    assert len(ends) == k and [line.split()[0] for line in body] == [chr(97 + i) for i in range(k)]
     for line, row in zip(body, confusion, strict=True):
-        starts = [len(str(k)) + 2, *ends]
+        starts = [3, *ends]
         cells = [line[a:b].strip() for a, b in zip(starts, ends, strict=False)]
         assert cells == [str(n) if n else "·" for n in row] and len(line) == len(head)
 
