@@ -12,6 +12,7 @@ import checkpoint as checkpoints
 import cli
 import optim
 from bert import Encoder
+from finetune import LEARNT
 from presets import PRESETS, first_hour
 from processes import multiplies_bf16, pick_device
 
@@ -155,6 +156,7 @@ class ClassifyConfig(FinetuneConfig):
 @dataclass
 class SimilarPairsConfig(FinetuneConfig):
     tokens_per_step: int = 8192  # tokens of one optimizer step: as many pairs as fit, all negatives
+    batch_size: int = 1024  # sequences in a micro-batch, at most; a step must be one
     row_length: int = 64  # most tokens of a text, block_size at most; 0: that many
 
 
@@ -233,7 +235,9 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
                     "it out" + ("" if path else ", or add --tokenizer= to train a new one")
                 )
     wanted = {**base, **given}
-    if {"steps", "minutes"} & given.keys() and "epochs" not in given:
+    if lengths := sorted({"steps", "minutes"} & given.keys()):
+        if given.get("epochs"):
+            raise ValueError(f"--epochs and --{lengths[0]} both say how long: give one of them")
         wanted["epochs"] = 0.0
     names = {field.name for field in fields(Settings)}
     config = Settings(**{k: v for k, v in wanted.items() if k in names})
@@ -241,8 +245,9 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         raise ValueError(f"--model {task} learns from labelled examples: name them with --data")
 
     sizes = asdict(Config())
-    if checkpoint:  # perhaps another task's, with other settings for its heads
-        sizes |= {k: v for k, v in checkpoint["model_config"].items() if k in sizes}
+    if checkpoint:  # perhaps another task's, whose labels are not this one's
+        kept = sizes.keys() - (set() if found == task else LEARNT)
+        sizes |= {k: v for k, v in checkpoint["model_config"].items() if k in kept}
     if checkpoint:
         refuse_changes(given, sizes, {*RATES, *names}, path)
         wanted = {name: given[name] for name in RATES & given.keys()}

@@ -175,8 +175,10 @@ HEADS = ("pooler.", "head.", "mlm_", "nsp_head.")  # how names begin that are no
 
 def take_weights(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Copies what another task's model of the same sizes has learnt; what only the one or the
-    other has must be heads. -> names of those that stay fresh. Raises ValueError."""
+    other has must be heads. -> names of those that stay fresh, the last matrix ("head") among
+    them, which has other labels even where its shape is the same. Raises ValueError."""
     own = model.state_dict()
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     fresh, unused = own.keys() - state.keys(), state.keys() - own.keys()
     odd = sorted(n for n in fresh | unused if not n.startswith(HEADS))
     odd += sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape)
@@ -198,14 +200,17 @@ def depth(name: str) -> float:
 
 
 def freeze(model: nn.Module, what: str) -> None:
-    """what: "embeddings", or a number n: these and the first n blocks. ValueError otherwise."""
+    """what: "embeddings", or a number n: these and the first n blocks. ValueError otherwise, and
+    where nothing is left that learns."""
     layers = len(model.blocks)
-    if what != "embeddings" and not (what.isdigit() and int(what) <= layers):
+    if what != "embeddings" and not (what.isdecimal() and 1 <= int(what) <= layers):
         raise ValueError(f"--freeze {what} is not known: choose embeddings, or 1 to {layers}")
     frozen = 0 if what == "embeddings" else int(what)
     for name, parameter in model.named_parameters():
         if depth(name) <= frozen:
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"--freeze {what} leaves nothing that learns: freeze less")
 
 
 def rate_scale(model: nn.Module, decay: float) -> Callable[[str], float]:

@@ -26,6 +26,7 @@ from data.buckets import pad_rows
 from data.contexts import ask, read_answer
 from data.labelled import LabelledTexts, collate, encode_parts
 from data.masked import PAD
+from data.parallel import read_lines
 from data.tagged import join_rows, sentence_rows
 from data.tokens import AnyTokenizer
 from entities import marked, text_spans, words_of
@@ -206,8 +207,11 @@ def answer(
 ) -> list[str]:
     """Answers to questions about --context, or, as a training run shows them, to a question and
     its context with a line end between."""
-    text = Path(config.context).read_text(encoding="utf-8") if config.context else ""
-    asked = [(p.strip(), text) if text else tuple(p.split("\n", 1)) for p in prompts]
+    if config.context:
+        text = "\n".join(read_lines(Path(config.context)))
+        asked = [(prompt.strip(), text) for prompt in prompts]
+    else:
+        asked = [tuple(prompt.split("\n", 1)) for prompt in prompts]
     found = answer_questions(model, tokenizer, asked, config)
     if bar is not None:
         bar.update(len(prompts))
@@ -218,9 +222,8 @@ def speak_answers(
     model: nn.Module, tokenizer: AnyTokenizer, config: AnswerConfig, checkpoint: dict
 ) -> None:
     if not config.eval and not Path(config.context).is_file():
-        raise ValueError(
-            f"--context {config.context} is no file here: name the text that holds the answers"
-        )
+        missing = f"{config.context} is no file here" if config.context else "is missing"
+        raise ValueError(f"--context {missing}: name the text that holds the answers")
     speak(model, tokenizer, config, checkpoint)
 
 

@@ -37,7 +37,10 @@ import optim
 import plan
 import processes
 import sample
+from bert import Encoder
 from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
+from data.masked import SPECIAL
+from data.tokens import END_OF_TEXT
 from evaluation import GOALS, badness, count_targets, evaluate, to_device
 from finetune import LEARNT
 from logs import RunLog, clock, draw_curves
@@ -137,6 +140,11 @@ class Run:
         elif config.tokenizer.endswith(".pt"):
             path = Path(config.tokenizer)
             tokenizer = checkpoints.restore_tokenizer(path, checkpoints.load(path))
+            needed = SPECIAL if issubclass(Model, Encoder) else (END_OF_TEXT,)
+            lacking = [name for name in needed if name not in tokenizer.special_tokens]
+            if lacking:
+                wanted = ", ".join(lacking)
+                raise ValueError(f"--tokenizer {path} lacks the special token {wanted}")
         self.say(f"preparing {config.data}")
         # One process of each machine prepares the data, the others find all of it in the cache.
         if group.local_rank > 0:
@@ -158,7 +166,8 @@ class Run:
             self.model, _ = checkpoints.restore(path, saved, keep_adapters=config.resume)
         elif checkpoint:
             self.model = Model(Config(**sizes))
-            fresh = finetune.take_weights(self.model, checkpoint["model"])
+            other, _ = checkpoints.restore(path, checkpoint)
+            fresh = finetune.take_weights(self.model, other.state_dict())
             self.say(f"from {path}; freshly initialised: {', '.join(fresh) or 'nothing'}")
         else:
             vocab_size = padded(self.data.tokenizer.vocab_size)
@@ -443,7 +452,7 @@ def train_seeds(config: TrainConfig, sizes: dict, checkpoint: dict | None, group
     """--seeds runs that differ in their seed alone, each in its own folder, and their summary."""
     folder, best = Path(config.out or f"out/{config.model}-seeds"), []
     for seed in range(config.seed, config.seed + config.seeds):
-        one = replace(config, seed=seed, out=str(folder / f"seed-{seed}"))
+        one = replace(config, seed=seed, seeds=1, out=str(folder / f"seed-{seed}"))
         run = train(one, sizes, dict(checkpoint) if checkpoint else None, group)
         if run.step < one.steps:
             return  # interrupted

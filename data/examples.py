@@ -91,7 +91,7 @@ def open_labelled(data: str, *, valid: str = "", labels: Sequence[str] = ()) -> 
     """
     train = read_examples(Path(data), labels)
     found = sorted({example.label for example in train})
-    if len(found) < 2:
+    if len(found) < 2 and not labels:
         raise ValueError(f"all examples of {data} have the label {found[0]}: give some of another")
     whose = "the checkpoint's" if labels else f"those of {data}"
     if labels:
