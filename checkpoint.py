@@ -154,7 +154,7 @@ def restore(
             state = merged_state(model)
             model = Model(model.config)
             model.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit the model that it names: {reason}") from error
     return model, restore_tokenizer(path, checkpoint)

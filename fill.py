@@ -64,8 +64,8 @@ class FillConfig:
 
 
 def encode_prompt(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
-    """The same, but each [MASK] is that token. The space before it is dropped, for it belongs to
-    the token of the hidden word."""
+    """Ids of a prompt as `encode_text` has them, but each [MASK] is that token. The space before it
+    is dropped, for it belongs to the token of the hidden word."""
     if isinstance(tokenizer, WordPiece):
         return tokenizer.encode(prompt, MASK)
     *before, last = f" {' '.join(prompt.split())}".split(MASK)

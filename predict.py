@@ -9,6 +9,7 @@ Each text gets the answer that it would get alone, whatever shares its batch. Ax
 k counts labels.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -39,7 +40,7 @@ class PredictConfig:
     checkpoint: str = ""  # the file to load; empty: the newest below out/
     prompt: list[str] = field(default_factory=list)  # a text; may be repeated; none: read stdin
     eval: str = ""  # score a labelled file instead, of the kind that --data of train.py takes
-    batch_size: int = 32  # texts at a time
+    batch_size: int = 32  # texts at a time; --eval: as in training
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
@@ -91,20 +92,32 @@ def classify(
     prompts: list[str],
     config: PredictConfig,
     bar: tqdm | None = None,
-    first: int = 1,
+    first: int = 0,
 ) -> list[str]:
-    """For each text "positive 97.1%, negative 2.9%", the five likeliest labels at most. Where
-    labels are of pairs of texts, a tab divides the two; ValueError if it is not there."""
-    texts = [p.split("\t", 1) if model.config.pairs else [p] for p in prompts]
-    for number, (prompt, parts) in enumerate(zip(prompts, texts, strict=True), first):
+    """For each text "positive 97.1%, negative 2.9%", the five likeliest labels at most; of a text
+    without words, nothing. A tab divides the two texts of a model that labels pairs: ValueError if
+    it is not there. `first`: prompts are lines of a text, this is the number of the first of them;
+    such a line gets a note instead, and an empty answer."""
+    rows, answers, n_cut = {}, [""] * len(prompts), 0
+    for number, prompt in enumerate(prompts):
+        parts = prompt.split("\t", 1) if model.config.pairs else [prompt]
+        if not prompt.strip():
+            continue
         if model.config.pairs and len(parts) < 2:
-            raise ValueError(
-                f"text {number}, {prompt[:60]!r}, is one: this model labels pairs of texts, with a "
-                "tab between them"
-            )
-    rows = [encode_parts(tokenizer, parts, model.config.block_size)[0] for parts in texts]
-    answers = [""] * len(prompts)
-    for batch in batches([sum(map(len, row)) for row in rows], config.batch_size):
+            wrong = "is one text, but this model labels pairs: put a tab between the two"
+            if not first:
+                raise ValueError(f"the prompt {prompt[:60]!r} {wrong}")
+            tqdm.write(f"note: line {first + number:,} {wrong}", file=sys.stderr)
+            continue
+        rows[number], was_cut = encode_parts(tokenizer, parts, model.config.block_size)
+        n_cut += was_cut
+    if n_cut:
+        most = model.config.block_size
+        note = f"note: {n_cut:,} of {len(rows):,} texts are longer than the {most} tokens that the"
+        tqdm.write(f"{note} model reads: their ends are left out", file=sys.stderr)
+    numbers = list(rows)
+    for batch in batches([sum(map(len, rows[i])) for i in numbers], config.batch_size):
+        batch = [numbers[i] for i in batch]
         given = collate([rows[i] for i in batch], tokenizer)
         given = {name: tensor.to(device_of(model)) for name, tensor in given.items()}
         for i, shares in zip(batch, model(**given).softmax(-1), strict=True):
@@ -113,6 +126,8 @@ def classify(
             answers[i] = ", ".join(f"{model.config.labels[k]} {p:.1%}" for k, p in pairs)
         if bar is not None:
             bar.update(len(batch))
+    if bar is not None:
+        bar.update(len(prompts) - len(rows))
     return answers
 
 

@@ -7,7 +7,7 @@
 
 The loop knows of a task only what `checkpoint.TASKS` names: data whose batches are arguments of
 the model's forward, and a model that returns one summed loss for each "…targets" among them (and
-perhaps other sums, which are reported).
+perhaps other sums, which are reported). Fine-tuning adds what may stay as it is (`finetune.py`).
 Micro-batch number (step · accumulation + micro) · world + rank is a pure function of the seed, so
 any number of processes sees the same examples and resuming needs the step alone.
 
@@ -32,7 +32,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint as checkpoints
 import cli
-import finetune
 import optim
 import plan
 import processes
@@ -41,8 +40,8 @@ from bert import Encoder
 from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
 from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
-from evaluation import GOALS, badness, count_targets, evaluate, to_device
-from finetune import LEARNT
+from evaluation import badness, best_figure, count_targets, evaluate, to_device
+from finetune import LEARNT, adapter_rank, add_adapters, freeze, rate_scale, take_weights
 from logs import RunLog, clock, draw_curves
 from model import Block
 from processes import Interruption, Processes
@@ -167,7 +166,7 @@ class Run:
         elif checkpoint:
             self.model = Model(Config(**sizes))
             other, _ = checkpoints.restore(path, checkpoint)
-            fresh = finetune.take_weights(self.model, other.state_dict())
+            fresh = take_weights(self.model, other.state_dict())
             self.say(f"from {path}; freshly initialised: {', '.join(fresh) or 'nothing'}")
         else:
             vocab_size = padded(self.data.tokenizer.vocab_size)
@@ -197,15 +196,15 @@ class Run:
     def limit_what_learns(self) -> None:
         """By --lora_rank, if the checkpoint has no adapters yet, and --freeze."""
         config = self.config
-        if config.lora_rank and not finetune.adapter_rank(self.model.state_dict()):
-            finetune.add_adapters(self.model, config.lora_rank)
+        if config.lora_rank and not adapter_rank(self.model.state_dict()):
+            add_adapters(self.model, config.lora_rank)
         if config.freeze:
-            finetune.freeze(self.model, config.freeze)
+            freeze(self.model, config.freeze)
 
     def new_optimizer(self):
         config, scale = self.config, {}
         if config.model in FINETUNED:
-            scale = {"rate_scale": finetune.rate_scale(self.model, config.layer_decay)}
+            scale = {"rate_scale": rate_scale(self.model, config.layer_decay)}
         return optim.make_optimizer(
             self.model,
             config.optimizer,
@@ -395,7 +394,7 @@ class Run:
             if self.step % self.eval_interval == 0 or self.step == config.steps:
                 report = self.evaluate()
                 found = badness(config.model, report)
-                better = found < self.best
+                better = found <= self.best  # of equals the later one, of the smaller loss
                 self.best = min(self.best, found)
                 if group.main:
                     self.log.evaluation(self.step, report, better)
@@ -409,8 +408,9 @@ class Run:
     def show(self) -> None:
         """After the run: its curves, a few outputs of its best model, how to ask for more."""
         seconds = time.perf_counter() - self.begin
-        picture, goal = draw_curves(self.out), GOALS.get(self.config.model, "loss")
-        print(f"{clock(seconds)} minutes, best validation {goal} {abs(self.best):.4f}")
+        picture = draw_curves(self.out)
+        goal, figure = best_figure(self.config.model, self.best)
+        print(f"{clock(seconds)} minutes, best validation {goal} {figure:.4f}")
         if picture:
             print(f"curves: {picture}")
         path = self.out / "best.pt"
@@ -450,15 +450,16 @@ def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Proc
 
 def train_seeds(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes):
     """--seeds runs that differ in their seed alone, each in its own folder, and their summary."""
-    folder, best = Path(config.out or f"out/{config.model}-seeds"), []
+    folder, best = config.out or f"out/{config.model}", []
     for seed in range(config.seed, config.seed + config.seeds):
-        one = replace(config, seed=seed, seeds=1, out=str(folder / f"seed-{seed}"))
+        one = replace(config, seed=seed, seeds=1, out=f"{folder}-seed-{seed}")
         run = train(one, sizes, dict(checkpoint) if checkpoint else None, group)
         if run.step < one.steps:
             return  # interrupted
-        best.append(abs(run.best))
+        goal, figure = best_figure(config.model, run.best)
+        best.append(figure)
+        del run  # the next one needs its memory
     if group.main:
-        goal = GOALS.get(config.model, "loss")
         each = ", ".join(f"{value:.4f}" for value in best)
         mean, spread = statistics.mean(best), statistics.stdev(best)
         print(f"{len(best)} seeds: best validation {goal} {mean:.4f} ± {spread:.4f} ({each})")
