@@ -29,13 +29,14 @@ from data.download import GPT2_MERGES, GPT2_VOCABULARY, SHAKESPEARE, fetch
 from data.pairs import pad, start_and_end
 from data.text import open_corpus
 from data.tokens import END_OF_TEXT
+from execution import compiled
 from model import GPT, GPTConfig
 from peers import hugging_face_encoder, hugging_face_gpt2, hugging_face_marian, peer
 from plan import least_seconds
 from processes import Processes, pick_device
 from sample import SampleConfig, generate, lay_out_for_decoding, load_model, make_pick
 from seq2seq import Seq2Seq, Seq2SeqConfig
-from train import compiled, gradients
+from train import gradients
 from translate import TranslateConfig, eval_pairs, translate_ids
 
 

@@ -28,7 +28,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint as checkpoints
 import cli
@@ -41,9 +40,9 @@ from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_f
 from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
 from evaluation import badness, best_figure, count_targets, evaluate, to_device
+from execution import compiled, precision, recompute_blocks
 from finetune import LEARNT, adapter_rank, add_adapters, freeze, rate_scale, take_weights
 from logs import RunLog, clock, draw_curves
-from model import Block
 from processes import Interruption, Processes
 
 
@@ -77,44 +76,6 @@ def gradients(
     return sums, counts
 
 
-# ---- how the model is run ------------------------------------------------------------------------
-
-
-def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if config.dtype == "auto":
-        bf16 = device.type == "cuda" and processes.multiplies_bf16("cuda")
-        return torch.bfloat16 if bf16 else torch.float32
-    return torch.bfloat16 if config.dtype == "bf16" else torch.float32
-
-
-def recompute_blocks(model: nn.Module) -> None:
-    """Every Block forgets its activations and computes them again when the gradient needs them."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
-
-
-def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn.Module:
-    """The compiled model, tried on batches; the model as it is, and one line, where that fails."""
-    try:
-        shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
-        # A graph for each length of a batch would be compiled, until torch gives up.
-        fast = torch.compile(model, dynamic=True if len(shapes) > 1 else None)
-        for batch in batches:
-            with autocast():
-                losses = fast(**batch)
-            sum(losses.values()).backward()
-        with torch.no_grad(), autocast():  # evaluation compiles a graph of its own
-            fast.eval()(**batches[0])
-    except Exception as error:  # compilers fail in ways that cannot be listed
-        reason = str(error).strip().partition("\n")[0][:120]
-        print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it")
-        fast = model
-    fast.train()
-    model.zero_grad(set_to_none=True)
-    return fast
-
-
 # ---- the run -------------------------------------------------------------------------------------
 
 
@@ -124,7 +85,7 @@ class Run:
     def __init__(self, config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes):
         self.begin = time.perf_counter()
         self.config, self.group, self.out = config, group, Path(config.out)
-        self.dtype = precision(config, group.device)
+        self.dtype = precision(config.dtype, group.device)
         self.log: RunLog | None = None
         Config, Model, Data = TASKS[config.model]
         same_task = bool(checkpoint) and checkpoint["task"] == config.model

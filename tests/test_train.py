@@ -23,6 +23,7 @@ from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from config import MaskedConfig, TrainConfig, divide_step, prepare_folder, resolve
 from data.masked import MaskedText
+from execution import compiled, recompute_blocks
 from logs import read_log
 from model import GPT, GPTConfig
 from processes import Processes
@@ -167,7 +168,7 @@ def test_recompute_keeps_fewer_activations():
     def saved_bytes(recompute: bool) -> int:
         model = GPT(GPTConfig(vocab_size=37, block_size=64, n_layer=4, n_head=2, n_embd=32))
         if recompute:
-            train.recompute_blocks(model)
+            recompute_blocks(model)
         seen = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: seen.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t
@@ -250,7 +251,7 @@ def test_batches_of_many_lengths_compile_to_a_few_graphs(toy, monkeypatch):
     data, _ = MaskedText.splits(MaskedConfig(**settings), sizes)
     model = BERT(BERTConfig(**sizes, n_layer=1, n_head=2, n_embd=16, dropout=0))
     first = [data.batch(i) for i in range(8)]
-    fast, late = train.compiled(model, first, no_autocast), set()
+    fast, late = compiled(model, first, no_autocast), set()
     assert graphs and fast is not model
     for i in range(8, 80):
         known = len(graphs)
