@@ -131,7 +131,9 @@ def load(config: BenchConfig) -> tuple[nn.Module, Theirs, object, object, int]:
     settings = CONFIGS[config.model](**said, seed=config.seed)
     saved, known = checkpoint["model_config"], asdict(Config())
     sizes = known | {k: v for k, v in saved.items() if k in known.keys() - set(LEARNT)}
-    settings.batch_size, _ = divide_step(settings, sizes["block_size"], 1)
+    unit = sizes["block_size"]  # a step is a multiple of it
+    settings.tokens_per_step = max(1, settings.tokens_per_step // unit) * unit
+    settings.batch_size, _ = divide_step(settings, unit, 1)
     train, valid = Data.splits(settings, sizes, tokenizer)
     sizes |= {k: getattr(train, k) for k in LEARNT if k in known}
     torch.manual_seed(config.seed)
