@@ -29,7 +29,7 @@ import optim
 from checkpoint import TASKS
 from config import CONFIGS, divide_step
 from data.masked import PAD
-from evaluation import scores
+from evaluation import score
 from finetune import LEARNT, label_sums, span_sums, take_weights
 from peers import hugging_face_encoder, peer
 from processes import Processes
@@ -200,7 +200,7 @@ def train_theirs(
         rate.step()
         spent += time.perf_counter() - begin
         if step % max(1, n // config.rows) == 0 or step == steps:
-            figures = "  ".join(f"{k} {v:.4f}" for k, v in scores(theirs, valid).items())
+            figures = "  ".join(f"{k} {v:.4f}" for k, v in score(theirs, valid).items())
             print(f"{spent:6.0f} s, step {step:,}: {figures}", flush=True)
 
 

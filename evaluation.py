@@ -83,7 +83,7 @@ def best_figure(task: str, badness: float) -> tuple[str, float]:
     return (GOALS[task], -badness) if task in GOALS else ("loss", badness)
 
 
-def scores(model: nn.Module, data, progress: bool = False) -> dict[str, float]:
+def score(model: nn.Module, data, progress: bool = False) -> dict[str, float]:
     """The figures of a model outside of training, in one process, in the precision it has."""
     group = Processes(0, 1, next(model.parameters()).device)
     return evaluate(model, data, group, nullcontext, progress)
@@ -92,5 +92,5 @@ def scores(model: nn.Module, data, progress: bool = False) -> dict[str, float]:
 def print_scores(model: nn.Module, data, name: str) -> None:
     """What `sample.py --eval` says: of what, and the figures."""
     print(f"{name}: {data.describe()} ({data.rule})", flush=True)
-    report = scores(model, data, progress=True)
+    report = score(model, data, progress=True)
     print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))

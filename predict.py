@@ -31,7 +31,7 @@ from data.parallel import read_lines
 from data.tagged import join_rows, sentence_rows
 from data.tokens import AnyTokenizer
 from entities import marked, text_spans, words_of
-from evaluation import print_scores, scores
+from evaluation import print_scores, score
 from scores import confusion_table, draw_confusion
 
 
@@ -50,7 +50,7 @@ class PredictConfig:
 
 
 @dataclass
-class AnswerConfig(PredictConfig):
+class AskConfig(PredictConfig):
     prompt: list[str] = field(default_factory=list)  # a question; may be repeated; none: stdin
     context: str = ""  # the file with the text that holds the answers
 
@@ -135,7 +135,7 @@ def closing_confusion(
     model: nn.Module, tokenizer: AnyTokenizer, data: LabelledTexts, folder: Path
 ) -> list[str]:
     """What a training run of a classifier ends with: its confusions, as a table and a picture."""
-    scores(model, data)
+    score(model, data)
     lines = [confusion_table(data.confusion, data.labels)]
     picture = draw_confusion(data.confusion, data.labels, folder / "confusion.png")
     return [*lines, f"as a picture: {picture}"] if picture else lines
@@ -216,7 +216,7 @@ def answer(
     model: nn.Module,
     tokenizer: AnyTokenizer,
     prompts: list[str],
-    config: AnswerConfig,
+    config: AskConfig,
     bar: tqdm | None = None,
     first: int = 1,
 ) -> list[str]:
@@ -234,7 +234,7 @@ def answer(
 
 
 def speak_answers(
-    model: nn.Module, tokenizer: AnyTokenizer, config: AnswerConfig, checkpoint: dict
+    model: nn.Module, tokenizer: AnyTokenizer, config: AskConfig, checkpoint: dict
 ) -> None:
     if not config.eval and not Path(config.context).is_file():
         missing = f"{config.context} is no file here" if config.context else "is missing"
@@ -250,10 +250,10 @@ def alike(
 ) -> list[str]:
     """For each of several texts the one of the others that is most alike, and their cosine."""
     vectors = fill.embed(model, tokenizer, prompts, config.pooling, config.batch_size)
-    scores, order = fill.similarities(vectors, vectors, len(prompts))
+    cosines, order = fill.similarities(vectors, vectors, len(prompts))
     answers = []
-    for i, (score, places) in enumerate(zip(scores, order, strict=True)):
-        pairs = zip(score, places, strict=True)
+    for i, (cosine, places) in enumerate(zip(cosines, order, strict=True)):
+        pairs = zip(cosine, places, strict=True)
         best, j = next(((s, j) for s, j in pairs if j != i), (1.0, i))
         answers.append(f"{best:.3f}  {prompts[j]}")
     return answers

@@ -35,7 +35,7 @@ from data.windows import Windows
 from decoding import choose, distribution
 from evaluation import print_scores
 from fill import FillConfig
-from predict import AnswerConfig, PredictConfig, SimilarConfig
+from predict import AskConfig, PredictConfig, SimilarConfig
 from processes import pick_device
 from translate import TranslateConfig
 
@@ -355,7 +355,7 @@ RESPOND = {
     ),
     "tag": Task(PredictConfig, predict.tag, "\n-> ", predict.speak),
     "answer": Task(
-        AnswerConfig,
+        AskConfig,
         predict.answer,
         "\n-> ",
         predict.speak_answers,

@@ -17,7 +17,7 @@ import train
 from evaluation import GOALS
 from finetune import adapter_rank
 from logs import read_log
-from predict import AnswerConfig
+from predict import AskConfig
 
 # Found by trying: each learns its problem in well under a second.
 LEARN = ["--beta2=0.95", "--weight_decay=0", "--pre_ln"]
@@ -374,7 +374,7 @@ def test_an_answer_is_found_in_any_window(files, capsys, monkeypatch):
     model, tokenizer, _ = sample.load_model(best, torch.device("cpu"))
     model.register_forward_pre_hook(lambda model, given: seen.append(given))
     text, seen = Path("long.txt").read_text(encoding="utf-8"), []
-    predict.answer_questions(model, tokenizer, [(asked[0], text)], AnswerConfig())
+    predict.answer_questions(model, tokenizer, [(asked[0], text)], AskConfig())
     tokens, segments, keep = seen[0]
     ends = tokenizer.special_tokens["[SEP]"]
     first = (tokens == ends).int().argmax(1, keepdim=True)  # of the question
