@@ -170,7 +170,7 @@ def compare_speed(
             seconds["theirs"].append((time.perf_counter() - middle) / count * n)
     for name, each in seconds.items():
         low, mid, high = statistics.quantiles(each, n=4)
-        print(f"{name:>7}  {mid:7.1f} s an epoch of {n:,} rows ({low:.1f} to {high:.1f})")
+        print(f"{name:>7}  {mid:7.3g} s an epoch of {n:,} rows ({low:.3g} to {high:.3g})")
     mine, other = map(statistics.median, seconds.values())
     print(f"  ratio  {mine / other:.2f}", flush=True)
     return other
