@@ -140,7 +140,7 @@ def test_log_of_a_resumed_run_drops_what_lies_behind_its_checkpoint(toy):
 
 
 def test_interrupt_saves_and_says_how_to_go_on(toy, capsys, monkeypatch):
-    real = train.Run.train_step
+    real, before = train.Run.train_step, signal.getsignal(signal.SIGINT)
 
     def interrupted(self, *args):
         if self.step == 3:
@@ -155,7 +155,7 @@ def test_interrupt_saves_and_says_how_to_go_on(toy, capsys, monkeypatch):
     train.main(["--resume", "--out=parts"])
     train.main([*TOY, "--steps=8", "--eval_interval=100", "--out=whole"])
     assert_equal(weights(Path("whole/latest.pt")), weights(Path("parts/latest.pt")))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before  # a shell may have it ignored
 
 
 def test_recompute_changes_memory_and_no_number(toy):
