@@ -206,8 +206,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     parser = cli.Parser(
         "Train a Transformer. Every flag has a default. A preset (see presets.py) replaces some\n"
         "of the defaults below; without --preset, that of a first run on this machine does.\n"
-        "The flags are those of a task: for BERT's, add --model bert, for those of the\n"
-        "encoder-decoder, --model seq2seq."
+        "The flags are those of a task: add --model bert, seq2seq, classify, tag, answer, similar\n"
+        "or complete to see theirs."
     )
     cli.add_flags(parser, Settings, "training")
     cli.add_flags(parser, Config, f"sizes of the model ({task})")
