@@ -291,6 +291,10 @@ def test_minilm_ranks_paraphrases_above_unrelated_lines(minilm, tmp_path, monkey
     queries, others = ("\n".join(pair) for pair in zip(*PARAPHRASES, strict=True))
     Path("queries.txt").write_text(queries + "\n", encoding="utf-8")
     Path("lines.txt").write_text("\n".join([*UNRELATED, others]) + "\n", encoding="utf-8")
+    # It came without the head that fills in words: random ones would look like an answer.
+    for prompts in (["--prompt=a [MASK]"], ["--prompt=a", "--prompt=b"]):
+        with pytest.raises(ValueError, match="came without the head that fills in words"):
+            sample.main(["--checkpoint=minilm.pt", *prompts])
     capsys.readouterr()
     sample.main(
         ["--checkpoint", "minilm.pt", "--similar", "queries.txt", "lines.txt", "--top", "2"]
