@@ -3,9 +3,8 @@
     python bench.py                    everything, about five minutes on two cores
     python bench.py --only train       bpe, encode, optim, train, sample, bert, seq2seq or translate
 
-Every contestant of a comparison is warmed up, then they take turns, so that what else the machine
-does hits all of them; the table shows the median time, the spread (the middle half of the times)
-and the ratio to the last contestant. Random weights and tokens, never zeros.
+All contestants are warmed up, then they take turns, so that what else the machine does hits all of
+them. The table shows median time, spread (the middle half) and the ratio to the last contestant.
 """
 
 import json

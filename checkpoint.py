@@ -5,7 +5,6 @@ tokenizer (its JSON text) and its hash, data (the corpus's hash), model, optimiz
 skipped. It is read with `weights_only=True`, so a file from a stranger can hold no code.
 """
 
-import hashlib
 import os
 import warnings
 from dataclasses import asdict
@@ -81,14 +80,13 @@ def pack(
 ) -> dict:
     """The dict that `save` writes. `state` is optimizer, step, best and skipped. merged: adapters
     become part of the weights that they change."""
-    text = tokenizer.to_json()
     return {
         "format": FORMAT,
         "task": task,
         "model_config": asdict(model.config),
         "train_config": asdict(train_config),
-        "tokenizer": text,
-        "tokenizer_hash": hashlib.sha256(text.encode()).hexdigest(),  # which is tokenizer.hash
+        "tokenizer": tokenizer.to_json(),
+        "tokenizer_hash": tokenizer.hash,
         "data": data,
         "model": merged_state(model) if merged else model.state_dict(),
         **state,

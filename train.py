@@ -39,6 +39,7 @@ from bert import Encoder
 from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
 from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
+from data.windows import check_special
 from evaluation import badness, best_figure, count_targets, evaluate, to_device
 from execution import compiled, precision, recompute_blocks
 from finetune import LEARNT, adapter_rank, add_adapters, freeze, rate_scale, take_weights
@@ -101,10 +102,7 @@ class Run:
             path = Path(config.tokenizer)
             tokenizer = checkpoints.restore_tokenizer(path, checkpoints.load(path))
             needed = SPECIAL if issubclass(Model, Encoder) else (END_OF_TEXT,)
-            lacking = [name for name in needed if name not in tokenizer.special_tokens]
-            if lacking:
-                wanted = ", ".join(lacking)
-                raise ValueError(f"--tokenizer {path} lacks the special token {wanted}")
+            check_special(tokenizer, needed, config.tokenizer)
         self.say(f"preparing {config.data}")
         # One process of each machine prepares the data, the others find all of it in the cache.
         if group.local_rank > 0:
@@ -383,7 +381,8 @@ class Run:
         if task.closing:
             lines = task.closing(model, tokenizer, self.validation, self.out)
             print("-" * 80, *lines, sep="\n")
-        command = self.command("sample.py", "--checkpoint", str(path), *task.flags(prompts[0]))
+        flags = task.flags(next(iter(prompts), ""))
+        command = self.command("sample.py", "--checkpoint", str(path), *flags)
         print(f"{'-' * 80}\ngo on with: {command}")
 
 

@@ -199,12 +199,7 @@ def get_tokenizer(
             tokenizer = load_tokenizer(Path(config.tokenizer))
         else:
             raise ValueError(f"--tokenizer {config.tokenizer} is no file here, and not gpt2")
-        lacking = [name for name in special_tokens if name not in tokenizer.special_tokens]
-        if lacking:
-            raise ValueError(
-                f"--tokenizer {config.tokenizer} lacks the special token {', '.join(lacking)}: "
-                "choose another, or leave the flag out to train one"
-            )
+        check_special(tokenizer, special_tokens, config.tokenizer)
         return tokenizer
     if config.pattern not in PATTERNS:
         raise ValueError(f"--pattern {config.pattern} is not one of {', '.join(PATTERNS)}")
@@ -224,6 +219,16 @@ def get_tokenizer(
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
     return tokenizer
+
+
+def check_special(tokenizer: AnyTokenizer, special_tokens: tuple[str, ...], given: str) -> None:
+    """ValueError where what --tokenizer gives lacks some that the task needs."""
+    lacking = [name for name in special_tokens if name not in tokenizer.special_tokens]
+    if lacking:
+        raise ValueError(
+            f"--tokenizer {given} lacks the special token {', '.join(lacking)}: "
+            "choose another, or leave the flag out to train one"
+        )
 
 
 def limited(corpus: Corpus, characters: int):

@@ -139,6 +139,14 @@ def test_log_of_a_resumed_run_drops_what_lies_behind_its_checkpoint(toy):
     assert steps == [1, 2, 3, 4] and 99.0 not in losses("out/gpt")
 
 
+def test_a_run_without_an_input_to_show_ends_all_the_same(toy, capsys, monkeypatch):
+    """No sentence of a text may fit into the model; asking for the first one was an IndexError."""
+    monkeypatch.setattr(MaskedText, "describe", lambda self: self.prompts.clear() or "nothing")
+    train.main([*TOY_BERT, "--steps=2"])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("go on with: python sample.py --checkpoint") and "--prompt" not in said
+
+
 def test_interrupt_saves_and_says_how_to_go_on(toy, capsys, monkeypatch):
     real, before = train.Run.train_step, signal.getsignal(signal.SIGINT)
 
