@@ -2,11 +2,14 @@
 
 A checkpoint is a dict of tensors and plain values: format, task, model_config, train_config,
 tokenizer (its JSON text) and its hash, data (the corpus's hash), model, optimizer, step, best,
-skipped. It is read with `weights_only=True`, so a file from a stranger can hold no code.
+skipped. It is read with `weights_only=True`, so a file from a stranger can hold no code. The file
+is the zip archive that torch writes, which has a CRC-32 of each of its parts; torch does not look
+at them, `load` does.
 """
 
 import os
 import warnings
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -93,33 +96,89 @@ def pack(
     }
 
 
-def save(path: Path, checkpoint: dict) -> None:
-    """Under a temporary name, flushed to the disk, then renamed: a crash leaves the old file."""
+LATEST, PREVIOUS = "latest.pt", "previous.pt"
+
+
+def save(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
+    """Under a temporary name, flushed to the disk, then renamed: a crash leaves the old file, and a
+    full disk too, of which OSError tells. `previous`: the name under which the old file is kept."""
     temporary = path.with_name(f"{path.name}.part")
     try:
         with temporary.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            path.replace(previous)
         temporary.replace(path)
+        flush_names(path.parent)
+    except RuntimeError as error:  # of torch's writer, behind a write that the system has refused
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def flush_names(folder: Path) -> None:
+    """A new name is safe from a power failure when the folder is on the disk, too."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Unreadable(ValueError):
+    """A checkpoint that is missing, truncated or damaged, as an accident leaves it."""
+
+
+def load_newest(latest: Path) -> dict:
+    """What a run goes on from: latest.pt, or the one before, where that is damaged or missing: a
+    crash may have come between the two renamings of `save`. "instead" says then why."""
+    previous = latest.with_name(PREVIOUS)
+    try:
+        return load(latest)
+    except Unreadable as error:
+        try:
+            return {**load(previous), "instead": str(error)}
+        except Unreadable:
+            raise error from None
+
+
+def check_sums(path: Path) -> None:
+    """Unreadable unless every part of the archive is what was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises half a dozen kinds for damaged files
+        raise Unreadable(
+            f"{path} is truncated, or no checkpoint of this project: "
+            "use latest.pt or best.pt of a finished or interrupted run"
+        ) from error
+    if damaged:
+        raise Unreadable(
+            f"{path} is damaged, for the checksum of its part {damaged} is wrong: use another "
+            "checkpoint of the run"
+        )
+
+
 def load(path: Path) -> dict:
-    """The checked dict. Raises ValueError for a missing, truncated, foreign or newer file."""
+    """The checked dict. ValueError for a missing, truncated, damaged, foreign or newer file."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a checkpoint in it, {path / 'best.pt'} for one")
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}: train first, or name one that exists")
+        raise Unreadable(f"there is no checkpoint {path}: train first, or name one that exists")
+    check_sums(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign formats; we refuse them below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged files
         raise ValueError(
-            f"{path} is truncated, or no checkpoint of this project: "
-            "use latest.pt or best.pt of a finished or interrupted run"
+            f"{path} is no checkpoint of this project: use latest.pt or best.pt of a finished or "
+            "interrupted run"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
         raise ValueError(f"{path} is no checkpoint of this project: it has no format number")

@@ -5,6 +5,7 @@ the model's sizes are the checkpoint's.
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import checkpoint as checkpoints
 import cli
 import optim
 from bert import Encoder
+from checkpoint import LATEST, PREVIOUS
 from finetune import LEARNT
 from presets import PRESETS, first_hour
-from processes import multiplies_bf16, pick_device
+from processes import multiplies_bf16, pick_device, restarted
 
 TASKS = checkpoints.TASKS
 
@@ -51,6 +53,7 @@ class TrainConfig:
     eval_tokens: int = 131072  # validation tokens scored, evenly spaced over the text; 0: all
     log_interval: int = 10  # steps between records in log.jsonl
     seed: int = 1337  # of the weights, the order of the data and dropout
+    timeout: float = 10.0  # minutes that a process waits for another before it says which one hangs
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # bf16, fp32, or auto: bf16 on GPUs that have it (fine-tuning: on CPUs too)
     compile: bool | None = None  # torch.compile; auto: on for CUDA on Linux
@@ -58,7 +61,7 @@ class TrainConfig:
     dry_run: bool = False  # print the plan and the parameter table, allocate and train nothing
 
     def __post_init__(self):
-        above, least = ("lr",), {"steps": 1, "tokens_per_step": 1, "batch_size": 1}
+        above, least = ("lr", "timeout"), {"steps": 1, "tokens_per_step": 1, "batch_size": 1}
         least |= {"eval_interval": 0, "log_interval": 1, "minutes": 0, "stop_after": 0, "seed": 0}
         least |= {"weight_decay": 0, "clip": 0, "warmup": 0, "eval_tokens": 0, "keep": 0}
         least["epochs"] = 0
@@ -177,7 +180,7 @@ FINETUNED = {task for task, Config in CONFIGS.items() if issubclass(Config, Fine
 # What a resumed run may change: how and where it computes, not what.
 FREE_ON_RESUME = {
     *("out", "resume", "stop_after", "keep", "batch_size", "eval_interval", "log_interval"),
-    *("cache_dir", "data", "valid", "device", "dtype", "compile", "recompute"),
+    *("cache_dir", "data", "valid", "device", "dtype", "compile", "recompute", "timeout"),
 }
 
 # Of a model's settings, those that no weight's shape depends on: --init may change them.
@@ -186,12 +189,14 @@ RATES = {"dropout", "attention_dropout", "label_smoothing"}
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     """Flags -> (config, the model's sizes, the checkpoint to start from or None)."""
+    argv = again(argv)
     given = peek(argv)
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
         raise ValueError(f"--preset {preset} is not known: choose {', '.join(PRESETS)}")
     path = start_from(given)
-    checkpoint = checkpoints.load(path) if path else None
+    load = checkpoints.load_newest if given.get("resume") else checkpoints.load
+    checkpoint = load(path) if path else None
     task = checkpoint["task"] if checkpoint else given.get("model", preset_task(preset))
     if path:
         found, task = task, given.get("model", task)
@@ -274,20 +279,32 @@ def preset_task(preset: str) -> str:
     return PRESETS.get(preset, {}).get("model", "gpt")
 
 
+def again(argv: list[str]) -> list[str]:
+    """The flags; with --resume where torchrun or Slurm repeats them and their run has begun."""
+    given = peek(argv)
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not given.get("out"):
+        raise ValueError(
+            "torchrun --max-restarts repeats this command and must find its run again: name the "
+            "run's folder with --out"
+        )
+    begun = bool(given.get("out")) and any(
+        (Path(given["out"]) / name).is_file() for name in (LATEST, PREVIOUS)
+    )
+    return [*argv, "--resume"] if restarted() and begun else argv
+
+
 def start_from(given: dict) -> Path | None:
     """The checkpoint that --resume or --init names."""
-    if given.get("resume") and given.get("init"):
+    if given.get("resume") and given.get("init") and not restarted():
         raise ValueError("--resume goes on with a run, --init begins a new one: give one of them")
-    if given.get("init"):
-        return Path(given["init"])
     if not given.get("resume"):
-        return None
+        return Path(given["init"]) if given.get("init") else None
     if given.get("out"):
-        return Path(given["out"]) / "latest.pt"
-    found = sorted(Path("out").glob("*/latest.pt"), key=lambda p: p.stat().st_mtime)
+        return Path(given["out"]) / LATEST
+    found = [path for name in (LATEST, PREVIOUS) for path in Path("out").glob(f"*/{name}")]
     if not found:
         raise ValueError("there is no run below out/ to resume: name its folder with --out")
-    return found[-1]
+    return max(found, key=lambda p: p.stat().st_mtime).with_name(LATEST)
 
 
 def refuse_changes(given: dict, saved: dict, free: set[str], path: Path) -> None:

@@ -47,6 +47,7 @@ def evaluate(
     shown = {"desc": "scoring", "unit": "batch", "disable": None if progress else True}
     # With less batches than processes, the idle ones still learn the names.
     for i in tqdm(mine or [0], **shown):
+        group.at("evaluation")
         batch = data.batch(i)
         with autocast():
             losses = model(**to_device(batch, group.device))

@@ -1,12 +1,16 @@
 """What a run leaves behind and shows: log.jsonl, curves.png, and a progress bar or plain lines."""
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
+
+from data.download import replacing
 
 
 def clock(seconds: float) -> str:
@@ -24,11 +28,11 @@ class RunLog:
 
     def __init__(self, folder: Path, first_step: int, last_step: int, tokens_per_step: int):
         self.last_step, self.tokens_per_step = last_step, tokens_per_step
-        path = folder / "log.jsonl"
+        path, self.full = folder / "log.jsonl", False
         kept = [r for r in read_log(path) if r["step"] <= first_step] if first_step else []
-        self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(json.dumps(record) + "\n" for record in kept)
-        self.file.flush()
+        with replacing(path) as file:  # a crash in between loses no line
+            file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
+        self.file = path.open("a", encoding="utf-8")
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
@@ -71,8 +75,18 @@ class RunLog:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
         }
-        self.file.write(json.dumps(plain) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(plain) + "\n")
+            self.file.flush()
+        except OSError as error:  # what could not be written waits in the file's buffer
+            if not self.full:
+                self.say(f"log.jsonl cannot be written ({error.strerror}): it waits for room")
+            self.full = True
+
+    def flush(self) -> None:
+        """To the disk, before a checkpoint that must not be newer than its log."""
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
 
     def say(self, line: str) -> None:
         if self.bar is None:
@@ -81,7 +95,8 @@ class RunLog:
             self.bar.write(line)
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # the disk is full, and `write` has said so
+            self.file.close()
         if self.bar is not None:
             self.bar.close()
 

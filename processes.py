@@ -2,12 +2,16 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from watchdog import Watchdog
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -21,10 +25,26 @@ class Processes:
     device: torch.device
     local_rank: int = 0
     patient: dist.ProcessGroup | None = None  # for waits of hours, by gloo
+    store: dist.Store | None = None  # of keys and values that all can see
+    watchdog: Watchdog | None = None
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def at(self, place: str, step: int | None = None) -> None:
+        """What is being done now: every process says the same in the same order, see Watchdog."""
+        if self.watchdog:
+            self.watchdog.at(place, step)
+
+    @contextmanager
+    def watched(self, minutes: float) -> Iterator[None]:
+        """While no process may keep the others waiting for longer than that."""
+        if self.store:
+            self.watchdog = Watchdog(self.store, self.rank, self.world, 60 * minutes)
+        with self.watchdog or nullcontext():
+            yield
+        self.watchdog = None
 
     def sum(self, numbers: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
         """Element by element over all processes, which all get the same result."""
@@ -59,8 +79,8 @@ class Processes:
         if self.world > 1:
             try:
                 dist.barrier(group=self.patient)
-            except RuntimeError as error:  # the others' connections are gone
-                raise ValueError("another process ended: see what it said") from error
+            except RuntimeError as error:
+                raise ValueError(OTHER_ENDED) from error
 
 
 def multiplies_bf16(device: str) -> bool:
@@ -92,10 +112,14 @@ def start(device_name: str) -> Processes:
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(dist.rendezvous("env://"))
+    # In training a watchdog has less patience than that; it can say more than a time-out does.
+    hours, backend = timedelta(hours=12), "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
     # One process of each machine tokenizes while the others wait: hours, for a large text.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-    return Processes(dist.get_rank(), dist.get_world_size(), device, local_rank, patient)
+    patient = dist.new_group(backend="gloo", timeout=hours)
+    told = dist.PrefixStore("watchdog", store)
+    return Processes(rank, world, device, local_rank, patient, told if world > 1 else None)
 
 
 def stop() -> None:
@@ -103,8 +127,22 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def restarted() -> bool:
+    """Whether torchrun (--max-restarts) or Slurm (--requeue) has begun this command once more."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in ("", "0") for name in counts)
+
+
+OTHER_ENDED = "another process ended: see what it said, and go on with --resume"
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether it is what a collective operation raises when a process at its other end is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 class Interruption:
-    """SIGINT and SIGTERM ask the loop to end after the step; a second one ends at once."""
+    """SIGINT and SIGTERM ask the loop to end after the step; a second SIGINT ends at once."""
 
     def __enter__(self) -> "Interruption":
         self.asked = False
@@ -112,7 +150,7 @@ class Interruption:
         return self
 
     def ask(self, number: int, frame) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 

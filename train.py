@@ -36,6 +36,7 @@ import plan
 import processes
 import sample
 from bert import Encoder
+from checkpoint import LATEST, PREVIOUS
 from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
 from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
@@ -48,15 +49,22 @@ from processes import Interruption, Processes
 
 
 def gradients(
-    model: nn.Module, batches: list[dict], group: Processes, autocast, stop: bool = False
+    model: nn.Module,
+    batches: list[dict],
+    group: Processes,
+    autocast,
+    stop: bool = False,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, float]] | None:
     """Adds up the gradient of one step: (summed losses of this process, counts of all).
 
     The step's loss is Σ losses / counts over all micro-batches of all processes, so that each
     target weighs the same; a mean of means would not. DDP averages over processes, hence the
     factor `world`. The wish to stop travels with the counts: one small message, all agree, and
-    None is returned.
+    None is returned. Dropout is a function of `seed` and the number of the micro-batch: the same
+    however many processes share the step, and whether the run was interrupted before it or not.
     """
+    group.at("counting targets")
     names = sorted(count_targets(batches[0]))
     local = [sum(count_targets(batch)[name] for batch in batches) for name in names]
     *total, stops = group.sum([*local, int(stop)], torch.int64)
@@ -64,7 +72,9 @@ def gradients(
         return None
     counts = dict(zip(names, total, strict=True))
     sums: dict[str, Tensor] = {}
+    group.at("gradients")
     for i, batch in enumerate(batches):
+        torch.manual_seed((seed * 65_537 + i * group.world + group.rank) % 2**63)
         # Gradients are exchanged once, after the last micro-batch. The switch must cover forward.
         silent = group.world > 1 and i < len(batches) - 1
         with model.no_sync() if silent else nullcontext():
@@ -96,7 +106,7 @@ class Run:
         config.batch_size, self.accumulate = divide_step(config, sizes["block_size"], group.world)
         tokenizer = None
         if checkpoint:
-            path = self.out / "latest.pt" if config.resume else Path(config.init)
+            path = self.out / LATEST if config.resume else Path(config.init)
             tokenizer = checkpoints.restore_tokenizer(path, checkpoint)
         elif config.tokenizer.endswith(".pt"):
             path = Path(config.tokenizer)
@@ -150,6 +160,10 @@ class Run:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.step, self.best = checkpoint["step"], checkpoint["best"]
             self.skipped = checkpoint["skipped"]
+            if why := checkpoint.get("instead"):
+                self.say(f"{why}; going on from {PREVIOUS}, which is of step {self.step:,}")
+                if group.main:  # else the next save would keep the damaged one in its place
+                    (self.out / PREVIOUS).replace(path)
         self.prepare_forward()
 
     def limit_what_learns(self) -> None:
@@ -226,14 +240,15 @@ class Run:
     def train_step(self, factor: float, stop: bool = False) -> dict | None:
         """One optimizer step at `factor` of the peak rate: a record for the log, None to stop."""
         config, group, step = self.config, self.group, self.step
-        # Dropout: the same whether the run was interrupted before this step or not.
-        torch.manual_seed(((config.seed * 1_000_003 + step) * 65_537 + group.rank) % 2**63)
+        group.at("reading batches", step)
         micro = (step * self.accumulate + m for m in range(self.accumulate))
         batches = [self.data.batch(m * group.world + group.rank) for m in micro]
-        result = gradients(self.forward, batches, group, self.autocast, stop)
+        seed = config.seed * 1_000_003 + step
+        result = gradients(self.forward, batches, group, self.autocast, stop, seed)
         if result is None:
             return None
         sums, counts = result
+        group.at("update")
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf))
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = config.lr * factor * parameters.get("lr_scale", 1.0)
@@ -284,9 +299,15 @@ class Run:
         self.optimizer, self.step, self.skipped = self.new_optimizer(), 0, 0
         self.say(f"{step_seconds * 1000:.0f} ms a step: --steps {steps} fit into the time")
 
-    def save(self, name: str) -> None:
-        """Into the run's folder. best.pt is for use, not for resuming: no optimizer state."""
-        resumable = name == "latest.pt"
+    def save(self, name: str) -> bool:
+        """Into the run's folder; every process calls it. best.pt is for use, not for resuming: no
+        optimizer state. False, and a line that says so, where the disk refuses it."""
+        self.group.at("saving")
+        saved = not self.group.main or self.write(name)
+        return bool(self.group.first(saved))
+
+    def write(self, name: str) -> bool:
+        resumable = name == LATEST
         state = checkpoints.pack(
             self.config.model,
             self.model,
@@ -299,13 +320,19 @@ class Run:
             skipped=self.skipped,
             merged=not resumable,
         )
-        checkpoints.save(self.out / name, state)
+        try:
+            self.log.flush()
+            checkpoints.save(self.out / name, state, self.out / PREVIOUS if resumable else None)
+        except OSError as error:
+            self.say(f"{self.out / name} is not written ({error.strerror}): older ones are kept")
+            return False
+        return True
 
     def keep_last(self, count: int) -> None:
         """One more file for average.py, and not more than `count` of them."""
-        self.save(f"step-{self.step:07}.pt")
-        for old in sorted(self.out.glob("step-*.pt"))[:-count]:
-            old.unlink()
+        if self.save(f"step-{self.step:07}.pt") and self.group.main:
+            for old in sorted(self.out.glob("step-*.pt"))[:-count]:
+                old.unlink()
 
     def fit(self) -> bool:
         """Trains to the end, True, or until interrupted, False; saves either way."""
@@ -315,8 +342,12 @@ class Run:
             (self.out / "config.json").write_text(settings, encoding="utf-8")
             self.log = RunLog(self.out, self.step, config.steps, config.tokens_per_step)
         try:
-            with Interruption() as interruption:
+            with Interruption() as interruption, group.watched(config.timeout):
                 return self.loop(interruption)
+        except RuntimeError as error:
+            if not processes.lost_another(error):
+                raise
+            raise ValueError(f"step {self.step + 1:,}: {processes.OTHER_ENDED}") from error
         finally:
             if self.log:
                 self.log.close()
@@ -324,7 +355,11 @@ class Run:
 
     def loop(self, interruption: Interruption) -> bool:
         config, group = self.config, self.group
-        first, in_a_row = self.step, 0
+        first, in_a_row, saved = self.step, 0, True
+        go_on = self.command("train.py", "--resume", "--out", str(self.out))
+        # From its first step on a run can be resumed, and the disk has room for its checkpoints.
+        if not self.step and not self.save(LATEST):
+            raise ValueError(f"{self.out} has no room for a checkpoint: choose another --out")
         if self.step >= config.steps:
             self.say(f"this run has done all of its {config.steps:,} steps")
         while self.step < config.steps:
@@ -332,10 +367,12 @@ class Run:
             skipped = self.skipped
             record = self.train_step(self.factor(self.step), interruption.asked or enough)
             if record is None:
-                if group.main:
-                    self.save("latest.pt")
-                command = self.command("train.py", "--resume", "--out", str(self.out))
-                self.say(f"stopped after step {self.step:,} and saved; go on with: {command}")
+                if not self.save(LATEST):
+                    raise ValueError(
+                        f"stopped after step {self.step:,}, which is not saved: make room, and go "
+                        f"on from the checkpoint before it with: {go_on}"
+                    )
+                self.say(f"stopped after step {self.step:,} and saved; go on with: {go_on}")
                 return False
             self.step += 1
             if group.main:
@@ -353,15 +390,21 @@ class Run:
             if self.step % self.eval_interval == 0 or self.step == config.steps:
                 report = self.evaluate()
                 found = badness(config.model, report)
-                better = found <= self.best  # of equals the later one, of the smaller loss
-                self.best = min(self.best, found)
+                best, better = self.best, found <= self.best  # of equals the later one
+                self.best = min(best, found)
                 if group.main:
                     self.log.evaluation(self.step, report, better)
-                    self.save("latest.pt")
-                    if better:
-                        self.save("best.pt")
-                    if config.keep:
-                        self.keep_last(config.keep)
+                # latest.pt comes last: a run that is killed before it does all of this again.
+                if better and not self.save("best.pt"):
+                    self.best = best
+                if config.keep:
+                    self.keep_last(config.keep)
+                saved = self.save(LATEST)
+        if not saved:
+            raise ValueError(
+                f"all {self.step:,} steps are done, but the last ones not saved: make room, and "
+                f"repeat them with: {go_on}"
+            )
         return True
 
     def show(self) -> None:

@@ -78,6 +78,7 @@ def test_a_run_shows_its_plan_learns_and_leaves_what_it_promised(toy, capsys):
     assert "python sample.py --checkpoint" in out and "tokens/s" in out
     assert {p.name for p in Path("out/gpt").iterdir()} == {
         "latest.pt",
+        "previous.pt",
         "best.pt",
         "log.jsonl",
         "curves.png",
@@ -549,7 +550,7 @@ class Payload:
         ("truncated", "is truncated, or no checkpoint"),
         ("empty", "is truncated, or no checkpoint"),
         ("text", "is truncated, or no checkpoint"),
-        ("pickle", "is truncated, or no checkpoint"),
+        ("pickle", "is no checkpoint of this project"),
         ("foreign", "no format number"),
         ("newer", "has checkpoint format 2, this code reads 1"),
         ("keys", "is damaged: tokenizer_hash"),
@@ -562,6 +563,7 @@ class Payload:
 def test_checkpoints_that_cannot_be_used_are_refused(toy, damage, message):
     train.main([*TOY, "--steps=2"])
     path = Path("out/gpt/latest.pt")
+    path.with_name("previous.pt").unlink()
     state = checkpoints.load(path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])

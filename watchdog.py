@@ -1,0 +1,119 @@
+"""What tells a process that waits for another one for ever from one that works.
+
+A collective operation returns when all processes have reached it. One that never comes, because its
+disk, its GPU or its machine is stuck, holds up all others without a word, in a call that nothing
+can interrupt. So a thread of every process looks at how long it has been at the same place, and
+compares with the others by the key-value store through which they have found each other.
+
+Left out: mending it. The process ends, and torchrun (--max-restarts) or the user goes on from the
+checkpoint.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+
+class Watchdog(threading.Thread):
+    """Ends this process, with a sentence about who holds up whom, where nothing has moved for
+    `patience` seconds.
+
+    All processes pass the same places in the same order, so the one that has passed the fewest is
+    the one that the others wait for; or else it is one whose thread is silent, too: that was
+    stopped, or its machine is gone.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int, patience: float):
+        super().__init__(daemon=True)
+        self.store, self.rank, self.world, self.patience = store, rank, world, patience
+        self.period = patience / 40  # between two looks
+        self.looks, self.passed, self.step, self.place = 0, 0, 0, "starting"
+        self.since, self.ended = time.monotonic(), threading.Event()
+
+    def at(self, place: str, step: int | None = None) -> None:
+        """This process is at `place` of `step`. The same once more means that it still moves."""
+        step = self.step if step is None else step
+        if (step, place) != (self.step, self.place):
+            self.passed, self.step, self.place = self.passed + 1, step, place
+        self.since = time.monotonic()
+
+    def run(self) -> None:
+        while not self.ended.wait(self.period):
+            try:
+                self.tell()
+                if self.store.check(["verdict"]):
+                    self.end()
+                elif time.monotonic() - self.since > self.patience:
+                    self.judge()
+            except RuntimeError:  # the store is gone, and with it the process that keeps it
+                if time.monotonic() - self.since > self.patience:
+                    self.say("the process that keeps the addresses of all is gone")
+                    os._exit(1)
+
+    def tell(self) -> None:
+        self.looks += 1
+        state = [self.looks, self.passed, self.step, self.place]
+        self.store.set(str(self.rank), json.dumps(state))
+
+    def states(self) -> dict[int, list]:
+        """{rank: [looks, passed, step, place]} of all that have ever told."""
+        ranks = [rank for rank in range(self.world) if self.store.check([str(rank)])]
+        return {rank: json.loads(self.store.get(str(rank))) for rank in ranks}
+
+    def judge(self) -> None:
+        """Finds the culprits, unless things move again, and says so if no other was faster."""
+        before, since = self.states(), self.since
+        for _ in range(4):  # long enough for everyone who lives to tell something new
+            if self.ended.wait(self.period):
+                return
+            self.tell()
+        after = self.states()
+        if self.since != since:
+            return
+        alive = [rank for rank in after if after[rank] != before.get(rank)]
+        culprits = [rank for rank in range(self.world) if rank not in alive]
+        doing = "gives no sign of life (stopped, or its machine is gone)"
+        if not culprits:
+            least = min(passed for _, passed, *_ in after.values())
+            culprits = [rank for rank in after if after[rank][1] == least]
+            _, _, step, place = after[culprits[0]]
+            doing = f"is still at step {step + 1:,} ({place})"
+        verdict = json.dumps([self.rank, culprits])
+        if self.store.compare_set("verdict", "", verdict).decode() == verdict:
+            names = ", ".join(map(str, culprits))
+            self.say(f"rank {names} of {self.world} {doing}")
+        self.end()
+
+    def say(self, found: str) -> None:
+        print(
+            f"error: {found}, for which rank {self.rank} has waited {self.patience:g} seconds at "
+            f"step {self.step + 1:,} ({self.place}): look at that process and its machine (GPU, "
+            "disk, network; NCCL_DEBUG=INFO tells more), then go on with --resume, with a longer "
+            "--timeout if it was only slow",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def end(self) -> None:
+        """After the verdict. The main thread is in a call that nothing interrupts."""
+        _, culprits = json.loads(self.store.get("verdict"))
+        if self.rank in culprits:
+            print(f"rank {self.rank} of {self.world} hangs here:", file=sys.stderr)
+            faulthandler.dump_traceback(file=sys.stderr)
+        os._exit(1)
+
+    def __enter__(self) -> "Watchdog":
+        self.store.set_timeout(timedelta(seconds=max(self.patience, 5)))
+        self.since = time.monotonic()
+        self.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.ended.set()
+        self.join()
