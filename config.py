@@ -5,7 +5,6 @@ the model's sizes are the checkpoint's.
 """
 
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from bert import Encoder
 from checkpoint import LATEST, PREVIOUS
 from finetune import LEARNT
 from presets import PRESETS, first_hour
-from processes import multiplies_bf16, pick_device, restarted
+from processes import multiplies_bf16, pick_device, repeats
 
 TASKS = checkpoints.TASKS
 
@@ -282,20 +281,20 @@ def preset_task(preset: str) -> str:
 def again(argv: list[str]) -> list[str]:
     """The flags; with --resume where torchrun or Slurm repeats them and their run has begun."""
     given = peek(argv)
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not given.get("out"):
+    if not repeats():
+        return argv
+    if not given.get("out"):
         raise ValueError(
-            "torchrun --max-restarts repeats this command and must find its run again: name the "
-            "run's folder with --out"
+            "a command that torchrun (--max-restarts) or Slurm repeats must find its run again: "
+            "name the run's folder with --out"
         )
-    begun = bool(given.get("out")) and any(
-        (Path(given["out"]) / name).is_file() for name in (LATEST, PREVIOUS)
-    )
-    return [*argv, "--resume"] if restarted() and begun else argv
+    begun = any((Path(given["out"]) / name).is_file() for name in (LATEST, PREVIOUS))
+    return [*argv, "--resume"] if begun else argv
 
 
 def start_from(given: dict) -> Path | None:
     """The checkpoint that --resume or --init names."""
-    if given.get("resume") and given.get("init") and not restarted():
+    if given.get("resume") and given.get("init") and not repeats():
         raise ValueError("--resume goes on with a run, --init begins a new one: give one of them")
     if not given.get("resume"):
         return Path(given["init"]) if given.get("init") else None

@@ -28,11 +28,11 @@ class RunLog:
 
     def __init__(self, folder: Path, first_step: int, last_step: int, tokens_per_step: int):
         self.last_step, self.tokens_per_step = last_step, tokens_per_step
-        path, self.full = folder / "log.jsonl", False
+        path = folder / "log.jsonl"
         kept = [r for r in read_log(path) if r["step"] <= first_step] if first_step else []
         with replacing(path) as file:  # a crash in between loses no line
             file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
-        self.file = path.open("a", encoding="utf-8")
+        self.file, self.waiting, self.full = path.open("ab", buffering=0), b"", False
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
@@ -70,15 +70,17 @@ class RunLog:
         self.last_time = time.perf_counter()  # an evaluation is not part of the next step's time
 
     def write(self, record: dict) -> None:
-        """JSON has no NaN and no infinity: they become null."""
+        """JSON has no NaN and no infinity: they become null. What a full disk does not take is
+        written when there is room."""
         plain = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
         }
+        self.waiting += json.dumps(plain).encode() + b"\n"
         try:
-            self.file.write(json.dumps(plain) + "\n")
-            self.file.flush()
-        except OSError as error:  # what could not be written waits in the file's buffer
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
             if not self.full:
                 self.say(f"log.jsonl cannot be written ({error.strerror}): it waits for room")
             self.full = True
@@ -95,8 +97,7 @@ class RunLog:
             self.bar.write(line)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # the disk is full, and `write` has said so
-            self.file.close()
+        self.file.close()
         if self.bar is not None:
             self.bar.close()
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -113,6 +115,7 @@ def start(device_name: str) -> Processes:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://"))
+    store = fresh(store, rank, world)
     # In training a watchdog has less patience than that; it can say more than a time-out does.
     hours, backend = timedelta(hours=12), "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
@@ -127,10 +130,36 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def restarted() -> bool:
-    """Whether torchrun (--max-restarts) or Slurm (--requeue) has begun this command once more."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(name, "0") not in ("", "0") for name in counts)
+def fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of the store that nobody has written to yet.
+
+    torchrun keeps the store when it restarts the processes (seen with 2.13), and who finds there
+    the address of one that is dead calls it in vain. So each says a new name, and all agree on
+    rank 0's, which has seen all of them and been seen by all.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"name {rank}", mine)
+    agreed, names, seen = mine, [], False
+    while not seen:
+        if rank == 0:
+            names = [store.get(f"name {other}").decode() for other in range(world)]
+            store.set("names", " ".join(names))
+            seen = all(store.check([f"{mine} {other}"]) for other in range(1, world))
+        else:
+            agreed, *names = store.get("names").decode().split()
+            if seen := mine in names:
+                store.set(f"{agreed} {rank}", "")
+        time.sleep(0 if seen else 0.05)
+    return dist.PrefixStore(agreed, store)
+
+
+def repeats() -> bool:
+    """Whether this command may have begun before: torchrun (--max-restarts) repeats it, and Slurm
+    (--requeue). The same in all processes, which a count of restarts is not on several machines."""
+    return any(
+        os.environ.get(name, "0") not in ("", "0")
+        for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT")
+    )
 
 
 OTHER_ENDED = "another process ended: see what it said, and go on with --resume"

@@ -416,29 +416,6 @@ def test_two_processes_train_like_one(toy_pairs, small):
     assert losses("one")[-1] < losses("one")[0] - 0.01  # and it did learn
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-def test_terminated_processes_save_and_leave_no_orphans(toy):
-    flags = [*TOY, "--steps=100000", "--eval_interval=100000", "--tokens_per_step=256"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with subprocess.Popen(
-        [*command, str(ROOT / "train.py"), *flags, "--out=run"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        encoding="utf-8",
-    ) as running:
-        for line in running.stdout:
-            if line.startswith("step "):
-                break
-        running.send_signal(signal.SIGTERM)
-        rest = running.stdout.read()  # ends when the last process has closed it
-    assert "and saved; go on with" in rest
-    stopped = checkpoints.load(Path("run/latest.pt"))["step"]
-    assert stopped > 0
-    train.main(["--resume", "--out=run", "--stop_after=1", "--batch_size=4"])
-    assert checkpoints.load(Path("run/latest.pt"))["step"] == stopped + 1
-
-
 # ---- faults --------------------------------------------------------------------------------------
 
 
