@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import typing
@@ -146,6 +147,8 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     if sys.platform == "win32":  # consoles there are not UTF-8 by default
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
         sys.stderr.reconfigure(encoding="utf-8", errors="replace")
+    # What is unfinished is removed on the way out, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     try:
         main(None)
     except BrokenPipeError:  # `sample.py | head`: the reader has seen enough
