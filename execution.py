@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from losses import leave_uncompiled
 from model import Block
 from processes import multiplies_bf16
 
@@ -28,6 +29,7 @@ def recompute_blocks(model: nn.Module) -> None:
 
 def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn.Module:
     """The compiled model, tried on batches; the model as it is, and one line, where that fails."""
+    leave_uncompiled()
     try:
         shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
         # A graph for each length of a batch would be compiled, until torch gives up.

@@ -33,7 +33,6 @@ def plain_cross_entropy(
     return loss, nll, (logits.argmax(-1) == targets).sum()
 
 
-@torch.compiler.disable  # batches of many lengths would compile the loop below again and again
 def linear_cross_entropy(
     features: Tensor,
     weight: Tensor,
@@ -44,9 +43,18 @@ def linear_cross_entropy(
     """The same as plain_cross_entropy, a chunk of logits at a time."""
     rows = max(1, CHUNK.get(features.device.type, 2**24) // weight.size(0))
     features, targets = features.flatten(0, -2), targets.flatten()
-    return LinearCrossEntropy.apply(
-        features, weight, bias, targets, smoothing, rows, torch.is_grad_enabled()
-    )
+    return in_chunks(features, weight, bias, targets, smoothing, rows, torch.is_grad_enabled())
+
+
+def in_chunks(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return LinearCrossEntropy.apply(*arguments)
+
+
+def leave_uncompiled() -> None:
+    """Before torch.compile: batches of many lengths would compile the loop below again and again.
+    As a decorator, `disable` would cost every script the two seconds of the compiler's import."""
+    global in_chunks
+    in_chunks = torch.compiler.disable(in_chunks)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

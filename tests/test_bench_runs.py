@@ -7,7 +7,8 @@ import pytest
 import bench_runs
 
 
-def test_every_measure_is_taken(toy, capsys):
+def test_every_measure_is_taken(toy, capsys, monkeypatch):
+    monkeypatch.setattr(bench_runs, "SMALL", [*bench_runs.SMALL, "--data=toy.txt"])
     bench_runs.main(["--small", "--repeats=1", "--steps=6"])
     *sentences, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
