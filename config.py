@@ -58,12 +58,13 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile; auto: on for CUDA on Linux
     recompute: bool = False  # compute activations again in the backward pass, to save memory
     dry_run: bool = False  # print the plan and the parameter table, allocate and train nothing
+    world: int = 1  # --dry_run: the number of processes to plan for
 
     def __post_init__(self):
         above, least = ("lr", "timeout"), {"steps": 1, "tokens_per_step": 1, "batch_size": 1}
         least |= {"eval_interval": 0, "log_interval": 1, "minutes": 0, "stop_after": 0, "seed": 0}
         least |= {"weight_decay": 0, "clip": 0, "warmup": 0, "eval_tokens": 0, "keep": 0}
-        least["epochs"] = 0
+        least |= {"epochs": 0, "world": 1}
         shares, below = ("cooldown", "floor"), ("beta1", "beta2")
         for name, value in asdict(self).items():
             wanted = None
@@ -77,6 +78,11 @@ class TrainConfig:
                 wanted = "0 or more, but less than 1"
             if wanted:
                 raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
+        if self.world > 1 and not self.dry_run:
+            raise ValueError(
+                f"--world {self.world} is for a plan alone: add --dry_run, or start so many "
+                "processes with torchrun"
+            )
         for name, known in (
             ("optimizer", optim.OPTIMIZERS),
             ("schedule", optim.SCHEDULES),

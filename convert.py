@@ -357,7 +357,7 @@ PIPELINES = {
     "complete": "text-generation",
 }
 # Settings that say where a run was computed, not what.
-LOCAL = {"cache_dir", "out", "resume", "device", "dry_run", "stop_after", "minutes"}
+LOCAL = {"cache_dir", "out", "resume", "device", "dry_run", "stop_after", "minutes", "world"}
 LOCAL |= {"data", "valid", "init", "tokenizer"}  # paths, of which the names are told
 
 

@@ -134,7 +134,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             return F.dropout(x, self.p)
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         uniform = words.view(torch.int16)[: x.numel()].view(x.shape)  # -32,768 to 32,767
@@ -152,7 +152,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, dropout: 
     that may look at nothing yields zeros (softmax of an empty set would be NaN).
     """
     T, S = q.size(2), k.size(2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+    if q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad:
         # The bf16 kernel for CPUs is slow backward: 30 ms for a layer of 256 sequences of 16
         # tokens, against 2.4 in fp32.
         with torch.autocast("cpu", enabled=False):

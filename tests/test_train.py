@@ -658,6 +658,7 @@ def test_dry_run_prints_the_size_of_gpt3_without_allocating_it(toy, capsys):
     train.main(["--preset=gpt3-175b", "--dry_run"])
     out = capsys.readouterr().out
     assert "174,604,259,328" in out and "blocks.*.mlp" in out and '"n_embd": 12288' in out
+    assert "weights   698.419 GB" in out and "try --shard model --world 8" in out
     assert set(toy.iterdir()) == before
 
 
