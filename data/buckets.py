@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.shards import Tokens
+
 
 class Buckets:
     """Steps of at most tokens_per_step tokens, padding included, each dealt out to micro-batches of
@@ -87,7 +89,7 @@ def cut(lengths: np.ndarray, tokens: int) -> list[int]:
 
 def evenly(n: int, wanted: int) -> np.ndarray:
     """`wanted` of the numbers 0 to n - 1, evenly spaced."""
-    return np.arange(wanted) * n // wanted
+    return np.arange(wanted, dtype=np.int64) * n // wanted
 
 
 def evenly_within(n: int, tokens: int, max_tokens: int, least: int = 1) -> np.ndarray:
@@ -97,7 +99,7 @@ def evenly_within(n: int, tokens: int, max_tokens: int, least: int = 1) -> np.nd
     return evenly(n, min(wanted, n))
 
 
-def find(ids: np.ndarray, token: int, block: int = 1 << 24) -> np.ndarray:
+def find(ids: Tokens, token: int, block: int = 1 << 24) -> np.ndarray:
     """Where `token` is, read in blocks: the ids may be a file larger than memory."""
     places = [
         np.flatnonzero(ids[start : start + block] == token) + start

@@ -79,7 +79,8 @@ class Pairs:
     def ids_of(self, pair: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, target) ids, without end tokens."""
         begin, middle, end = self.borders[2 * pair : 2 * pair + 3]
-        return self.ids[begin + 1 : middle], self.ids[middle + 1 : end]
+        ids = self.ids[begin:end]
+        return ids[1 : middle - begin], ids[middle - begin + 1 :]
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """(source, target) of all pairs, in the order of the text."""

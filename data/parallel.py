@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from data.dates import COUNTS, dates, dates_hash, prompts
 from data.download import MULTI30K, fetch
-from data.text import Part, blocks, known_sha256, name_of
+from data.hashes import known_hashes
+from data.text import Part, blocks, name_of
 from data.wmt import wmt14_files
 
 NAMES = ("dates", "multi30k", "wmt14")
@@ -237,7 +238,7 @@ def own_files(flag: str, data: str, source: str, target: str, cache: Path) -> Al
     suffixes = [Path(path.name.lower().removesuffix(".gz")).suffix for path in paths]
     if source and suffixes == [f".{target}", f".{source}"]:
         paths = paths[::-1]
-    return Aligned(paths, " ".join(known_sha256(path, cache) for path in paths))
+    return Aligned(paths, " ".join(known_hashes(paths, cache)))
 
 
 def multi30k_files(pair: tuple[str, str], split: str, cache: Path) -> dict[str, list[Aligned]]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.random import Generator
 
 from data.buckets import find
+from data.shards import Tokens
 
 NEXT, RANDOM = 0, 1  # the labels, as in the paper's own code
 SHORT = 0.1  # share of pairs with a random smaller length, so that short inputs are known too
@@ -40,7 +41,7 @@ class SentencePairs:
     Documents of a single sentence are left out.
     """
 
-    def __init__(self, ids: np.ndarray, border: int, T: int, *, seed: int, what: str):
+    def __init__(self, ids: Tokens, border: int, T: int, *, seed: int, what: str):
         self.ids, self.border, self.room = ids, border, T - 3  # [CLS] and two [SEP]
         if self.room < 2:
             raise ValueError(f"rows of {T} tokens have no room for two parts: choose 5 or more")
@@ -140,11 +141,9 @@ class PackedText:
     """Rows of T - 2 tokens of running text. Training: every epoch cuts at another offset, and
     leaves out less than two rows in all; otherwise from the first token to the last."""
 
-    def __init__(
-        self, ids: np.ndarray, border: int, T: int, *, seed: int, what: str, training: bool
-    ):
-        self.ids, self.seed, self.width = ids[1:], seed, T - 2  # the first border is before all
-        n = len(self.ids)
+    def __init__(self, ids: Tokens, border: int, T: int, *, seed: int, what: str, training: bool):
+        self.ids, self.seed, self.width = ids, seed, T - 2
+        n = max(0, len(ids) - 1)  # the first border is before all
         if self.width < 1:
             raise ValueError(f"rows of {T} tokens have no room for a word: choose 3 or more")
         if n < (self.width if training else 1):
@@ -162,7 +161,7 @@ class PackedText:
         offset = 0
         if self.max_offset:
             offset = int(np.random.default_rng((self.seed, epoch)).integers(self.max_offset + 1))
-        start = offset + i * self.width
+        start = 1 + offset + i * self.width
         return [self.ids[start : start + self.width]], None
 
     def describe(self, chosen: np.ndarray) -> str:

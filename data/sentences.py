@@ -28,9 +28,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.download import WIKITEXT2, WIKITEXT103, fetch, replacing
+from data.hashes import known_hashes
 from data.layouts import LAYOUTS, TextFile, all_sentences, layout_of, marked
 from data.pydocs import PROMPTS, pydocs
-from data.text import BLOCK, SUFFIXES, check_text, is_jsonl, known_sha256, name_of, sorted_files
+from data.text import BLOCK, SUFFIXES, check_text, is_jsonl, name_of, sorted_files
 
 NAMES = ("pydocs", "wikitext", "wikitext103")
 WIKITEXT = {  # name: (archive, its folder, bytes that a member may have; the largest has 540 MB)
@@ -105,7 +106,7 @@ def open_sentences(
         return pydocs_corpus(by_sentence)
     if data in WIKITEXT:
         files = {
-            split: [TextFile(path, "wikitext", known_sha256(path, cache))]
+            split: [TextFile(path, "wikitext", *known_hashes([path], cache))]
             for split, path in wikitext_files(data, cache).items()
         }
         name, divided, prompts = data, "split as published", list(WIKITEXT_PROMPTS)
@@ -226,7 +227,8 @@ def own_files(flag: str, data: str, layout: str, cache: Path) -> list[TextFile]:
         raise ValueError(f"{flag} {data} is no file or folder here{names}")
     for path in paths:
         check_text(path)
-    return [TextFile(p, layout or layout_of(p), known_sha256(p, cache)) for p in paths]
+    hashes = known_hashes(paths, cache)
+    return [TextFile(p, layout or layout_of(p), h) for p, h in zip(paths, hashes, strict=True)]
 
 
 def divisible(files: list[TextFile]) -> list[TextFile]:

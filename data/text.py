@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.download import SHAKESPEARE, fetch, file_sha256
+from data.hashes import known_hashes, remembered
 
 BLOCK = 1 << 20  # bytes read at a time, and about the size of a piece
 TRAIN_SHARE = 0.9
-REMEMBERED = 1 << 28  # bytes from which on the hash of a file is worth remembering
+HEAD = 1 << 16  # bytes by which a file is refused before any work is done
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what a folder is searched for, also with .gz
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 NAMES = ("stdlib", "shakespeare")
@@ -126,10 +127,8 @@ def folder_corpus(
     for path in files:
         check_text(path)
     digest = hashlib.sha256(b"folder 1")
-    for path in files:
-        digest.update(
-            f"{path.relative_to(folder).as_posix()}\0{known_sha256(path, cache)}".encode()
-        )
+    for path, sha256 in zip(files, known_hashes(files, cache), strict=True):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256}".encode())
     return Corpus(
         name,
         digest.hexdigest(),
@@ -143,15 +142,22 @@ def folder_corpus(
 
 def file_corpus(name: str, path: Path, cache: Path, prompts: list[str] | None = None) -> Corpus:
     check_text(path)
-    cut = next_border(path, int(text_size(path) * TRAIN_SHARE), b"\n" if is_jsonl(path) else None)
+    [found] = remembered(f"cut {TRAIN_SHARE} and sha256", cut_and_sha256, [path], cache)
+    cut = int(found.split()[0])
     return Corpus(
         name,
-        hashlib.sha256(f"file 1 {cut} {known_sha256(path, cache)}".encode()).hexdigest(),
+        hashlib.sha256(f"file 1 {found}".encode()).hexdigest(),
         "the first 90% train, the last 10% validate",
         [Part(path, 0, cut)],
         [Part(path, cut)],
         prompts or [""],
     )
+
+
+def cut_and_sha256(path: Path) -> str:
+    """Where a text is divided, and its hash: for a .gz, both take reading it all."""
+    cut = next_border(path, int(text_size(path) * TRAIN_SHARE), b"\n" if is_jsonl(path) else None)
+    return f"{cut} {file_sha256(path)}"
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -166,8 +172,8 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def check_text(path: Path) -> None:
-    """Refuses an empty or binary file before any work is done, by its first 64 kB."""
-    head = next(blocks(Part(path)), b"")[: 1 << 16]
+    """Refuses an empty or binary file before any work is done."""
+    head = next(blocks(Part(path, 0, HEAD)), b"")
     if not head and path.name != "__init__.py":
         raise ValueError(f"{path} is empty: give a file with text in it")
     if b"\0" in head:
@@ -262,27 +268,3 @@ def jsonl_documents(part: Part) -> Iterator[str]:
                     f'{part.path}, {where}: not a JSON object with a string under "text": {start}'
                 ) from error
             yield text
-
-
-# ---- hashes of contents --------------------------------------------------------------------------
-
-
-def known_sha256(path: Path, cache: Path) -> str:
-    """SHA-256 of a file's bytes. Those of large files are remembered by size and time of change,
-    so that a start does not read a terabyte to learn that nothing changed."""
-    stat = path.stat()
-    if stat.st_size < REMEMBERED:
-        return file_sha256(path)
-    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    memo = cache / f"sha256-{key}.json"
-    state = [stat.st_size, stat.st_mtime_ns]
-    try:
-        size, changed, digest = json.loads(memo.read_text(encoding="utf-8"))
-        if [size, changed] == state:
-            return digest
-    except (OSError, ValueError, TypeError):
-        pass
-    digest = file_sha256(path)
-    cache.mkdir(parents=True, exist_ok=True)
-    memo.write_text(json.dumps([*state, digest]), encoding="utf-8")
-    return digest

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from bpe import PATTERNS, Tokenizer
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
+from data.shuffle import Feistel, shuffled
 from data.text import Corpus, open_corpus
 from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile, load_tokenizer, tokenize
 
@@ -88,9 +89,11 @@ class Windows:
                 raise ValueError(f"the validation text of {corpus.name} is empty: give more text")
             self.n_windows = math.ceil((n - 1) / T)
             wanted = min(self.n_windows, max(1, max_tokens // T) if max_tokens else self.n_windows)
-            self.chosen = [k * self.n_windows // wanted for k in range(wanted)]
+            self.chosen = range(wanted)
+            if wanted < self.n_windows:
+                self.chosen = [k * self.n_windows // wanted for k in self.chosen]
             self.n_batches = math.ceil(wanted / batch_size)
-        self.permutations: dict[int, tuple[int, np.ndarray]] = {}
+        self.permutations: dict[int, tuple[int, np.ndarray | Feistel]] = {}
 
     @classmethod
     def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
@@ -98,34 +101,36 @@ class Windows:
         corpus = open_corpus(config.data, Path(config.cache_dir))
         return both_splits(cls, corpus, config, sizes, tokenizer)
 
-    def permutation(self, epoch: int) -> tuple[int, np.ndarray]:
+    def permutation(self, epoch: int) -> tuple[int, np.ndarray | Feistel]:
         """(offset, order) of an epoch. The last two are kept: a batch may span both."""
         if epoch not in self.permutations:
             random = np.random.default_rng((self.seed, epoch))
             offset = int(random.integers(self.max_offset + 1))
             self.permutations = {k: v for k, v in self.permutations.items() if abs(k - epoch) < 2}
-            self.permutations[epoch] = offset, random.permutation(self.n_windows)
+            self.permutations[epoch] = offset, shuffled(self.n_windows, random)
         return self.permutations[epoch]
 
-    def start(self, position: int) -> int:
-        """Where the window at `position` of the endless sequence of epochs begins."""
-        epoch, i = divmod(position, self.n_windows)
-        offset, order = self.permutation(epoch)
-        return offset + int(order[i]) * self.block_size
+    def starts(self, positions: np.ndarray) -> np.ndarray:
+        """Where the windows at these positions of the endless sequence of epochs begin."""
+        epochs, places = np.divmod(positions, self.n_windows)
+        found = np.empty(len(positions), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            offset, order = self.permutation(epoch)
+            found[epochs == epoch] = offset + order[places[epochs == epoch]] * self.block_size
+        return found
 
     def batch(self, i: int) -> dict[str, Tensor]:
         """{"tokens": (B, T), "targets": (B, T)}; the last batch of an evaluation may be smaller."""
-        T = self.block_size
+        T, first = self.block_size, i * self.batch_size
         if self.split == "train":
-            positions = range(i * self.batch_size, (i + 1) * self.batch_size)
-            starts = [self.start(position) for position in positions]
+            starts = self.starts(np.arange(first, first + self.batch_size, dtype=np.int64)).tolist()
         else:
-            chosen = self.chosen[i * self.batch_size : (i + 1) * self.batch_size]
-            starts = [window * T for window in chosen]
+            starts = [window * T for window in self.chosen[first : first + self.batch_size]]
+        ids = np.concatenate([self.ids[start : start + T + 1] for start in starts])
         rows = np.full((len(starts), T + 1), -100, dtype=np.int64)
-        for row, start in zip(rows, starts, strict=True):
-            ids = self.ids[start : start + T + 1]
-            row[: len(ids)] = ids
+        rows.reshape(-1)[: len(ids)] = (
+            ids  # the last window of the text, the last row, may be short
+        )
         windows = torch.from_numpy(rows)
         tokens, targets = windows[:, :-1], windows[:, 1:]
         return {"tokens": tokens.clamp(min=0), "targets": targets.contiguous()}
