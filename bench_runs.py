@@ -84,7 +84,7 @@ def scaling(config: BenchConfig, folder: Path) -> dict:
 
 def saving(config: BenchConfig, folder: Path) -> dict:
     """The share of the default run's time that goes into its checkpoints."""
-    real, spent = train.Run.write, []
+    real, spent = train.Run.save, []
 
     def timed(run, name: str) -> bool:
         start = time.perf_counter()
@@ -92,13 +92,13 @@ def saving(config: BenchConfig, folder: Path) -> dict:
         spent.append(time.perf_counter() - start)
         return done
 
-    train.Run.write = timed
+    train.Run.save = timed
     start = time.perf_counter()
     try:
         small = [*SMALL, "--steps=20", "--eval_interval=10"] if config.small else []
         train.main([f"--out={folder / 'saving'}", "--device=cpu", *small])
     finally:
-        train.Run.write = real
+        train.Run.save = real
     whole = time.perf_counter() - start
     return {"saves": len(spent), "seconds": sum(spent), "of": whole, "share": sum(spent) / whole}
 

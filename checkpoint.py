@@ -4,10 +4,12 @@ A checkpoint is a dict of tensors and plain values: format, task, model_config, 
 tokenizer (its JSON text) and its hash, data (the corpus's hash), model, optimizer, step, best,
 skipped. It is read with `weights_only=True`, so a file from a stranger can hold no code. The file
 is the zip archive that torch writes, which has a CRC-32 of each of its parts; torch does not look
-at them, `load` does.
+at them, `load` does. Where the tensors are too many for one process to write, they lie in a folder
+beside it: see `parts.py`.
 """
 
 import os
+import shutil
 import warnings
 import zipfile
 from dataclasses import asdict
@@ -78,11 +80,14 @@ def pack(
     *,
     train_config,
     data: str,
+    weights: dict | None = None,
     merged: bool = False,
     **state,
 ) -> dict:
-    """The dict that `save` writes. `state` is optimizer, step, best and skipped. merged: adapters
-    become part of the weights that they change."""
+    """The dict that `save` writes. `state` is optimizer, step, best and skipped, perhaps parts.
+    weights: the model's state, None: it is taken from the model. merged: adapters become part of
+    the weights that they change."""
+    weights = model.state_dict() if weights is None else weights
     return {
         "format": FORMAT,
         "task": task,
@@ -91,7 +96,7 @@ def pack(
         "tokenizer": tokenizer.to_json(),
         "tokenizer_hash": tokenizer.hash,
         "data": data,
-        "model": merged_state(model) if merged else model.state_dict(),
+        "model": merged_state(weights) if merged else weights,
         **state,
     }
 
@@ -108,8 +113,10 @@ def save(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        kept = [checkpoint.get("parts", {}).get("folder", "")]
         if previous and path.exists():
             path.replace(previous)
+            kept += folders_of(previous)
         temporary.replace(path)
         flush_names(path.parent)
     except RuntimeError as error:  # of torch's writer, behind a write that the system has refused
@@ -118,6 +125,7 @@ def save(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+    remove_parts(path, *kept)
 
 
 def flush_names(folder: Path) -> None:
@@ -130,19 +138,41 @@ def flush_names(folder: Path) -> None:
             os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """The file, and the folder that its tensors may be in."""
+    path.unlink()
+    remove_parts(path)
+
+
+def folders_of(path: Path) -> list[str]:
+    """The name of the folder that the tensors of a checkpoint are in, if it has one."""
+    if not any(path.parent.glob("*.parts")):
+        return []
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return [checkpoint["parts"]["folder"]] if "parts" in checkpoint else []
+
+
+def remove_parts(path: Path, *keep: str) -> None:
+    """Folders that belong to former files of this name, or to one that was never finished."""
+    for folder in path.parent.glob(f"{path.stem}.*.parts"):
+        if folder.name not in keep:
+            shutil.rmtree(folder)
+
+
 class Unreadable(ValueError):
     """A checkpoint that is missing, truncated or damaged, as an accident leaves it."""
 
 
 def load_newest(latest: Path) -> dict:
     """What a run goes on from: latest.pt, or the one before, where that is damaged or missing: a
-    crash may have come between the two renamings of `save`. "instead" says then why."""
+    crash may have come between the two renamings of `save`. "instead" says then why. Tensors in
+    parts are still to be read (`parts.Stored`): each process reads no more than it will hold."""
     previous = latest.with_name(PREVIOUS)
     try:
-        return load(latest)
+        return load(latest, whole=False)
     except Unreadable as error:
         try:
-            return {**load(previous), "instead": str(error)}
+            return {**load(previous, whole=False), "instead": str(error)}
         except Unreadable:
             raise error from None
 
@@ -164,8 +194,9 @@ def check_sums(path: Path) -> None:
         )
 
 
-def load(path: Path) -> dict:
-    """The checked dict. ValueError for a missing, truncated, damaged, foreign or newer file."""
+def load(path: Path, whole: bool = True) -> dict:
+    """The checked dict. ValueError for a missing, truncated, damaged, foreign or newer file. Not
+    whole: of a checkpoint in parts, the tensors are still to be read."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a checkpoint in it, {path / 'best.pt'} for one")
     if not path.is_file():
@@ -194,6 +225,10 @@ def load(path: Path) -> dict:
         raise ValueError(
             f"{path} holds the task {checkpoint['task']!r}, known are {', '.join(TASKS)}"
         )
+    if isinstance(checkpoint.get("parts"), dict):
+        import parts  # which takes a second
+
+        parts.find(path, checkpoint, whole)
     return checkpoint
 
 
@@ -208,9 +243,10 @@ def restore(
         rank = adapter_rank(checkpoint["model"])
         if rank:
             add_adapters(model, rank)
-        model.load_state_dict(checkpoint["model"])
+        if "parts" not in checkpoint:  # else it will be divided first: sharding.load_weights
+            model.load_state_dict(checkpoint["model"])
         if rank and not keep_adapters:
-            state = merged_state(model)
+            state = merged_state(model.state_dict())
             model = Model(model.config)
             model.load_state_dict(state)
     except (TypeError, RuntimeError, AttributeError, IndexError) as error:

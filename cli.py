@@ -78,7 +78,7 @@ def add_flags(parser: Parser, cls: type, title: str) -> None:
 
     The types are str, int, float, bool, `bool | None` (None means: decided by the machine),
     list[str] (the flag may be repeated) and tuple[str, str] (two values behind the flag). A field
-    with the metadata flag=False has none.
+    with the metadata flag=False has none; one with alone=VALUE may be given without a value.
     """
     group = parser.add_argument_group(title)
     helps, types = comments(cls), typing.get_type_hints(cls)
@@ -105,6 +105,8 @@ def add_flags(parser: Parser, cls: type, title: str) -> None:
         elif kind == tuple[str, str]:
             group.add_argument(flag, nargs=2, metavar="TEXT", **common)
         else:
+            if "alone" in field.metadata:
+                common |= {"nargs": "?", "const": field.metadata["alone"]}
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **common)
 
 

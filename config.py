@@ -5,7 +5,7 @@ the model's sizes are the checkpoint's.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import checkpoint as checkpoints
@@ -57,6 +57,7 @@ class TrainConfig:
     dtype: str = "auto"  # bf16, fp32, or auto: bf16 on GPUs that have it (fine-tuning: on CPUs too)
     compile: bool | None = None  # torch.compile; auto: on for CUDA on Linux
     recompute: bool = False  # compute activations again in the backward pass, to save memory
+    shard: str = field(default="", metadata={"alone": "model"})  # divide model, or optimizer alone
     dry_run: bool = False  # print the plan and the parameter table, allocate and train nothing
     world: int = 1  # --dry_run: the number of processes to plan for
 
@@ -87,10 +88,12 @@ class TrainConfig:
             ("optimizer", optim.OPTIMIZERS),
             ("schedule", optim.SCHEDULES),
             ("dtype", ("auto", "bf16", "fp32")),
+            ("shard", ("model", "optimizer", "")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"--{name} {getattr(self, name)} is not known: choose {', '.join(known)}"
+                    f"--{name} {getattr(self, name)} is not known: choose "
+                    f"{', '.join(filter(None, known))}"
                 )
 
 
@@ -185,7 +188,7 @@ FINETUNED = {task for task, Config in CONFIGS.items() if issubclass(Config, Fine
 # What a resumed run may change: how and where it computes, not what.
 FREE_ON_RESUME = {
     *("out", "resume", "stop_after", "keep", "batch_size", "eval_interval", "log_interval"),
-    *("cache_dir", "data", "valid", "device", "dtype", "compile", "recompute", "timeout"),
+    *("cache_dir", "data", "valid", "device", "dtype", "compile", "recompute", "timeout", "shard"),
 }
 
 # Of a model's settings, those that no weight's shape depends on: --init may change them.

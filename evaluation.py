@@ -1,5 +1,6 @@
 """Losses counted per target, and a model scored on all batches of some data."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -43,19 +44,22 @@ def evaluate(
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     predicted: dict[int, Tensor] = {}
-    mine = range(group.rank, data.n_batches, group.world)
+    # A process without a batch in the last round runs the first one, and does not count it: all
+    # learn the names, and a divided model's forward is one of all processes.
+    rounds = math.ceil(data.n_batches / group.world)
+    mine = range(group.rank, rounds * group.world, group.world)
     shown = {"desc": "scoring", "unit": "batch", "disable": None if progress else True}
-    # With less batches than processes, the idle ones still learn the names.
-    for i in tqdm(mine or [0], **shown):
+    for i in tqdm(mine, **shown):
         group.at("evaluation")
-        batch = data.batch(i)
+        counted = i < data.n_batches
+        batch = data.batch(i if counted else 0)
         with autocast():
             losses = model(**to_device(batch, group.device))
         if "predicted" in losses:
             predicted[i] = losses.pop("predicted")
         for into, found in ((sums, losses), (counts, count_targets(batch))):
             for name, value in found.items():
-                into[name] = into.get(name, 0.0) + (float(value) if mine else 0.0)
+                into[name] = into.get(name, 0.0) + (float(value) if counted else 0.0)
     model.train(training)
     total = group.sum([*sums.values(), *counts.values()])
     report = data.report(

@@ -236,9 +236,6 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.SCALE * F.linear(F.linear(x, self.down), self.up)
 
-    def merged(self) -> Tensor:
-        return self.linear.weight + self.SCALE * self.up @ self.down
-
 
 def add_adapters(model: nn.Module, rank: int) -> None:
     """Queries and values of each self-attention learn by LoRA alone, as in the paper; of all other
@@ -250,20 +247,17 @@ def add_adapters(model: nn.Module, rank: int) -> None:
             module.q, module.v = LoRA(module.q, rank), LoRA(module.v, rank)
 
 
-@torch.no_grad()
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of an ordinary model that computes the same: adapters are added to their matrix."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, LoRA):
-            for part in ("down", "up", "linear.weight"):
-                del state[f"{name}.{part}"]
-            if module.linear.bias is not None:
-                state[f"{name}.bias"] = state.pop(f"{name}.linear.bias")
-            state[f"{name}.weight"] = module.merged()
-    return state
+def merged_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """That of an ordinary model that computes the same: adapters are added to their matrix."""
+    merged = dict(state)
+    for name in (n.removesuffix(".down") for n in state if n.endswith(".down")):
+        down, up = (merged.pop(f"{name}.{part}") for part in ("down", "up"))
+        merged[f"{name}.weight"] = merged.pop(f"{name}.linear.weight") + LoRA.SCALE * up @ down
+        if f"{name}.linear.bias" in merged:
+            merged[f"{name}.bias"] = merged.pop(f"{name}.linear.bias")
+    return merged
 
 
 def adapter_rank(state: dict[str, Tensor]) -> int:
     """Of the adapters in a state, 0 where it has none."""
-    return next((t.size(0) for name, t in state.items() if name.endswith(".q.down")), 0)
+    return next((t.shape[0] for name, t in state.items() if name.endswith(".q.down")), 0)

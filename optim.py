@@ -141,9 +141,12 @@ class Muon(torch.optim.Optimizer):
                     m = self.state[p]["momentum_buffer"].mul_(momentum).add_(p.grad)
                     updates.append(p.grad.add(m, alpha=momentum))
                 scale = 0.2 * max(shape) ** 0.5
-                update = orthogonalize(torch.stack(updates).to(self.dtype)).to(params[0].dtype)
-                for p, u in zip(params, update, strict=True):
+                for p, u in zip(params, self.orthogonalized(updates), strict=True):
                     p.mul_(1 - lr * group["weight_decay"]).add_(u, alpha=-lr * scale)
+
+    def orthogonalized(self, updates: list[Tensor]) -> Iterable[Tensor]:
+        """Of matrices that have the same shape; `sharding.py` divides the work."""
+        return orthogonalize(torch.stack(updates).to(self.dtype)).to(updates[0].dtype)
 
 
 class Together:
@@ -174,6 +177,11 @@ class Together:
             optimizer.load_state_dict(state[str(i)])
 
 
+def one_by_one(state: dict) -> dict[str, dict]:
+    """The state of an optimizer -> {"": it}, that of several Together -> {"0": …, "1": …}."""
+    return {"": state} if "param_groups" in state else state
+
+
 def decay_groups(
     parameters: Iterable[nn.Parameter], weight_decay: float, scales: dict[int, float]
 ) -> list[dict]:
@@ -200,10 +208,11 @@ def make_optimizer(
     weight_decay: float = 0.1,
     dtype: torch.dtype = torch.float32,
     rate_scale: Callable[[str], float] = lambda name: 1.0,
+    Matrices: type[Muon] = Muon,
 ) -> torch.optim.Optimizer | Together:
     """name is one of OPTIMIZERS. "muon" takes the matrices of the hidden layers, AdamW the rest.
     dtype is for Muon's iteration; weights and states keep theirs. rate_scale: a parameter's name ->
-    its factor of the learning rate.
+    its factor of the learning rate. Matrices: Muon or a kind of it.
 
     Every trainable parameter is in exactly one group; anything else is an AssertionError.
     """
@@ -226,7 +235,7 @@ def make_optimizer(
     if name == "adam":
         return torch.optim.Adam(groups, **settings)
     adamw = torch.optim.AdamW(groups, **settings)
-    return Together(adamw, Muon(matrices, lr=lr, dtype=dtype)) if hidden else adamw
+    return Together(adamw, Matrices(matrices, lr=lr, dtype=dtype)) if hidden else adamw
 
 
 # ---- schedules: the factor of the peak learning rate at a step, counted from 0 -------------------

@@ -48,6 +48,8 @@ def describe(run) -> str:
         name = torch.cuda.get_device_name(device)
     learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     how = "eager" if run.eager_or_compiled is run.model else "compiled"
+    if config.shard and group.world > 1:
+        how += f", {config.shard} divided into {group.world} parts"
     plan = {
         "data": f"{config.data}: {data.rule}",
         "training": data.describe(),

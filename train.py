@@ -11,7 +11,7 @@ perhaps other sums, which are reported). Fine-tuning adds what may stay as it is
 Micro-batch number (step · accumulation + micro) · world + rank is a pure function of the seed, so
 any number of processes sees the same examples and resuming needs the step alone.
 
-Left out: fp16 with loss scaling (bf16 needs none), sharded models, learning-rate search.
+Left out: fp16 with loss scaling (bf16 needs none), learning-rate search.
 """
 
 import json
@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as checkpoints
 import cli
@@ -35,6 +34,7 @@ import optim
 import plan
 import processes
 import sample
+import sharding
 from bert import Encoder
 from checkpoint import LATEST, PREVIOUS
 from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
@@ -76,8 +76,7 @@ def gradients(
     for i, batch in enumerate(batches):
         torch.manual_seed((seed * 65_537 + i * group.world + group.rank) % 2**63)
         # Gradients are exchanged once, after the last micro-batch. The switch must cover forward.
-        silent = group.world > 1 and i < len(batches) - 1
-        with model.no_sync() if silent else nullcontext():
+        with nullcontext() if i == len(batches) - 1 else sharding.silent(model):
             with autocast():
                 losses = model(**to_device(batch, group.device))
             loss = sum(losses[name] / max(counts[name], 1) for name in names) * group.world
@@ -142,12 +141,13 @@ class Run:
             self.model = Model(Config(**{**sizes, "vocab_size": vocab_size}))
         if config.model in FINETUNED:
             self.limit_what_learns()
+        if config.recompute:
+            recompute_blocks(self.model)
+        sharding.divide_model(config.shard, group, self.model, self.dtype)
         self.model.to(group.device).train()
         self.steps_of_epoch = max(1, round(self.data.tokens_per_epoch / config.tokens_per_step))
         if config.epochs and not config.resume:
             config.steps = max(1, round(config.epochs * self.steps_of_epoch))
-        if config.recompute:
-            recompute_blocks(self.model)
 
         self.step, self.best, self.skipped = 0, math.inf, 0
         self.optimizer = self.new_optimizer()
@@ -157,7 +157,9 @@ class Run:
                     f"{path} has no optimizer state, as every best.pt: use it with --init, or "
                     "resume from a latest.pt"
                 )
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if "parts" in checkpoint:
+                sharding.load_weights(path, self.model, checkpoint["model"])
+            sharding.load_optimizer(self.optimizer, checkpoint["optimizer"])
             self.step, self.best = checkpoint["step"], checkpoint["best"]
             self.skipped = checkpoint["skipped"]
             if why := checkpoint.get("instead"):
@@ -178,7 +180,9 @@ class Run:
         config, scale = self.config, {}
         if config.model in FINETUNED:
             scale = {"rate_scale": rate_scale(self.model, config.layer_decay)}
-        return optim.make_optimizer(
+        return sharding.make_optimizer(
+            config.shard,
+            self.group,
             self.model,
             config.optimizer,
             lr=config.lr,
@@ -190,8 +194,7 @@ class Run:
 
     def prepare_forward(self) -> None:
         """self.eager_or_compiled evaluates; self.forward, the same behind DDP, trains."""
-        config, group = self.config, self.group
-        device = group.device
+        config, device = self.config, self.group.device
         enabled = self.dtype == torch.bfloat16
         self.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=enabled)
         want = config.compile
@@ -203,10 +206,7 @@ class Run:
             # If they have unlike shapes, with padding or without, the compiler allows for any.
             batches = [to_device(self.data.batch(i), device) for i in range(8)]
             self.eager_or_compiled = compiled(self.model, batches, self.autocast)
-        self.forward = self.eager_or_compiled
-        if group.world > 1:
-            ids = [device] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.eager_or_compiled, device_ids=ids)
+        self.forward = sharding.parallel(self.eager_or_compiled, self.group)
 
     def say(self, line: str) -> None:
         if self.log:
@@ -249,10 +249,10 @@ class Run:
             return None
         sums, counts = result
         group.at("update")
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf))
+        norm = sharding.clip(self.model, config.clip)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = config.lr * factor * parameters.get("lr_scale", 1.0)
-        if math.isfinite(norm):  # the same everywhere, because DDP has averaged the gradients
+        if math.isfinite(norm):  # the same everywhere: it is that of the averaged gradient
             self.optimizer.step()
         else:
             self.skipped += 1
@@ -302,37 +302,39 @@ class Run:
     def save(self, name: str) -> bool:
         """Into the run's folder; every process calls it. best.pt is for use, not for resuming: no
         optimizer state. False, and a line that says so, where the disk refuses it."""
+        resumable, path, saved = name == LATEST, self.out / name, True
+        optimizer = self.optimizer if resumable else None
         self.group.at("saving")
-        saved = not self.group.main or self.write(name)
+        try:
+            found = sharding.state_to_save(path, self.step, self.model, optimizer, self.group)
+            if self.group.main:
+                self.log.flush()
+                self.write(path, found, resumable)
+        except OSError as error:
+            self.say(f"{path} is not written ({error.strerror}): older ones are kept")
+            saved = False
         return bool(self.group.first(saved))
 
-    def write(self, name: str) -> bool:
-        resumable = name == LATEST
+    def write(self, path: Path, found: dict, resumable: bool) -> None:
         state = checkpoints.pack(
             self.config.model,
             self.model,
             self.data.tokenizer,
             train_config=self.config,
             data=self.data.fingerprint,
-            optimizer=self.optimizer.state_dict() if resumable else {},
             step=self.step,
             best=self.best,
             skipped=self.skipped,
             merged=not resumable,
+            **found,
         )
-        try:
-            self.log.flush()
-            checkpoints.save(self.out / name, state, self.out / PREVIOUS if resumable else None)
-        except OSError as error:
-            self.say(f"{self.out / name} is not written ({error.strerror}): older ones are kept")
-            return False
-        return True
+        checkpoints.save(path, state, self.out / PREVIOUS if resumable else None)
 
     def keep_last(self, count: int) -> None:
         """One more file for average.py, and not more than `count` of them."""
         if self.save(f"step-{self.step:07}.pt") and self.group.main:
             for old in sorted(self.out.glob("step-*.pt"))[:-count]:
-                old.unlink()
+                checkpoints.remove(old)
 
     def fit(self) -> bool:
         """Trains to the end, True, or until interrupted, False; saves either way."""
@@ -390,7 +392,8 @@ class Run:
             if self.step % self.eval_interval == 0 or self.step == config.steps:
                 report = self.evaluate()
                 found = badness(config.model, report)
-                best, better = self.best, found <= self.best  # of equals the later one
+                # Of equals the later one. All processes save, or none.
+                best, better = self.best, bool(group.first(found <= self.best))
                 self.best = min(best, found)
                 if group.main:
                     self.log.evaluation(self.step, report, better)

@@ -70,19 +70,27 @@ def toy(tmp_path, monkeypatch) -> Path:
     """An empty working folder with small texts in it, one of them documents of a sentence a line;
     caches and runs land there too."""
     monkeypatch.chdir(tmp_path)
-    lines = [f"{n} times {m} is {n * m}.\n" for n in range(30) for m in range(12)]
-    (tmp_path / "toy.txt").write_text("".join(lines), encoding="utf-8")
-    documents = ["".join(lines[12 * n : 12 * n + 12]) for n in range(30)]
-    (tmp_path / "toy-docs.txt").write_text("\n".join(documents), encoding="utf-8")
+    write_texts(tmp_path)
     return tmp_path
+
+
+def write_texts(folder: Path) -> None:
+    lines = [f"{n} times {m} is {n * m}.\n" for n in range(30) for m in range(12)]
+    (folder / "toy.txt").write_text("".join(lines), encoding="utf-8")
+    documents = ["".join(lines[12 * n : 12 * n + 12]) for n in range(30)]
+    (folder / "toy-docs.txt").write_text("\n".join(documents), encoding="utf-8")
 
 
 @pytest.fixture
 def toy_pairs(toy) -> Path:
     """The same folder, with pairs of a sum and its result."""
-    lines = [f"{n} plus {m}\t{n + m}\n" for n in range(20) for m in range(12)]
-    (toy / "toy.tsv").write_text("".join(lines), encoding="utf-8")
+    write_pairs(toy)
     return toy
+
+
+def write_pairs(folder: Path) -> None:
+    lines = [f"{n} plus {m}\t{n + m}\n" for n in range(20) for m in range(12)]
+    (folder / "toy.tsv").write_text("".join(lines), encoding="utf-8")
 
 
 @pytest.fixture
