@@ -1,5 +1,6 @@
 """The device that this process has, its place among those that torchrun started, its signals."""
 
+import hashlib
 import os
 import signal
 import time
@@ -60,6 +61,11 @@ class Processes:
         """The first process's number, for all."""
         return self.sum([number if self.main else 0])[0]
 
+    def agree(self, text: str) -> bool:
+        """Whether all processes have the same text, as far as 52 bits of its hash tell."""
+        number = int(hashlib.sha256(text.encode()).hexdigest()[:13], 16)  # exact as a float64
+        return not self.sum([float(number != self.first(number))])[0]
+
     def from_owner(self, tensor: Tensor | None, owner: int) -> Tensor:
         """The tensor that one process has, for all; the others pass None."""
         if self.world == 1:
@@ -105,8 +111,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def start(device_name: str) -> Processes:
-    """Joins the group that torchrun's variables describe; without them this process is alone."""
+def start(device_name: str, minutes: float = 10.0) -> Processes:
+    """Joins the group that torchrun's variables describe; without them this process is alone.
+    Raises ValueError where not all processes of the group have come after so many minutes."""
     device = pick_device(device_name)
     if "RANK" not in os.environ:
         return Processes(0, 1, device)
@@ -114,8 +121,15 @@ def start(device_name: str) -> Processes:
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    store, rank, world = next(dist.rendezvous("env://"))
-    store = fresh(store, rank, world)
+    try:
+        patience = timedelta(minutes=minutes)
+        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+        store = fresh(store, rank, world, minutes)
+    except (dist.DistError, TimeoutError) as error:  # torchrun ends those of its own machine only
+        raise ValueError(
+            f"not all processes have come within {minutes:g} minutes: see what was said on the "
+            "other machines, or raise --timeout"
+        ) from error
     # In training a watchdog has less patience than that; it can say more than a time-out does.
     hours, backend = timedelta(hours=12), "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
@@ -130,8 +144,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """A part of the store that nobody has written to yet.
+def fresh(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Store:
+    """A part of the store that nobody has written to yet. TimeoutError where some do not come.
 
     torchrun keeps the store when it restarts the processes (seen with 2.13), and who finds there
     the address of one that is dead calls it in vain. So each says a new name, and all agree on
@@ -140,7 +154,10 @@ def fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
     mine = uuid.uuid4().hex
     store.set(f"name {rank}", mine)
     agreed, names, seen = mine, [], False
+    end = time.monotonic() + 60 * minutes
     while not seen:
+        if time.monotonic() > end:
+            raise TimeoutError
         if rank == 0:
             names = [store.get(f"name {other}").decode() for other in range(world)]
             store.set("names", " ".join(names))

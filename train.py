@@ -119,6 +119,7 @@ class Run:
         self.data, self.validation = Data.splits(config, sizes, tokenizer)
         if group.local_rank == 0:
             group.wait()
+        self.compare_machines(sizes, checkpoint["step"] if config.resume else 0)
         if config.resume and self.data.fingerprint != checkpoint["data"]:
             raise ValueError(
                 f"the text of --data {config.data} is not the one that {self.out} was trained on: "
@@ -167,6 +168,21 @@ class Run:
                 if group.main:  # else the next save would keep the damaged one in its place
                     (self.out / PREVIOUS).replace(path)
         self.prepare_forward()
+
+    def compare_machines(self, sizes: dict, step: int) -> None:
+        """Each has its own files and was given its own command: refused where they differ."""
+        paths = {"out", "cache_dir", "data", "valid", "init", "tokenizer"}
+        settings = {k: v for k, v in asdict(self.config).items() if k not in paths}
+        for what, value in (
+            ("checkpoint to go on with", step),
+            ("flags", {**settings, **sizes, "dtype": self.dtype}),
+            (f"text in --data {self.config.data}", self.data.fingerprint),
+            ("tokenizer", self.data.tokenizer.hash),
+        ):
+            if not self.group.agree(str(value)):
+                raise ValueError(
+                    f"the machines do not have the same {what}: give each the same files and flags"
+                )
 
     def limit_what_learns(self) -> None:
         """By --lora_rank, if the checkpoint has no adapters yet, and --freeze."""
@@ -476,7 +492,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         plan.dry_run(config, sizes)
         return
-    group = processes.start(config.device)
+    group = processes.start(config.device, config.timeout)
     try:
         if config.model in FINETUNED and config.seeds > 1:
             train_seeds(config, sizes, checkpoint, group)
