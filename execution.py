@@ -1,5 +1,7 @@
-"""How a model is run: in which precision, with what computed twice, compiled or not."""
+"""How a model is run: in which precision, with what computed twice, compiled or not; how the
+gradient of a step is added up."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -7,9 +9,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from evaluation import count_targets, to_device
 from losses import leave_uncompiled
 from model import Block
-from processes import multiplies_bf16
+from processes import Processes, multiplies_bf16
+from sharding import silent
 
 
 def precision(dtype: str, device: torch.device) -> torch.dtype:
@@ -47,3 +51,41 @@ def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn
     fast.train()
     model.zero_grad(set_to_none=True)
     return fast
+
+
+def gradients(
+    model: nn.Module,
+    batches: list[dict],
+    group: Processes,
+    autocast,
+    stop: bool = False,
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+    """Adds up the gradient of one step: (summed losses of this process, counts of all).
+
+    The step's loss is Σ losses / counts over all micro-batches of all processes, so that each
+    target weighs the same; a mean of means would not. DDP averages over processes, hence the
+    factor `world`. The wish to stop travels with the counts: one small message, all agree, and
+    None is returned. Dropout is a function of `seed` and the number of the micro-batch: the same
+    however many processes share the step, and whether the run was interrupted before it or not.
+    """
+    group.at("counting targets")
+    names = sorted(count_targets(batches[0]))
+    local = [sum(count_targets(batch)[name] for batch in batches) for name in names]
+    *total, stops = group.sum([*local, int(stop)], torch.int64)
+    if stops:
+        return None
+    counts = dict(zip(names, total, strict=True))
+    sums: dict[str, Tensor] = {}
+    group.at("gradients")
+    for i, batch in enumerate(batches):
+        torch.manual_seed((seed * 65_537 + i * group.world + group.rank) % 2**63)
+        # Gradients are exchanged once, after the last micro-batch. The switch must cover forward.
+        with nullcontext() if i == len(batches) - 1 else silent(model):
+            with autocast():
+                losses = model(**to_device(batch, group.device))
+            loss = sum(losses[name] / max(counts[name], 1) for name in names) * group.world
+            loss.backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+    return sums, counts

@@ -3,6 +3,7 @@ parameters, the memory of each process, and the least time of a step."""
 
 import json
 import re
+import time
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -169,3 +170,33 @@ def least_seconds(flops: float, device: torch.device) -> float:
     """What that many operations take at the peak rate of a known GPU; 0 elsewhere."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops / gpu.peak for gpu in GPUS if gpu.chip in name), 0.0)
+
+
+def fit_steps(run) -> None:
+    """Sets the steps of a train.Run to what --minutes has room for after what is already spent.
+
+    Measured on steps at rate 0, which leave the weights as they are; the optimizer is then
+    made anew, so that `--steps N` with the printed number repeats the run exactly.
+    """
+    budget, interval = 60 * run.config.minutes, run.eval_interval
+    run.train_step(0.0)  # warms up
+    start, count, done = time.perf_counter(), 0, False
+    while not done:
+        run.step = count + 1  # batches differ in cost: not always the first one
+        run.train_step(0.0)
+        count, spent = count + 1, time.perf_counter() - start
+        done = bool(run.group.first(count >= 3 and spent >= 0.02 * budget))
+    step_seconds = spent / count
+    start = time.perf_counter()
+    run.evaluate()
+    eval_seconds = time.perf_counter() - start
+    left = budget - (time.perf_counter() - run.begin) - eval_seconds
+    steps = int(run.group.first(left // (step_seconds + eval_seconds / interval)))
+    if steps < 1:
+        raise ValueError(
+            f"--minutes {run.config.minutes:g} is too short: the preparation took "
+            f"{budget - left:.0f} s and a step takes {step_seconds:.2f} s"
+        )
+    run.config.steps = steps
+    run.optimizer, run.step, run.skipped = run.new_optimizer(), 0, 0
+    run.say(f"{step_seconds * 1000:.0f} ms a step: --steps {steps} fit into the time")

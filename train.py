@@ -19,14 +19,11 @@ import math
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-from torch import Tensor
 
 import checkpoint as checkpoints
 import cli
@@ -41,50 +38,11 @@ from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_f
 from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
 from data.windows import check_special
-from evaluation import badness, best_figure, count_targets, evaluate, to_device
-from execution import compiled, precision, recompute_blocks
+from evaluation import badness, best_figure, evaluate, to_device
+from execution import compiled, gradients, precision, recompute_blocks
 from finetune import LEARNT, adapter_rank, add_adapters, freeze, rate_scale, take_weights
 from logs import RunLog, clock, draw_curves
 from processes import Interruption, Processes
-
-
-def gradients(
-    model: nn.Module,
-    batches: list[dict],
-    group: Processes,
-    autocast,
-    stop: bool = False,
-    seed: int = 0,
-) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-    """Adds up the gradient of one step: (summed losses of this process, counts of all).
-
-    The step's loss is Σ losses / counts over all micro-batches of all processes, so that each
-    target weighs the same; a mean of means would not. DDP averages over processes, hence the
-    factor `world`. The wish to stop travels with the counts: one small message, all agree, and
-    None is returned. Dropout is a function of `seed` and the number of the micro-batch: the same
-    however many processes share the step, and whether the run was interrupted before it or not.
-    """
-    group.at("counting targets")
-    names = sorted(count_targets(batches[0]))
-    local = [sum(count_targets(batch)[name] for batch in batches) for name in names]
-    *total, stops = group.sum([*local, int(stop)], torch.int64)
-    if stops:
-        return None
-    counts = dict(zip(names, total, strict=True))
-    sums: dict[str, Tensor] = {}
-    group.at("gradients")
-    for i, batch in enumerate(batches):
-        torch.manual_seed((seed * 65_537 + i * group.world + group.rank) % 2**63)
-        # Gradients are exchanged once, after the last micro-batch. The switch must cover forward.
-        with nullcontext() if i == len(batches) - 1 else sharding.silent(model):
-            with autocast():
-                losses = model(**to_device(batch, group.device))
-            loss = sum(losses[name] / max(counts[name], 1) for name in names) * group.world
-            loss.backward()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0) + value.detach()
-    return sums, counts
-
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -286,35 +244,6 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         return evaluate(self.eager_or_compiled, self.validation, self.group, self.autocast)
 
-    def fit_steps(self) -> None:
-        """Sets config.steps to what --minutes has room for after what is already spent.
-
-        Measured on steps at rate 0, which leave the weights as they are; the optimizer is then
-        made anew, so that `--steps N` with the printed number repeats the run exactly.
-        """
-        budget, interval = 60 * self.config.minutes, self.eval_interval
-        self.train_step(0.0)  # warms up
-        start, count, done = time.perf_counter(), 0, False
-        while not done:
-            self.step = count + 1  # batches differ in cost: not always the first one
-            self.train_step(0.0)
-            count, spent = count + 1, time.perf_counter() - start
-            done = bool(self.group.first(count >= 3 and spent >= 0.02 * budget))
-        step_seconds = spent / count
-        start = time.perf_counter()
-        self.evaluate()
-        eval_seconds = time.perf_counter() - start
-        left = budget - (time.perf_counter() - self.begin) - eval_seconds
-        steps = int(self.group.first(left // (step_seconds + eval_seconds / interval)))
-        if steps < 1:
-            raise ValueError(
-                f"--minutes {self.config.minutes:g} is too short: the preparation took "
-                f"{budget - left:.0f} s and a step takes {step_seconds:.2f} s"
-            )
-        self.config.steps = steps
-        self.optimizer, self.step, self.skipped = self.new_optimizer(), 0, 0
-        self.say(f"{step_seconds * 1000:.0f} ms a step: --steps {steps} fit into the time")
-
     def save(self, name: str) -> bool:
         """Into the run's folder; every process calls it. best.pt is for use, not for resuming: no
         optimizer state. False, and a line that says so, where the disk refuses it."""
@@ -459,7 +388,7 @@ def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Proc
         if checkpoint:
             checkpoint.clear()  # a second copy of weights and optimizer state
         if config.minutes and not config.resume:
-            run.fit_steps()
+            plan.fit_steps(run)
         if group.main:
             run.say(plan.describe(run))
         if run.fit() and group.main:

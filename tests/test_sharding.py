@@ -191,16 +191,13 @@ def test_parts_are_one_checkpoint_for_every_reader(runs, capsys):
     raw = torch.load("parts/latest.pt", weights_only=True)
     assert not flatten(raw["model"]) and not flatten(raw["optimizer"]) and raw["step"] == 3
     folders = sorted(p.name.partition("-0.")[0] for p in Path("parts").glob("*.parts"))
-    assert (
-        folders
-        == [  # latest.pt and previous.pt are of the same step; nothing is left of others
-            "best.0000003",
-            "latest.0000003",
-            "latest.0000003-1.parts",
-            "step-0000002.0000002",
-            "step-0000003.0000003",
-        ]
-    )
+    assert folders == [  # latest.pt and previous.pt are of the same step; nothing is left of others
+        "best.0000003",
+        "latest.0000003",
+        "latest.0000003-1.parts",
+        "step-0000002.0000002",
+        "step-0000003.0000003",
+    ]
     whole = state_of("parts")
     assert "parts" not in whole
     assert_equal(checkpoints.load(Path("parts/previous.pt"))["model"], whole["model"])
