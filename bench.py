@@ -339,6 +339,7 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
     if transformers := peer("transformers"):
         start, end = start_and_end(tokenizer)
         theirs = hugging_face_marian(transformers, model, start, end).to(device).eval()
+        most = model.config.block_size - 1
 
         def their_search() -> None:
             for b in batches:
@@ -348,7 +349,7 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
                     attention_mask=keep.long().to(device),
                     num_beams=5,
                     length_penalty=1.0,
-                    max_new_tokens=limit if not config.checkpoint else len(b[-1]) + 50,
+                    max_new_tokens=min(len(b[-1]) + 50 if config.checkpoint else limit, most),
                     do_sample=False,
                 )
 
@@ -430,8 +431,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--only {config.only} is not known: choose {', '.join(BENCHES)}")
     if config.dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
-    if config.repeats < 2:
-        raise ValueError(f"--repeats {config.repeats} gives no median: choose 2 or more")
+    cli.check_ranges(config, {"repeats": (2, 1000)})
+    path = Path(config.out)
+    if path.parent.is_dir():  # which is made in the end
+        cli.new_file("out", config.out, lambda p: p.read_bytes().startswith(b'{\n "torch": "'))
     device = pick_device(config.device)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -439,7 +442,6 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     for key in [config.only] if config.only else BENCHES:
         results += BENCHES[key](config, device)
-    path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"torch": torch.__version__, "device": name, "results": results}
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -149,7 +149,7 @@ def compare_speed(
     fast = optim.make_optimizer(ours, "adamw", lr=1e-12)
     slow = torch.optim.AdamW(theirs.parameters(), lr=1e-12, weight_decay=0.01)
     group, step, n = Processes(0, 1, torch.device("cpu")), 0, len(rows_of(train))
-    share = min(640, n // 10)
+    share = max(1, min(640, n // 10))
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(config.repeats + 1):
         begin, done = time.perf_counter(), 0
@@ -209,6 +209,10 @@ def main(argv: list[str] | None = None) -> None:
     config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     if config.model not in ("classify", "tag", "answer"):
         raise ValueError(f"--model {config.model} is not known: choose classify, tag, answer")
+    limits = {"minutes": (0, 1e6), "rows": (1, 2**20), "lr": (0, 1e3), "row_length": (0, None)}
+    cli.check_ranges(config, {**limits, "repeats": (2, 1000), "seed": (0, None)})
+    if config.dtype not in ("fp32", "bf16"):
+        raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
     ours, theirs, train, valid, pad = load(config)
     rows = rows_of(train)
     batches = random_batches(rows, config.rows, pad)

@@ -107,12 +107,7 @@ class Tokenizer:
         n_special = len(special_tokens)
         if len(set(special_tokens)) < n_special:
             raise ValueError(f"special_tokens={special_tokens}: name each only once")
-        n_merges = vocab_size - 256 - n_special
-        if n_merges < 0:
-            raise ValueError(
-                f"vocab_size={vocab_size} cannot hold 256 bytes and {n_special} special tokens: "
-                f"choose at least {256 + n_special}"
-            )
+        n_merges = count_merges(vocab_size, n_special)
         tokens = [bytes([i]) for i in range(256)]
         special = {text: 256 + n_merges + i for i, text in enumerate(special_tokens)}
         _check_state(dict(zip(tokens, range(256), strict=True)), pattern, special)  # now, not after
@@ -371,6 +366,17 @@ class Tokenizer:
         if ids != {name: i for i, name in enumerate(names)} | special_tokens:
             raise ValueError(f"{vocab_bpe} and {encoder_json} do not belong together: ids differ")
         return cls(ranks, GPT2_PATTERN, special_tokens)
+
+
+def count_merges(vocab_size: int, n_special: int) -> int:
+    """How many a vocabulary has room for; ValueError if it has none for bytes and special ones."""
+    n_merges = vocab_size - 256 - n_special
+    if n_merges < 0:
+        raise ValueError(
+            f"vocab_size={vocab_size} cannot hold 256 bytes and {n_special} special tokens: "
+            f"choose at least {256 + n_special}"
+        )
+    return n_merges
 
 
 def encode_special(

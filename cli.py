@@ -2,6 +2,9 @@
 
 A field is a flag, its type and default are the flag's, and the comment behind it is the help text:
 nothing is written twice. `--flag=false` and `--no-flag` both work for a bool.
+
+What a user can cause ends in one sentence, which `run` prints on one line. A name (of a file, of a
+choice) has no control characters; a text, as every `list[str]` is one, may have them.
 """
 
 import argparse
@@ -19,8 +22,16 @@ import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import islice
+from pathlib import Path
+from reprlib import repr as short
 
 from tqdm import tqdm
+
+LARGEST = 2**63 - 1  # what an int64 holds, of torch and in files
+LONGEST = 600  # characters of a sentence: enough for two long paths, and to be read
+LONGEST_NAME = 1000  # characters of a name: macOS knows no longer paths
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+NO_UTF8 = re.compile("[\ud800-\udfff]")  # how Python keeps bytes that are none
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,14 +47,25 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}: see python {self.prog} --help")
 
-    def parse(self, argv: list[str]) -> dict:
-        """{field: value} of the flags that were given, and only those."""
+    def parse_known_args(self, args: list[str], namespace=None):
+        for argument in args:
+            if NO_UTF8.search(argument):
+                raise ValueError(f"the argument {short(argument)} is not UTF-8: write it in that")
+            if argument.startswith("--") and argument.endswith("=--"):  # argparse drops these two
+                raise ValueError(f"{argument[:-3]} has no value: put one behind the =")
+        return super().parse_known_args(args, namespace)
+
+    def parse(self, argv: list[str], elsewhere: dict[str, str] | None = None) -> dict:
+        """{field: value} of the flags that were given, and only those. elsewhere: {flag: what it
+        is for}, of flags that other parsers of the same script have."""
         known = sorted(s for s in self._option_string_actions if s.startswith("--"))
         given, unknown = self.parse_known_args([underscored(a) for a in argv])
         for flag in unknown:
             if not flag.startswith("-"):
                 raise ValueError(f"{flag!r} belongs to no flag: see python {self.prog} --help")
             name = flag.partition("=")[0]
+            if elsewhere and name in elsewhere:
+                raise ValueError(f"{name} is for {elsewhere[name]}: leave it out here")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"see python {self.prog} --help"
             raise ValueError(f"there is no flag {name}: {hint}")
@@ -65,6 +87,34 @@ def true_or_false(text: str) -> bool:
     if text.lower() in ("false", "no", "off", "0"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def whole_number(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {short(text)}") from None
+    if abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"{short(value)} is out of range: choose {LARGEST} at most"
+        )
+    return value
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {short(text)}") from None
+
+
+def name(text: str) -> str:
+    if CONTROL.search(text):
+        raise argparse.ArgumentTypeError(f"{short(text)} has a control character: leave it out")
+    if len(text) > LONGEST_NAME:
+        few = f"choose a name of {LONGEST_NAME:,} at most"
+        raise argparse.ArgumentTypeError(f"{short(text)} has {len(text):,} characters: {few}")
+    return text
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -103,11 +153,22 @@ def add_flags(parser: Parser, cls: type, title: str) -> None:
         elif kind == list[str]:
             group.add_argument(flag, action="append", metavar="TEXT", **common)
         elif kind == tuple[str, str]:
-            group.add_argument(flag, nargs=2, metavar="TEXT", **common)
+            group.add_argument(flag, type=name, nargs=2, metavar="TEXT", **common)
         else:
             if "alone" in field.metadata:
                 common |= {"nargs": "?", "const": field.metadata["alone"]}
-            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **common)
+            read = {int: whole_number, float: number, str: name}[kind]
+            group.add_argument(flag, type=read, metavar=kind.__name__.upper(), **common)
+
+
+def owners(classes: dict[str, tuple[type, ...]], said: str) -> dict[str, str]:
+    """{flag: `said` and the names whose dataclasses have it}, for Parser.parse."""
+    found: dict[str, list[str]] = {}
+    for name, owned in classes.items():
+        for field in (field for cls in owned for field in fields(cls)):
+            if field.metadata.get("flag", True):
+                found.setdefault(f"--{field.name}", []).append(name)
+    return {flag: f"{said} {', '.join(names)}" for flag, names in found.items()}
 
 
 def check_ranges(config: object, limits: dict[str, tuple[float, float | None]]) -> None:
@@ -117,6 +178,18 @@ def check_ranges(config: object, limits: dict[str, tuple[float, float | None]]) 
         if not low <= value < math.inf or (high is not None and value > high):
             wanted = f"{low} or more" if high is None else f"between {low} and {high}"
             raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
+
+
+def new_file(flag: str, name: str, ours: Callable[[Path], bool] = lambda path: False) -> Path:
+    """The path of a file that is to be written. ValueError unless it can be, and either is not
+    there or is, as ours(path) says, what the same command has written before: anything else may be
+    somebody's work, or a pipe that nobody reads."""
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--{flag} {path} is a folder, or lies in none: name a file to write")
+    if os.path.lexists(path) and not (path.is_file() and ours(path)):
+        raise ValueError(f"--{flag} {path} is there already: name another file, or delete it")
+    return path
 
 
 def answer_stdin(
@@ -141,6 +214,15 @@ def command_line(*words: str) -> str:
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
+def sentence(error: Exception) -> str:
+    """What it says, on one line. It may quote a file or a name, whatever that holds: what would
+    move a terminal's cursor is replaced, and of what is too long the middle is left out."""
+    text = NO_UTF8.sub("\ufffd", CONTROL.sub(" ", str(error)))
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST // 2]} … {text[3 - LONGEST // 2 :]}"
+
+
 def run(main: Callable[[list[str] | None], None]) -> None:
     """Calls main; what a user caused ends in one sentence, not in a traceback.
 
@@ -150,7 +232,7 @@ def run(main: Callable[[list[str] | None], None]) -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
         sys.stderr.reconfigure(encoding="utf-8", errors="replace")
     # What is unfinished is removed on the way out, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     try:
         main(None)
     except BrokenPipeError:  # `sample.py | head`: the reader has seen enough
@@ -159,6 +241,18 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {sentence(error)}")
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class for GPUs that are full, and a plain RuntimeError for everything else.
+        said = str(error).lower()
+        full = "allocate memory" in said or "out of memory" in said
+        if sys.flags.dev_mode or not (full or isinstance(error, MemoryError)):
+            raise
+        sys.exit(
+            "error: this needs more memory than there is: choose a smaller model, batch or text "
+            f"({sentence(error)[:200] or 'MemoryError'})"
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,6 +5,7 @@ the model's sizes are the checkpoint's.
 """
 
 import math
+import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -66,6 +67,9 @@ class TrainConfig:
         least |= {"eval_interval": 0, "log_interval": 1, "minutes": 0, "stop_after": 0, "seed": 0}
         least |= {"weight_decay": 0, "clip": 0, "warmup": 0, "eval_tokens": 0, "keep": 0}
         least |= {"epochs": 0, "world": 1}
+        # A step's batches are held at once; seconds, steps and factors are to stay finite.
+        most = {"tokens_per_step": 2**26, "batch_size": 2**20, "minutes": 1e6, "epochs": 1e6}
+        most |= {"lr": 1e3, "weight_decay": 1e3, "world": 10**6, "timeout": 1e5}
         shares, below = ("cooldown", "floor"), ("beta1", "beta2")
         for name, value in asdict(self).items():
             wanted = None
@@ -73,6 +77,8 @@ class TrainConfig:
                 wanted = "more than 0"
             elif name in least and not least[name] <= value < math.inf:
                 wanted = f"{least[name]} or more"
+            elif name in most and value > most[name]:
+                wanted = f"{most[name]:g} or less"
             elif name in shares and not 0 <= value <= 1:
                 wanted = "0 to 1"
             elif name in below and not 0 <= value < 1:
@@ -151,7 +157,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        limits = {"row_length": (0, None), "lora_rank": (0, None), "seeds": (1, None)}
+        limits = {"row_length": (0, None), "lora_rank": (0, 2**16), "seeds": (1, 1000)}
         cli.check_ranges(self, {**limits, "layer_decay": (0.01, 1)})
         if self.seeds > 1 and self.resume:
             raise ValueError(
@@ -224,7 +230,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     )
     cli.add_flags(parser, Settings, "training")
     cli.add_flags(parser, Config, f"sizes of the model ({task})")
-    given = parser.parse(argv)
+    every = {name: (TASKS[name][0], CONFIGS[name]) for name in TASKS}
+    given = parser.parse(argv, cli.owners(every, "--model"))
 
     if given.get("resume"):
         base = {**checkpoint["train_config"], "out": str(path.parent), "stop_after": 0}
@@ -333,8 +340,14 @@ def padded(vocab_size: int) -> int:
 def prepare_folder(config: TrainConfig) -> Path:
     """Makes the folder of the run and tries to write there. Never one that holds another run."""
     folder, number = Path(config.out or f"out/{config.model}"), 1
-    if config.out and not config.resume and any(folder.glob("*.pt")):
-        raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
+    # What a run that was killed before its first checkpoint has left is in nobody's way.
+    kept = (p for p in folder.iterdir() if not p.match("*.part*")) if folder.is_dir() else ()
+    if config.out and not config.resume and any(kept):
+        if any(folder.glob("*.pt")):
+            raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
+        raise ValueError(
+            f"{folder} is not empty, and a run writes nothing over: choose another --out"
+        )
     try:
         while not config.out:  # taken by whoever makes it, also when two runs start at once
             try:
@@ -344,9 +357,8 @@ def prepare_folder(config: TrainConfig) -> Path:
                 number += 1
                 folder = Path(f"out/{config.model}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # to hear of it now
+            pass
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}): choose --out") from error
     return folder

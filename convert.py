@@ -330,8 +330,8 @@ def export_model(path: Path, folder: Path) -> None:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, which takes its name at the end, or is removed."""
-    folder = folder.resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = Path(os.path.realpath(folder))
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there and not an empty folder: choose another for --to")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
@@ -415,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{config.to}: {', '.join(sorted(p.name for p in Path(config.to).iterdir()))}")
         return
     out = Path(config.out)
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"{out} is there already: choose another --out")
     checkpoint, lines = import_model(source)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,9 @@ def distribution(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     """(B, V) logits -> (B, V) probabilities. The likeliest token always stays."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
-    # Shifted so that the maximum is 0: dividing by a tiny temperature then cannot overflow to NaN.
+    # Shifted so that the maximum is 0: dividing by a tiny temperature then cannot overflow to NaN,
+    # if it is not so tiny that float32 has it as 0.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]

@@ -11,6 +11,7 @@ Left out: words of several tokens at one [MASK], and drawing the masked words on
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ class FillConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
-        cli.check_ranges(self, {"top": (1, None), "batch_size": (1, None)})
+        cli.check_ranges(self, {"top": (1, None), "batch_size": (1, 2**20)})
         if self.pooling not in POOLINGS:
             raise ValueError(f"--pooling {self.pooling} is not known: choose {', '.join(POOLINGS)}")
 
@@ -225,10 +226,16 @@ def lines_of(flag: str, path: str) -> list[str]:
     return lines
 
 
+def is_embeddings(path: Path, width: int) -> bool:
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError):
+        return False
+    return found.dtype == np.float32 and found.ndim == 2 and found.shape[1] == width
+
+
 def write_embeddings(model: nn.Module, tokenizer: AnyTokenizer, config: FillConfig) -> None:
-    path = Path(config.out)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--out {path} is a folder, or lies in none: name a file to write")
+    path = cli.new_file("out", config.out, partial(is_embeddings, width=model.config.n_embd))
     lines = lines_of("embed", config.embed)
     found = embed(model, tokenizer, lines, config.pooling, config.batch_size)
     with replacing(path) as file:

@@ -227,6 +227,7 @@ def plan_memory(
     world, model = config.world, make_model(config, sizes, device)
     batch_size, accumulate = divide_step(config, sizes["block_size"], world)
     shape = rows_of(config, sizes["block_size"], batch_size)
+    shard = shard if world > 1 else ""
     share = 1 / world if shard == "model" else 1.0
     with FakeTensorMode(), patch.dict(losses.CHUNK, {"cpu": losses.CHUNK[device]}):
         to_fake(model)

@@ -286,11 +286,22 @@ class Block(nn.Module):
         return self.residual(x, self.mlp_norm, self.mlp)
 
 
+# Some ten times what anybody has trained. Beyond, already the description of a model takes minutes.
+LARGEST = {"vocab_size": 2**24, "block_size": 2**24, "n_layer": 1000}
+LARGEST |= {"n_head": 2**16, "n_embd": 2**18, "n_ff": 2**20}
+
+
 def check_sizes(config, *rates: str) -> None:
-    """Raises ValueError for a size of a model below 1, or a probability that is none."""
-    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} is too small: it must be 1 or more")
+    """Raises ValueError for a size of a model below 1 or above LARGEST, a probability that is none,
+    and an ln_eps that is no small number."""
+    for name, most in LARGEST.items():
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"{name}={value} is too small: it must be 1 or more")
+        if value > most:
+            raise ValueError(f"{name}={value} is too large: choose {most} or less")
+    if not 0 < config.ln_eps <= 1:
+        raise ValueError(f"ln_eps={config.ln_eps} is out of range: choose 0 < ln_eps <= 1")
     for name in rates:
         if not 0 <= getattr(config, name) < 1:
             value = getattr(config, name)

@@ -115,7 +115,8 @@ def describe_memory(config: TrainConfig, sizes: dict) -> str:
     device, dtype = "cuda", torch.float32 if config.dtype == "fp32" else torch.bfloat16
     if config.device == "cpu":
         device, dtype = "cpu", precision(config.dtype, torch.device("cpu"))
-    world, shard = config.world, getattr(config, "shard", "")
+    world = config.world
+    shard = getattr(config, "shard", "") if world > 1 else ""
     memory, model = plan_memory(config, sizes, device, dtype, shard), make_model(config, sizes)
     batch_size, accumulate = divide_step(config, sizes["block_size"], world)
     B, T = rows_of(config, sizes["block_size"], batch_size)

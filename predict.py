@@ -44,7 +44,7 @@ class PredictConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
-        cli.check_ranges(self, {"batch_size": (1, None)})
+        cli.check_ranges(self, {"batch_size": (1, 2**20)})
         if self.eval and self.prompt:
             raise ValueError("--eval and --prompt are two things to do: give one of them")
 
@@ -68,7 +68,7 @@ class SimilarConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
-        cli.check_ranges(self, {"batch_size": (1, None), "top": (1, None)})
+        cli.check_ranges(self, {"batch_size": (1, 2**20), "top": (1, None)})
 
 
 def device_of(model: nn.Module) -> torch.device:

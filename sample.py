@@ -59,13 +59,13 @@ class SampleConfig:
 
     def __post_init__(self):
         limits = {
-            "max_new_tokens": (1, None),
+            "max_new_tokens": (1, 1_000_000),
             "temperature": (0, None),
             "top_k": (0, None),
             "top_p": (0, 1),
             "min_p": (0, 1),
-            "num_samples": (1, None),
-            "batch_size": (1, None),
+            "num_samples": (1, 10_000),
+            "batch_size": (1, 2**20),
         }
         cli.check_ranges(self, limits)
 
@@ -105,6 +105,8 @@ def generate(
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
     device, block_size = next(model.parameters()).device, model.config.block_size
+    # What no row will look at again is not read: 100,000 tokens beside a short prompt took minutes.
+    prompts = [prompt[context_start(len(prompt), block_size) :] for prompt in prompts]
     lengths = [len(p) for p in prompts]
     shortest, longest = min(lengths), max(lengths)
     tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long)
@@ -394,7 +396,9 @@ def main(argv: list[str] | None = None) -> None:
         "them."
     )
     cli.add_flags(parser, task.Config, f"sampling ({checkpoint['task']})")
-    config = task.Config(**parser.parse(argv))
+    every = {name: (other.Config,) for name, other in RESPOND.items()}
+    known = cli.owners(every, "checkpoints of")
+    config = task.Config(**parser.parse(argv, known))
     if not path:
         checkpoints.newest()  # which says that there is none
     model, tokenizer, checkpoint = load_model(path, pick_device(config.device), checkpoint)

@@ -33,6 +33,7 @@ import processes
 import sample
 import sharding
 from bert import Encoder
+from bpe import count_merges
 from checkpoint import LATEST, PREVIOUS
 from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
 from data.masked import SPECIAL
@@ -62,14 +63,16 @@ class Run:
             Model(Config(**sizes))  # impossible sizes are refused before hours of tokenizing
         config.batch_size, self.accumulate = divide_step(config, sizes["block_size"], group.world)
         tokenizer = None
+        needed = SPECIAL if issubclass(Model, Encoder) else (END_OF_TEXT,)
         if checkpoint:
             path = self.out / LATEST if config.resume else Path(config.init)
             tokenizer = checkpoints.restore_tokenizer(path, checkpoint)
         elif config.tokenizer.endswith(".pt"):
             path = Path(config.tokenizer)
             tokenizer = checkpoints.restore_tokenizer(path, checkpoints.load(path))
-            needed = SPECIAL if issubclass(Model, Encoder) else (END_OF_TEXT,)
             check_special(tokenizer, needed, config.tokenizer)
+        elif not config.tokenizer:
+            count_merges(sizes["vocab_size"], len(needed))  # refused before the data is read
         self.say(f"preparing {config.data}")
         # One process of each machine prepares the data, the others find all of it in the cache.
         if group.local_rank > 0:
@@ -252,8 +255,9 @@ class Run:
         self.group.at("saving")
         try:
             found = sharding.state_to_save(path, self.step, self.model, optimizer, self.group)
-            if self.group.main:
+            if self.log:
                 self.log.flush()
+            if self.group.main:
                 self.write(path, found, resumable)
         except OSError as error:
             self.say(f"{path} is not written ({error.strerror}): older ones are kept")
@@ -284,6 +288,9 @@ class Run:
     def fit(self) -> bool:
         """Trains to the end, True, or until interrupted, False; saves either way."""
         config, group = self.config, self.group
+        # First of all: from its first step on a run can be resumed, and the disk has room for it.
+        if not self.step and not self.save(LATEST):
+            raise ValueError(f"{self.out} has no room for a checkpoint: choose another --out")
         if group.main:
             settings = json.dumps({**asdict(config), **asdict(self.model.config)}, indent=1)
             (self.out / "config.json").write_text(settings, encoding="utf-8")
@@ -304,9 +311,6 @@ class Run:
         config, group = self.config, self.group
         first, in_a_row, saved = self.step, 0, True
         go_on = self.command("train.py", "--resume", "--out", str(self.out))
-        # From its first step on a run can be resumed, and the disk has room for its checkpoints.
-        if not self.step and not self.save(LATEST):
-            raise ValueError(f"{self.out} has no room for a checkpoint: choose another --out")
         if self.step >= config.steps:
             self.say(f"this run has done all of its {config.steps:,} steps")
         while self.step < config.steps:

@@ -23,6 +23,8 @@ from data.tokens import AnyTokenizer
 from decoding import Advance, beam_search, choose, distribution, write
 from model import Attention
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 @dataclass
 class TranslateConfig:
@@ -44,13 +46,13 @@ class TranslateConfig:
 
     def __post_init__(self):
         limits = {
-            "beam": (1, None),
-            "length_penalty": (0, None),
+            "beam": (1, 1000),
+            "length_penalty": (0, 100),
             "temperature": (0, None),
             "top_k": (0, None),
             "top_p": (0, 1),
             "max_new_tokens": (0, None),
-            "batch_size": (1, None),
+            "batch_size": (1, 2**20),
         }
         cli.check_ranges(self, limits)
 
@@ -265,8 +267,10 @@ def speak(
     """What `sample.py` does with a translator: score, translate prompts, or translate stdin."""
     if config.attention and not config.prompt:
         raise ValueError(f"--attention {config.attention} draws a sentence: add --prompt")
-    if not Path(config.attention).parent.is_dir():
-        raise ValueError(f"--attention {config.attention}: its folder does not exist, make it")
+    if config.attention:
+        path = cli.new_file("attention", config.attention)
+        if path.suffix.lower() not in PICTURES:
+            raise ValueError(f"--attention {path} is no picture: end it in {', '.join(PICTURES)}")
     if config.eval and config.prompt:
         raise ValueError("--eval and --prompt are two things to do: give one of them")
     if config.eval:

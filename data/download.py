@@ -4,7 +4,7 @@ import hashlib
 import os
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -192,11 +192,9 @@ def fetch(remote: Remote, folder: Path, timeout: float = 30.0) -> Path:
     """
     target = folder / remote.name
     if target.is_file() and remote.size in (0, target.stat().st_size):
-        try:
+        with suppress(ValueError):  # another file, which stays until the right one is here
             check(target, remote)
             return target
-        except ValueError:
-            target.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     failures = []
     for url in remote.urls:

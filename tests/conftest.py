@@ -3,6 +3,7 @@
 import functools
 import http.server
 import importlib
+import json
 import os
 import threading
 from pathlib import Path
@@ -37,6 +38,19 @@ TOY_PAIRS += ["--dtype=fp32", "--dropout=0"]
 TOY_BERT = ["--model=bert", "--data=toy-docs.txt", "--n_ff=40", *TOY[1:]]
 TOY_BERT += ["--dtype=fp32", "--dropout=0", "--attention_dropout=0", "--mlm_rate=0.3"]
 
+TOYS = {"gpt": TOY, "bert": TOY_BERT, "seq2seq": TOY_PAIRS}
+LABELLED = {
+    "classify": "toy.csv",
+    "tag": "toy.conll",
+    "answer": "toy.json",
+    "similar": "toy-alike.csv",
+    "complete": "toy.jsonl",
+}
+for task, file in LABELLED.items():
+    TOYS[task] = [f"--model={task}", f"--data={file}", "--n_ff=40", *TOY[1:], "--dtype=fp32"]
+TOYS["complete"].remove("--n_ff=40")
+TOYS["similar"] += ["--batch_size=8", "--row_length=8"]
+
 
 def peer(name: str):
     """An optional package to compare with. Absent, it skips the test; under CI it fails it."""
@@ -65,32 +79,59 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def toy(tmp_path, monkeypatch) -> Path:
-    """An empty working folder with small texts in it, one of them documents of a sentence a line;
-    caches and runs land there too."""
-    monkeypatch.chdir(tmp_path)
-    write_texts(tmp_path)
-    return tmp_path
-
-
 def write_texts(folder: Path) -> None:
+    """A small text, and documents of a sentence a line."""
     lines = [f"{n} times {m} is {n * m}.\n" for n in range(30) for m in range(12)]
     (folder / "toy.txt").write_text("".join(lines), encoding="utf-8")
     documents = ["".join(lines[12 * n : 12 * n + 12]) for n in range(30)]
     (folder / "toy-docs.txt").write_text("\n".join(documents), encoding="utf-8")
 
 
-@pytest.fixture
-def toy_pairs(toy) -> Path:
-    """The same folder, with pairs of a sum and its result."""
-    write_pairs(toy)
-    return toy
-
-
 def write_pairs(folder: Path) -> None:
+    """Pairs of a sum and its result."""
     lines = [f"{n} plus {m}\t{n + m}\n" for n in range(20) for m in range(12)]
     (folder / "toy.tsv").write_text("".join(lines), encoding="utf-8")
+
+
+def write_labelled(folder: Path) -> None:
+    """A small file for each task of fine-tuning."""
+    words = ["cat", "dog", "cow", "hen", "pig", "fox", "owl", "bee"]
+    lines = [f"the {a} saw the {b},{'good' if a < b else 'bad'}\n" for a in words for b in words]
+    pairs = [f"the {a} saw {b},{b} was seen by {a}\n" for a in words for b in words if a < b]
+    tagged = [f"the O\n{a} B-animal\nsaw O\n{b} B-animal\n\n" for a in words for b in words]
+    asked = [{"prompt": f"{a} {b} ", "completion": b} for a in words for b in words]
+    paragraphs = [
+        {
+            "context": f"the {a} saw the {b}",
+            "qas": [{"id": a + b, "question": "Who?", "answers": [{"text": a, "answer_start": 4}]}],
+        }
+        for a in words
+        for b in words
+    ]
+    squad = {"version": "1.1", "data": [{"title": "toy", "paragraphs": paragraphs}]}
+    for name, text in {
+        "toy.csv": "text,label\n" + "".join(lines),
+        "toy-alike.csv": "a,b\n" + "".join(pairs),
+        "toy.conll": "".join(tagged),
+        "toy.jsonl": "".join(json.dumps(row) + "\n" for row in asked),
+        "toy.json": json.dumps(squad),
+    }.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Path:
+    """An empty working folder with small texts in it; caches and runs land there too."""
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def toy_pairs(toy) -> Path:
+    """The same folder, with pairs."""
+    write_pairs(toy)
+    return toy
 
 
 @pytest.fixture

@@ -58,3 +58,5 @@ def test_both_are_timed_and_theirs_is_trained(toy, capsys):
 def test_what_it_cannot_compare_is_refused():
     with pytest.raises(ValueError, match="--model similar is not known: choose classify, tag"):
         bench_finetune.main(["--model=similar"])
+    with pytest.raises(ValueError, match=r"--repeats 1 is out of range: choose between 2"):
+        bench_finetune.main(["--repeats=1"])

@@ -186,8 +186,9 @@ def test_training_goes_on_with_an_imported_bert(toy, capsys):
     assert np.load("embeddings.npy").shape == (3, C)
     sample.main(["--checkpoint=out/more/best.pt", "--eval=toy-docs.txt", "--device=cpu"])
     assert "mlm " in capsys.readouterr().out
-    tokens = tokenize(open_sentences("toy-docs.txt", Path("c")), "train", tokenizer, Path("c"), SEP)
-    text = tokenizer.decode(tokens.ids[tokens.ids != tokenizer.ids[SEP]])
+    file = tokenize(open_sentences("toy-docs.txt", Path("c")), "train", tokenizer, Path("c"), SEP)
+    ids = file.ids[:]
+    text = tokenizer.decode(ids[ids != tokenizer.ids[SEP]])
     assert "3 times 4 is 12 ." in text
 
 

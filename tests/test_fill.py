@@ -311,7 +311,9 @@ def test_two_prompts_without_a_mask_are_a_pair(folder, capsys):
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_embeddings_of_a_file_replace_the_last_ones_at_once(folder, capsys, monkeypatch, pooling):
     (folder / "lines.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
-    (folder / "vectors").write_bytes(b"old")
+    np.save(folder / "old.npy", np.zeros((2, 24), dtype=np.float32))
+    old = (folder / "old.npy").read_bytes()
+    (folder / "old.npy").rename(folder / "vectors")
     flags = ["--embed=lines.txt", "--out=vectors", f"--pooling={pooling}"]
 
     def fails(*args):
@@ -321,13 +323,26 @@ def test_embeddings_of_a_file_replace_the_last_ones_at_once(folder, capsys, monk
     with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
         broken.setattr(np, "save", fails)
         run(capsys, *flags)
-    assert (folder / "vectors").read_bytes() == b"old"
+    assert (folder / "vectors").read_bytes() == old
     assert "5 embeddings of 24 numbers: vectors" in run(capsys, *flags)
     found, expected = np.load(folder / "vectors"), embed(bert(), WORDS, LINES, pooling, 64)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert {p.name for p in folder.iterdir()} == {"lines.txt", "out", "vectors"}
     run(capsys, "--embed=lines.txt")
     assert np.load(folder / "embeddings.npy").shape == (5, 24)
+
+
+@pytest.mark.parametrize("shape", [(), (24,), (2, 23)])
+def test_embeddings_replace_nothing_else(folder, capsys, shape):
+    (folder / "lines.txt").write_text("a line\n", encoding="utf-8")
+    if shape:
+        np.save(folder / "my.npy", np.zeros(shape, dtype=np.float32))
+    else:
+        (folder / "my.npy").write_text("my own notes", encoding="utf-8")
+    before = (folder / "my.npy").read_bytes()
+    with pytest.raises(ValueError, match=r"--out my\.npy is there already: name another file"):
+        run(capsys, "--embed=lines.txt", "--out=my.npy")
+    assert (folder / "my.npy").read_bytes() == before
 
 
 def test_the_identical_line_is_the_most_similar(folder, capsys):
@@ -351,7 +366,7 @@ def test_the_identical_line_is_the_most_similar(folder, capsys):
         (["--prompt=a", "--prompt=b", "--prompt=c"], "the prompt 'a' has no [MASK]"),
         ([f"--prompt={'the ' * 38}[MASK]"], "has a [MASK] beyond the 38 tokens"),
         (["--top=0"], "--top 0 is out of range: choose 1 or more"),
-        (["--batch_size=0"], "--batch_size 0 is out of range: choose 1 or more"),
+        (["--batch_size=0"], "--batch_size 0 is out of range: choose between 1 and"),
         (["--pooling=max"], "--pooling max is not known: choose mean, cls"),
         (["--embed=a.txt"], "--embed a.txt is no file here: name a text"),
         (["--embed=empty.txt"], "--embed empty.txt is empty: give a text of one line or more"),
@@ -362,7 +377,7 @@ def test_the_identical_line_is_the_most_similar(folder, capsys):
         (["--embed=a", "--prompt=b"], "--prompt and --embed are 2 things to do: give one of them"),
         (["--eval=a.txt"], "--eval a.txt is no file or folder here, nor one of pydocs, wikitext"),
         (["--eval=pydocs", "--layout=prose"], "--layout prose is for files of your own"),
-        (["--max_new_tokens=4"], "there is no flag --max_new_tokens"),
+        (["--max_new_tokens=4"], "--max_new_tokens is for checkpoints of gpt, seq2seq, complete"),
     ],
 )
 def test_bad_input_is_one_sentence(folder, flags, message):

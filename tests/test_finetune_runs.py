@@ -275,7 +275,7 @@ def test_kinds_that_do_not_fit_are_refused(files):
             "--layer_decay 0.0 is out of range: choose between",
         ),
         ("tag", ["--seeds=2", "--resume"], "there is no run|--seeds repeats"),
-        ("tag", ["--class_weights"], "there is no flag --class_weights"),
+        ("tag", ["--class_weights"], "--class_weights is for --model classify"),
         ("classify", ["--data="], "--model classify learns from labelled examples"),
         ("answer", ["--data=labels.tsv"], "labels.tsv is no JSON"),
         ("tag", ["--data=labels.tsv"], r"labels.tsv, line 1: 'label' is no tag"),
@@ -339,7 +339,7 @@ def test_a_classifier_answers_prompts_and_lines_alike(files, capsys, monkeypatch
     for more, message in (
         (["--eval=one.tsv", "--prompt=x"], "--eval and --prompt are two things to do"),
         (["--eval=nowhere.tsv"], r"--eval nowhere\.tsv is no file here"),
-        (["--context=one.tsv"], "there is no flag --context"),
+        (["--context=one.tsv"], "--context is for checkpoints of answer"),
         (["--batch_size=0"], "--batch_size 0 is out of range"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -185,6 +185,9 @@ def test_an_optimizer_is_divided_by_whole_parameters():
     assert whole.optimizer == pytest.approx(2 * whole.weights, rel=1e-5)
     assert (divided.weights, divided.gradients) == (whole.weights, whole.gradients)
     assert divided.activations <= whole.activations
+    parameters = [nn.Parameter(torch.empty(n)) for n in (20, 50, 10, 20)]
+    others = memory.others_parameters(parameters, 2)
+    assert [p.numel() for p in others] == [20, 20, 10]
 
 
 def test_a_divided_model_has_its_share_and_the_blocks_in_use():
@@ -200,6 +203,11 @@ def test_a_divided_model_has_its_share_and_the_blocks_in_use():
         # No bf16 copies of the blocks wait for the backward pass. Biases' never do.
         copies = 0 if size == 4 else 2 * L * 12 * C * C
         assert whole.activations - got.activations == pytest.approx(copies, rel=0.01, abs=1e5)
+
+
+def test_one_process_divides_nothing():
+    config, sizes = gpt("--n_layer=1", "--batch_size=1")
+    assert on_gpu(config, sizes, "model") == on_gpu(config, sizes)
 
 
 def test_a_divided_model_divides_each_gradient_as_it_comes():
@@ -391,7 +399,7 @@ def test_every_task_has_a_plan(task, capsys):
 )
 def test_refusals(flags, message):
     with pytest.raises(ValueError, match=message):
-        train.main(flags)
+        plan.dry_run(*configs.resolve(flags)[:2])
 
 
 # ---- a real GPU ----------------------------------------------------------------------------------

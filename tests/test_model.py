@@ -329,6 +329,9 @@ def test_parameter_table_counts_blocks_as_copies():
     "wrong,message",
     [
         ({"n_layer": 0}, "n_layer=0 is too small"),
+        ({"n_layer": 1001}, "n_layer=1001 is too large: choose 1000 or less"),
+        ({"ln_eps": 0.0}, "ln_eps=0.0 is out of range: choose 0 < ln_eps <= 1"),
+        ({"ln_eps": float("nan")}, "ln_eps=nan is out of range"),
         ({"dropout": 1.0}, "dropout=1.0 is out of range"),
     ],
 )

@@ -1,6 +1,5 @@
 """Every command in the README's code blocks runs, at toy size."""
 
-import json
 import os
 import re
 import shlex
@@ -9,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOY, TOY_BERT, TOY_PAIRS
+from conftest import LABELLED, ROOT, TOYS, write_labelled
 
 from presets import PRESETS
 
@@ -25,18 +24,6 @@ LINES += re.findall(r"^\| `(python [^`]+)`", README, re.MULTILINE)  # the table 
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 SCRIPTS = {c for c in COMMANDS if re.match(r"(python|torchrun)\b.*\b\w+\.py\b", c)}
 SEVERAL_MACHINES = {c for c in SCRIPTS if "--nnodes" in c}  # see test_two_machines.py
-TOYS = {"gpt": TOY, "bert": TOY_BERT, "seq2seq": TOY_PAIRS}
-LABELLED = {
-    "classify": "toy.csv",
-    "tag": "toy.conll",
-    "answer": "toy.json",
-    "similar": "toy-alike.csv",
-    "complete": "toy.jsonl",
-}
-for task, file in LABELLED.items():
-    TOYS[task] = [f"--model={task}", f"--data={file}", "--n_ff=40", *TOY[1:], "--dtype=fp32"]
-TOYS["complete"].remove("--n_ff=40")
-TOYS["similar"] += ["--batch_size=8", "--row_length=8"]
 FOLDERS = {"out/gpt": "gpt", "out/gpt2": "gpt", "out/bert": "bert", "out/crammed": "bert"}
 FOLDERS |= {"out/minilm": "bert", **{f"out/{task}": task for task in LABELLED}}  # else seq2seq
 STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt"}
@@ -77,26 +64,7 @@ def test_the_readme_names_every_file_that_a_reader_will_see():
 @pytest.fixture
 def labelled(toy_pairs) -> Path:
     """The toy folder, with a small file for each task of fine-tuning."""
-    words = ["cat", "dog", "cow", "hen", "pig", "fox", "owl", "bee"]
-    lines = [f"the {a} saw the {b},{'good' if a < b else 'bad'}\n" for a in words for b in words]
-    Path("toy.csv").write_text("text,label\n" + "".join(lines), encoding="utf-8")
-    pairs = [f"the {a} saw {b},{b} was seen by {a}\n" for a in words for b in words if a < b]
-    Path("toy-alike.csv").write_text("a,b\n" + "".join(pairs), encoding="utf-8")
-    tagged = [f"the O\n{a} B-animal\nsaw O\n{b} B-animal\n\n" for a in words for b in words]
-    Path("toy.conll").write_text("".join(tagged), encoding="utf-8")
-    asked = [{"prompt": f"{a} {b} ", "completion": b} for a in words for b in words]
-    text = "".join(json.dumps(row) + "\n" for row in asked)
-    Path("toy.jsonl").write_text(text, encoding="utf-8")
-    paragraphs = [
-        {
-            "context": f"the {a} saw the {b}",
-            "qas": [{"id": a + b, "question": "Who?", "answers": [{"text": a, "answer_start": 4}]}],
-        }
-        for a in words
-        for b in words
-    ]
-    squad = {"version": "1.1", "data": [{"title": "toy", "paragraphs": paragraphs}]}
-    Path("toy.json").write_text(json.dumps(squad), encoding="utf-8")
+    write_labelled(toy_pairs)
     return toy_pairs
 
 

@@ -636,6 +636,23 @@ def test_scripts_end_without_a_traceback(toy):
         assert done.stderr == "error: there is no flag --sede: did you mean --seed?\n"
 
 
+@pytest.mark.parametrize("name", ["config.json", "writable", "notes.txt"])
+def test_a_folder_with_something_in_it_is_no_folder_for_a_run(toy, name):
+    """A config.json in it was written over, and a file that was called writable removed."""
+    Path("mine").mkdir()
+    Path("mine", name).write_text("my own", encoding="utf-8")
+    with pytest.raises(ValueError, match="mine is not empty, and a run writes nothing over"):
+        train.main([*TOY, "--steps=1", "--out=mine"])
+    assert [p.name for p in Path("mine").iterdir()] == [name]
+    assert Path("mine", name).read_text(encoding="utf-8") == "my own"
+
+
+def test_a_vocabulary_without_room_is_refused_before_the_data_is_read(toy):
+    for small, least in ((TOY, 257), (TOY_BERT, 260)):
+        with pytest.raises(ValueError, match=rf"vocab_size=256 .* choose at least {least}"):
+            train.main([*small, "--data=nowhere.txt", "--vocab_size=256"])
+
+
 def test_a_finished_run_is_not_written_over(toy):
     train.main([*TOY, "--steps=1", "--out=run"])
     before = Path("run/latest.pt").read_bytes()

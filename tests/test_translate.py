@@ -239,11 +239,15 @@ def test_a_picture_of_where_the_decoder_looked(trained, toy_pairs, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--beam=0"], r"--beam 0 is out of range: choose 1 or more"),
+        (["--beam=0"], r"--beam 0 is out of range: choose between 1 and 1000"),
+        (["--length_penalty=1e300"], r"--length_penalty 1e\+300 is out of range: choose between"),
         (["--length_penalty=-1"], r"--length_penalty -1.0 is out of range"),
         (["--attention=a.png"], r"--attention a.png draws a sentence: add --prompt"),
         (["--beem=4"], r"there is no flag --beem: did you mean --beam\?"),
-        (["--num_samples=4"], r"there is no flag --num_samples"),
+        (
+            ["--num_samples=4"],
+            r"--num_samples is for checkpoints of gpt, complete: leave",
+        ),
         (["--eval=nothing.tsv"], r"^--eval nothing\.tsv: nothing\.tsv is no file here"),
         (["--eval=toy.tsv", "--prompt=a"], r"--eval and --prompt are two things to do"),
         (["--eval=multi30k", "--languages=en-xx"], r"multi30k has no language xx"),
@@ -255,7 +259,7 @@ def test_bad_input_is_one_sentence(trained, flags, message):
 
 
 def test_flags_of_another_task_are_refused(toy_pairs):
-    with pytest.raises(ValueError, match=r"there is no flag --languages"):
+    with pytest.raises(ValueError, match=r"--languages is for --model seq2seq: leave it out here"):
         train.main(["--model=gpt", "--languages=en-de"])
     with pytest.raises(ValueError, match=r"--preset dates is for --model seq2seq, not gpt"):
         train.main(["--model=gpt", "--preset=dates"])
