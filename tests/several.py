@@ -86,7 +86,7 @@ def main() -> None:
         sharding.PARTS_FROM,
         train.train,
     )
-    processes.start, processes.stop = lambda device: group, lambda: None
+    processes.start, processes.stop = lambda *_: group, lambda: None
     runs: list[train.Run] = []
     train.train = lambda *arguments: runs.append(train_one(*arguments))
     for job in jobs().values():

@@ -192,7 +192,7 @@ def test_every_window_comes_once_an_epoch(computed):
     rows, n = [row for step in shown("gpt", ("whole", 1)) for row in step], data.n_windows
     steps, rest = divmod(n, ranks.MICRO * 4)
     assert 7 <= steps < 13 and rest
-    ids = tuple(data.ids.tolist())
+    ids = tuple(data.ids[:].tolist())
     for epoch in (0, 1):
         begin, _ = data.permutation(epoch)
         windows = [ids[k : k + T] + ids[k + 1 : k + T + 1] for k in range(begin, begin + n * T, T)]

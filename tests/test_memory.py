@@ -79,6 +79,15 @@ SEVERAL = ["--n_embd=36", "--batch_size=13", "--tokens_per_step=624"]  # micro-b
 FP32, BF16 = ["--dtype=fp32"], ["--dtype=bf16"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Kernels that share their work among threads have copies for them, which no plan knows of."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def even_pairs(toy) -> Path:
     """The toy folder, in which all targets are of 15 characters and sources of up to so many."""
