@@ -432,16 +432,14 @@ def main(argv: list[str] | None = None) -> None:
     if config.dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
     cli.check_ranges(config, {"repeats": (2, 1000)})
-    path = Path(config.out)
-    if path.parent.is_dir():  # which is made in the end
+    if (path := Path(config.out)).parent.is_dir():  # which is made in the end
         cli.new_file("out", config.out, lambda p: p.read_bytes().startswith(b'{\n "torch": "'))
     device = pick_device(config.device)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads")
-    results = []
-    for key in [config.only] if config.only else BENCHES:
-        results += BENCHES[key](config, device)
+    keys = [config.only] if config.only else BENCHES
+    results = [result for key in keys for result in BENCHES[key](config, device)]
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"torch": torch.__version__, "device": name, "results": results}
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def saving(config: BenchConfig, folder: Path) -> dict:
     start = time.perf_counter()
     try:
         small = [*SMALL, "--steps=20", "--eval_interval=10"] if config.small else []
-        train.main([f"--out={folder / 'saving'}", "--device=cpu", *small])
+        with redirect_stdout(sys.stderr):
+            train.main([f"--out={folder / 'saving'}", "--device=cpu", *small])
     finally:
         train.Run.save = real
     whole = time.perf_counter() - start

@@ -292,19 +292,16 @@ LARGEST |= {"n_head": 2**16, "n_embd": 2**18, "n_ff": 2**20}
 
 
 def check_sizes(config, *rates: str) -> None:
-    """Raises ValueError for a size of a model below 1 or above LARGEST, a probability that is none,
-    and an ln_eps that is no small number."""
+    """ValueError for a size that is not 1 to LARGEST, a rate that is none, or a wrong ln_eps."""
     for name, most in LARGEST.items():
-        value = getattr(config, name)
-        if value < 1:
+        if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name}={value} is too small: it must be 1 or more")
         if value > most:
             raise ValueError(f"{name}={value} is too large: choose {most} or less")
     if not 0 < config.ln_eps <= 1:
         raise ValueError(f"ln_eps={config.ln_eps} is out of range: choose 0 < ln_eps <= 1")
     for name in rates:
-        if not 0 <= getattr(config, name) < 1:
-            value = getattr(config, name)
+        if not 0 <= (value := getattr(config, name)) < 1:
             raise ValueError(f"{name}={value} is out of range: choose 0 <= {name} < 1")
 
 

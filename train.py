@@ -431,6 +431,10 @@ def main(argv: list[str] | None = None) -> None:
             train_seeds(config, sizes, checkpoint, group)
         else:
             train(config, sizes, checkpoint, group)
+    except RuntimeError as error:
+        if not processes.lost_another(error):
+            raise
+        raise ValueError(processes.OTHER_ENDED) from error
     finally:
         processes.stop()
 

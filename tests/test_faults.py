@@ -9,23 +9,19 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT, TOY
 from test_train import assert_equal, losses, weights
 
 import checkpoint as checkpoints
 import train
-import watchdog
 from config import resolve
 from logs import RunLog, read_log
-from watchdog import Watchdog
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux")
 LONG = [*TOY, "--steps=100000", "--eval_interval=50", "--log_interval=50", "--tokens_per_step=256"]
@@ -343,60 +339,6 @@ def test_a_stopped_rank_is_named_and_the_others_end(toy):
         running.communicate(timeout=60)
         assert ranks(flags) == [] and running.returncode != 0
     train.main(["--resume", "--out=run", "--stop_after=1"])
-
-
-# ---- the watchdog --------------------------------------------------------------------------------
-
-
-class Ended(Exception):
-    """Instead of the process, the thread of a watchdog ends."""
-
-
-@pytest.fixture
-def dogs(monkeypatch):
-    """Of three processes, in one; when they end they do it alone."""
-    ended = []
-
-    def leave(status):
-        ended.append(threading.current_thread().rank)
-        raise Ended
-
-    monkeypatch.setattr(watchdog.os, "_exit", leave)
-    monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    store = dist.HashStore()
-    monkeypatch.setattr(Watchdog, "__enter__", lambda self: self.start() or self)  # no time-outs
-    return ended, [Watchdog(store, rank, 3, 0.6) for rank in range(3)]
-
-
-def all_at(dogs, *places: tuple[str, int]) -> None:
-    for dog in dogs:
-        for place, step in places:
-            dog.at(place, step)
-
-
-def test_the_process_that_has_passed_the_fewest_places_is_named(dogs, capfd):
-    ended, three = dogs
-    all_at(three, ("reading batches", 6), ("counting targets", 6))
-    all_at([three[0], three[2]], ("reading batches", 7), ("counting targets", 7))
-    three[1].at("reading batches", 7)
-    with three[0], three[1], three[2]:
-        while len(ended) < 3:
-            time.sleep(0.05)
-    told = capfd.readouterr().err
-    assert told.count("error: ") == 1
-    assert "rank 1 of 3 is still at step 8 (reading batches), for which rank" in told
-    assert "rank 1 of 3 hangs here:" in told and "test_faults.py" in told
-    assert told.count("hangs here") == 1 and sorted(ended) == [0, 1, 2]
-
-
-def test_who_moves_is_left_alone(dogs, capfd):
-    """Also where it is at one place for long, as an evaluation is, and comes by it again."""
-    ended, three = dogs
-    with three[0], three[1], three[2]:
-        for _ in range(8):
-            time.sleep(0.2)
-            all_at(three, ("evaluation", 3))
-    assert not ended and capfd.readouterr().err == ""
 
 
 # ---- numbers -------------------------------------------------------------------------------------
