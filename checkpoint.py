@@ -12,7 +12,9 @@ import os
 import shutil
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
+from errno import EINVAL
 from pathlib import Path
 
 import torch
@@ -115,8 +117,8 @@ def save(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
             os.fsync(file.fileno())
         kept = [checkpoint.get("parts", {}).get("folder", "")]
         if previous and path.exists():
+            kept += folders_of(path)
             path.replace(previous)
-            kept += folders_of(previous)
         temporary.replace(path)
         flush_names(path.parent)
     except RuntimeError as error:  # of torch's writer, behind a write that the system has refused
@@ -129,8 +131,9 @@ def save(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
 
 
 def flush_names(folder: Path) -> None:
-    """A new name is safe from a power failure when the folder is on the disk, too."""
-    if os.name == "posix":
+    """A new name is safe from a power failure when the folder is on the disk, too. Where the system
+    does not know of that, as Windows and some network disks, nothing is lost yet."""
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -146,7 +149,7 @@ def remove(path: Path) -> None:
 
 def folders_of(path: Path) -> list[str]:
     """The name of the folder that the tensors of a checkpoint are in, if it has one."""
-    if not any(path.parent.glob("*.parts")):
+    if not path.is_file() or not any(path.parent.glob("*.parts")):
         return []
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return [checkpoint["parts"]["folder"]] if "parts" in checkpoint else []
@@ -156,7 +159,7 @@ def remove_parts(path: Path, *keep: str) -> None:
     """Folders that belong to former files of this name, or to one that was never finished."""
     for folder in path.parent.glob(f"{path.stem}.*.parts"):
         if folder.name not in keep:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Unreadable(ValueError):
@@ -178,15 +181,21 @@ def load_newest(latest: Path) -> dict:
 
 
 def check_sums(path: Path) -> None:
-    """Unreadable unless every part of the archive is what was written."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # zipfile raises half a dozen kinds for damaged files
-        raise Unreadable(
-            f"{path} is truncated, or no checkpoint of this project: "
-            "use latest.pt or best.pt of a finished or interrupted run"
-        ) from error
+    """Unreadable unless every part of the archive is what was written. OSError where the system
+    does not give it: another time it may."""
+    damaged = None
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # zipfile raises half a dozen kinds for damaged files
+            # A damaged table of contents leads to places that no file has: EINVAL.
+            if isinstance(error, MemoryError) or getattr(error, "errno", EINVAL) != EINVAL:
+                raise
+            raise Unreadable(
+                f"{path} is truncated, or no checkpoint of this project: "
+                "use latest.pt or best.pt of a finished or interrupted run"
+            ) from error
     if damaged:
         raise Unreadable(
             f"{path} is damaged, for the checksum of its part {damaged} is wrong: use another "

@@ -261,6 +261,11 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         wanted["epochs"] = 0.0
     names = {field.name for field in fields(Settings)}
     config = Settings(**{k: v for k, v in wanted.items() if k in names})
+    if repeats() and getattr(config, "seeds", 1) > 1:
+        raise ValueError(
+            f"--seeds {config.seeds} makes several runs, which a command that torchrun or Slurm "
+            "repeats does not find again: leave it out"
+        )
     if task in FINETUNED and not (config.data or config.dry_run):
         raise ValueError(f"--model {task} learns from labelled examples: name them with --data")
 

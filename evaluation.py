@@ -61,6 +61,7 @@ def evaluate(
             for name, value in found.items():
                 into[name] = into.get(name, 0.0) + (float(value) if counted else 0.0)
     model.train(training)
+    group.at("adding up the evaluation")
     total = group.sum([*sums.values(), *counts.values()])
     report = data.report(
         dict(zip(sums, total, strict=False)), dict(zip(counts, total[len(sums) :], strict=True))

@@ -1,6 +1,7 @@
 """How a model is run: in which precision, with what computed twice, compiled or not; how the
 gradient of a step is added up."""
 
+import zlib
 from contextlib import nullcontext
 from functools import partial
 
@@ -22,6 +23,14 @@ def precision(dtype: str, device: torch.device) -> torch.dtype:
         bf16 = device.type == "cuda" and multiplies_bf16("cuda")
         return torch.bfloat16 if bf16 else torch.float32
     return torch.bfloat16 if dtype == "bf16" else torch.float32
+
+
+def digest(model: nn.Module) -> str:
+    """Of its weights, on the CPU: another one for other bits."""
+    total = 0
+    for tensor in model.state_dict().values():
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), total)
+    return str(total)
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -84,6 +93,8 @@ def gradients(
         with nullcontext() if i == len(batches) - 1 else silent(model):
             with autocast():
                 losses = model(**to_device(batch, group.device))
+            if i == len(batches) - 1:
+                group.at("exchanging gradients")
             loss = sum(losses[name] / max(counts[name], 1) for name in names) * group.world
             loss.backward()
         for name, value in losses.items():

@@ -77,16 +77,21 @@ class RunLog:
             for k, v in record.items()
         }
         self.waiting += json.dumps(plain).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
         try:
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
+            self.full = False
         except OSError as error:
             if not self.full:
                 self.say(f"log.jsonl cannot be written ({error.strerror}): it waits for room")
             self.full = True
 
-    def flush(self) -> None:
-        """To the disk, before a checkpoint that must not be newer than its log."""
+    def sync(self) -> None:
+        """To the disk itself, before a checkpoint that must not be newer than its log."""
+        self.flush()
         with contextlib.suppress(OSError):
             os.fsync(self.file.fileno())
 
@@ -97,6 +102,7 @@ class RunLog:
             self.bar.write(line)
 
     def close(self) -> None:
+        self.flush()
         self.file.close()
         if self.bar is not None:
             self.bar.close()

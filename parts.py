@@ -22,6 +22,7 @@ import io
 import re
 import shutil
 import zlib
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.futures import Future
 
+from checkpoint import flush_names
 from optim import one_by_one
 from processes import Processes
 
@@ -81,8 +83,9 @@ def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -
     The folder is new, so that those of older checkpoints stay as they are; it is on the disk when
     this returns. Raises OSError, in every process, where one of them could not write.
     """
-    number = len(list(path.parent.glob(f"{path.stem}.{step:07}-*.parts")))  # one may have crashed
-    folder = path.with_name(f"{path.stem}.{step:07}-{number}.parts")
+    names = (f"{path.stem}.{step:07}-{number}.parts" for number in count())
+    # The step may have been saved before, perhaps by a process that was killed.
+    folder = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     if group.world > 1:  # only the first one knows which folder the run has got
         name = torch.tensor(list(str(folder).encode())) if group.main else None
         folder = Path(bytes(group.from_owner(name, 0).tolist()).decode())
@@ -94,7 +97,15 @@ def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -
             shutil.rmtree(folder, ignore_errors=True)
         reason = "; ".join(str(e) for e, _ in error.failures.values()).split("\n")[0]
         raise OSError(errno.EIO, f"{folder}: {reason}") from error
-    return {"folder": folder.name, "tensors": writer.contents} if group.main else {}
+    flush_names(folder)
+    found = {"folder": folder.name, "tensors": writer.contents} if group.main else {}
+    files = {c["file"] for about in found.get("tensors", {}).values() for c in about["chunks"]}
+    if group.first(not all((folder / file).is_file() for file in files)):
+        raise OSError(
+            errno.ENOENT,
+            f"{folder} is not on a disk that all machines share, as --shard needs here",
+        )
+    return found
 
 
 # ---- reading -------------------------------------------------------------------------------------

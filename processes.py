@@ -35,6 +35,17 @@ class Processes:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def launcher(self) -> list[str]:
+        """The words that start as many processes on as many machines."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        if self.world == 1:
+            return ["python"]
+        if self.world == here:
+            return ["torchrun", "--standalone", f"--nproc_per_node={here}"]
+        words = ["torchrun", f"--nnodes={self.world // here}", f"--nproc_per_node={here}"]
+        return [*words, "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
+
     def at(self, place: str, step: int | None = None) -> None:
         """What is being done now: every process says the same in the same order, see Watchdog."""
         if self.watchdog:

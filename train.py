@@ -19,6 +19,7 @@ import math
 import statistics
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
 from data.windows import check_special
 from evaluation import badness, best_figure, evaluate, to_device
-from execution import compiled, gradients, precision, recompute_blocks
+from execution import compiled, digest, gradients, precision, recompute_blocks
 from finetune import LEARNT, adapter_rank, add_adapters, freeze, rate_scale, take_weights
 from logs import RunLog, clock, draw_curves
 from processes import Interruption, Processes
@@ -101,6 +102,8 @@ class Run:
         else:
             vocab_size = padded(self.data.tokenizer.vocab_size)
             self.model = Model(Config(**{**sizes, "vocab_size": vocab_size}))
+        if group.world > 1 and checkpoint and not group.agree(digest(self.model)):
+            raise ValueError(f"the machines do not have the same {path}: give each the same files")
         if config.model in FINETUNED:
             self.limit_what_learns()
         if config.recompute:
@@ -127,6 +130,8 @@ class Run:
             if why := checkpoint.get("instead"):
                 self.say(f"{why}; going on from {PREVIOUS}, which is of step {self.step:,}")
                 if group.main:  # else the next save would keep the damaged one in its place
+                    with suppress(FileNotFoundError):
+                        path.replace(path.with_suffix(".damaged"))
                     (self.out / PREVIOUS).replace(path)
         self.prepare_forward()
 
@@ -193,9 +198,7 @@ class Run:
 
     def command(self, script: str, *flags: str) -> str:
         """The line that goes on with this run, for as many processes as it had."""
-        launcher = ["python"]
-        if script == "train.py" and self.group.world > 1:
-            launcher = ["torchrun", "--standalone", f"--nproc_per_node={self.group.world}"]
+        launcher = self.group.launcher if script == "train.py" else ["python"]
         return cli.command_line(*launcher, script, *flags)
 
     @property
@@ -256,12 +259,13 @@ class Run:
         try:
             found = sharding.state_to_save(path, self.step, self.model, optimizer, self.group)
             if self.log:
-                self.log.flush()
+                self.log.sync()
             if self.group.main:
                 self.write(path, found, resumable)
         except OSError as error:
             self.say(f"{path} is not written ({error.strerror}): older ones are kept")
             saved = False
+        self.group.at("saved")
         return bool(self.group.first(saved))
 
     def write(self, path: Path, found: dict, resumable: bool) -> None:
@@ -290,7 +294,7 @@ class Run:
         config, group = self.config, self.group
         # First of all: from its first step on a run can be resumed, and the disk has room for it.
         if not self.step and not self.save(LATEST):
-            raise ValueError(f"{self.out} has no room for a checkpoint: choose another --out")
+            raise ValueError(f"{self.out} cannot hold a checkpoint: choose another --out")
         if group.main:
             settings = json.dumps({**asdict(config), **asdict(self.model.config)}, indent=1)
             (self.out / "config.json").write_text(settings, encoding="utf-8")

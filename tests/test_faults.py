@@ -129,7 +129,7 @@ def test_a_run_that_ends_on_a_full_disk_says_what_is_not_saved(toy, capsys):
     assert checkpoints.load(Path("full/latest.pt"))["step"] == 4
     with (
         largest_file(3000),
-        pytest.raises(ValueError, match="none has no room for a checkpoint: choose another --out"),
+        pytest.raises(ValueError, match="none cannot hold a checkpoint: choose another --out"),
     ):
         train.main([*TOY, "--steps=4", "--out=none", "--no-compile"])
 
