@@ -128,6 +128,7 @@ class Run:
             self.step, self.best = checkpoint["step"], checkpoint["best"]
             self.skipped = checkpoint["skipped"]
             if why := checkpoint.get("instead"):
+                why = why.rpartition(": ")[0]  # without the remedy, for here it is
                 self.say(f"{why}; going on from {PREVIOUS}, which is of step {self.step:,}")
                 if group.main:  # else the next save would keep the damaged one in its place
                     with suppress(FileNotFoundError):
