@@ -301,9 +301,9 @@ def preset_task(preset: str) -> str:
 
 def again(argv: list[str]) -> list[str]:
     """The flags; with --resume where torchrun or Slurm repeats them and their run has begun."""
-    given = peek(argv)
     if not repeats():
         return argv
+    given = peek(argv)
     if not given.get("out"):
         raise ValueError(
             "a command that torchrun (--max-restarts) or Slurm repeats must find its run again: "

@@ -88,12 +88,13 @@ def gradients(
     sums: dict[str, Tensor] = {}
     group.at("gradients")
     for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
         torch.manual_seed((seed * 65_537 + i * group.world + group.rank) % 2**63)
         # Gradients are exchanged once, after the last micro-batch. The switch must cover forward.
-        with nullcontext() if i == len(batches) - 1 else silent(model):
+        with nullcontext() if last else silent(model):
             with autocast():
                 losses = model(**to_device(batch, group.device))
-            if i == len(batches) - 1:
+            if last:
                 group.at("exchanging gradients")
             loss = sum(losses[name] / max(counts[name], 1) for name in names) * group.world
             loss.backward()

@@ -46,15 +46,18 @@ def linear_cross_entropy(
     return in_chunks(features, weight, bias, targets, smoothing, rows, torch.is_grad_enabled())
 
 
-def in_chunks(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def eager(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return LinearCrossEntropy.apply(*arguments)
+
+
+in_chunks = eager
 
 
 def leave_uncompiled() -> None:
     """Before torch.compile: batches of many lengths would compile the loop below again and again.
     As a decorator, `disable` would cost every script the two seconds of the compiler's import."""
     global in_chunks
-    in_chunks = torch.compiler.disable(in_chunks)
+    in_chunks = torch.compiler.disable(eager)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
