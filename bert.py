@@ -143,6 +143,7 @@ class BERT(Encoder):
                 self.token_embedding.weight,
                 mlm_targets,
                 bias=self.mlm_bias,
+                accuracy=True,
             )
         if nsp_targets is not None:
             logits = self.nsp_logits(features).float()

@@ -16,7 +16,7 @@ from bert import Encoder
 from checkpoint import LATEST, PREVIOUS
 from finetune import LEARNT
 from presets import PRESETS, first_hour
-from processes import multiplies_bf16, pick_device, repeats
+from processes import DTYPES, multiplies_bf16, pick_device, repeats
 
 TASKS = checkpoints.TASKS
 
@@ -93,7 +93,7 @@ class TrainConfig:
         for name, known in (
             ("optimizer", optim.OPTIMIZERS),
             ("schedule", optim.SCHEDULES),
-            ("dtype", ("auto", "bf16", "fp32")),
+            ("dtype", DTYPES),
             ("shard", ("model", "optimizer", "")),
         ):
             if getattr(self, name) not in known:

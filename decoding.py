@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Advance = Callable[[Tensor, Tensor, list[int]], Tensor]
+RANKED = 1024  # the likeliest tokens, which are ranked first for top_p
 
 
 # ---- logits -> distribution -> token -------------------------------------------------------------
@@ -43,11 +44,18 @@ def distribution(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         floor = min_p * probabilities.max(-1, keepdim=True).values
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     if top_p < 1:
-        ranked, order = probabilities.sort(-1, descending=True)
-        before = ranked.cumsum(-1) - ranked  # what the likelier tokens have together
-        cut = before >= top_p * ranked.sum(-1, keepdim=True)
+        wanted = top_p * probabilities.sum(-1, keepdim=True)
+        # A few tokens mostly have that much: on a CPU, ranking them takes a ninth of the time.
+        few = probabilities.is_cpu and probabilities.size(-1) > RANKED
+        if few:
+            ranked, order = probabilities.topk(RANKED)
+            few = bool((ranked.sum(-1, keepdim=True) >= wanted).all())
+        if not few:
+            ranked, order = probabilities.sort(-1, descending=True)
+        cut = ranked.cumsum(-1) - ranked >= wanted  # the likelier ones have enough without it
         cut[:, 0] = False
-        probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
+        kept = ranked.masked_fill(cut, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 

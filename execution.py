@@ -1,5 +1,5 @@
-"""How a model is run: in which precision, with what computed twice, compiled or not; how the
-gradient of a step is added up."""
+"""How a model is run, with what computed twice, compiled or not; how the gradient of a step is
+added up."""
 
 import zlib
 from contextlib import nullcontext
@@ -10,19 +10,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
+import losses
 from evaluation import count_targets, to_device
-from losses import leave_uncompiled
 from model import Block
-from processes import Processes, multiplies_bf16
+from processes import Processes
 from sharding import silent
-
-
-def precision(dtype: str, device: torch.device) -> torch.dtype:
-    """dtype: bf16, fp32, or auto, which is bf16 on GPUs that have it."""
-    if dtype == "auto":
-        bf16 = device.type == "cuda" and multiplies_bf16("cuda")
-        return torch.bfloat16 if bf16 else torch.float32
-    return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
 def digest(model: nn.Module) -> str:
@@ -42,20 +34,21 @@ def recompute_blocks(model: nn.Module) -> None:
 
 def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn.Module:
     """The compiled model, tried on batches; the model as it is, and one line, where that fails."""
-    leave_uncompiled()
+    losses.use_compiler(True)
     try:
         shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
         # A graph for each length of a batch would be compiled, until torch gives up.
         fast = torch.compile(model, dynamic=True if len(shapes) > 1 else None)
         for batch in batches:
             with autocast():
-                losses = fast(**batch)
-            sum(losses.values()).backward()
+                sums = fast(**batch)
+            sum(sums.values()).backward()
         with torch.no_grad(), autocast():  # evaluation compiles a graph of its own
             fast.eval()(**batches[0])
     except Exception as error:  # compilers fail in ways that cannot be listed
         reason = str(error).strip().partition("\n")[0][:120]
         print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it")
+        losses.use_compiler(False)
         fast = model
     fast.train()
     model.zero_grad(set_to_none=True)
@@ -93,11 +86,11 @@ def gradients(
         # Gradients are exchanged once, after the last micro-batch. The switch must cover forward.
         with nullcontext() if last else silent(model):
             with autocast():
-                losses = model(**to_device(batch, group.device))
+                found = model(**to_device(batch, group.device))
             if last:
                 group.at("exchanging gradients")
-            loss = sum(losses[name] / max(counts[name], 1) for name in names) * group.world
+            loss = sum(found[name] / max(counts[name], 1) for name in names) * group.world
             loss.backward()
-        for name, value in losses.items():
+        for name, value in found.items():
             sums[name] = sums.get(name, 0) + value.detach()
     return sums, counts

@@ -39,39 +39,76 @@ def linear_cross_entropy(
     targets: Tensor,
     smoothing: float = 0.0,
     bias: Tensor | None = None,
+    accuracy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as plain_cross_entropy, a chunk of logits at a time."""
+    """The same as plain_cross_entropy, a chunk of logits at a time. The third number costs a look
+    at every logit: without `accuracy` it is 0."""
     rows = max(1, CHUNK.get(features.device.type, 2**24) // weight.size(0))
     features, targets = features.flatten(0, -2), targets.flatten()
-    return in_chunks(features, weight, bias, targets, smoothing, rows, torch.is_grad_enabled())
+    how = smoothing, accuracy, rows, torch.is_grad_enabled()
+    return in_chunks(features, weight, bias, targets, *how)
+
+
+def of_chunk(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    smoothing: float,
+    accuracy: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """logits (N, V), targets (N,) -> (loss, nll, number right, gradient of the logits): softmax
+    minus the target distribution, in the type of the logits and, if it can be, in their place."""
+    dtype, V = logits.dtype, logits.size(-1)
+    kept, target = targets != -100, targets.clamp(min=0)[:, None]
+    logits = logits.float()
+    if bias is not None:
+        logits += bias
+    right = ((logits.argmax(-1) == targets) if accuracy else torch.zeros_like(kept)).sum()
+    log_p = logits.log_softmax(-1)
+    target_log_p = log_p.gather(1, target)[:, 0]
+    nll = -(target_log_p * kept).sum()
+    loss = (1 - smoothing) * nll
+    if smoothing:
+        loss = loss - smoothing * (log_p.mean(-1) * kept).sum()
+    if not wants_gradient:
+        return loss, nll, right, None
+    d_target = (target_log_p.exp() - smoothing / V + smoothing - 1) * kept
+    d_logits = log_p.exp_()
+    if smoothing:
+        d_logits -= smoothing / V
+    d_logits = d_logits.mul_(kept[:, None]).to(dtype)
+    # Put there, not subtracted: in bf16 a probability near 1, minus 1, would be nothing but 0.
+    return loss, nll, right, d_logits.scatter_(1, target, d_target.to(dtype)[:, None])
 
 
 def eager(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return LinearCrossEntropy.apply(*arguments)
 
 
-in_chunks = eager
+in_chunks, chunk_function = eager, of_chunk
 
 
-def leave_uncompiled() -> None:
-    """Before torch.compile: batches of many lengths would compile the loop below again and again.
-    As a decorator, `disable` would cost every script the two seconds of the compiler's import."""
-    global in_chunks
-    in_chunks = torch.compiler.disable(eager)
+def use_compiler(use: bool) -> None:
+    """What is done with a chunk of logits becomes a kernel or two, instead of eight passes over
+    memory. The loop over the chunks is left as it is: batches of many lengths would compile it
+    again and again. (As decorators, the two cost every script the seconds of the compiler's
+    import.)"""
+    global in_chunks, chunk_function
+    in_chunks = torch.compiler.disable(eager) if use else eager
+    chunk_function = torch.compile(of_chunk) if use else of_chunk
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of a chunk's logits is known as soon as they are (softmax minus target), so
-    forward turns it at once into the gradients of features, weight and bias, and the chunk is
-    forgotten.
-    """
+    """The gradient of a chunk's logits is known as soon as they are, so forward turns it at once
+    into the gradients of features, weight and bias, and the chunk is forgotten."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, targets, smoothing, rows, wants_gradient):
-        device, V, dtype = features.device.type, len(weight), features.dtype
+    def forward(ctx, features, weight, bias, targets, smoothing, accuracy, rows, wants_gradient):
+        device, dtype = features.device.type, features.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        w, keep = weight.to(dtype), targets != -100
+        w = weight.to(dtype)
         loss = features.new_zeros((), dtype=torch.float32)
         nll, right = torch.zeros_like(loss), torch.zeros_like(loss, dtype=torch.long)
         if wants_gradient:
@@ -81,27 +118,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             d_bias = torch.zeros_like(bias) if learns_bias else None
         for start in range(0, len(features), rows):
             part = slice(start, start + rows)
-            x, kept = features[part].to(dtype), keep[part]
-            target = targets[part].clamp(min=0)[:, None]
-            logits = (x @ w.t()).float()
-            if bias is not None:
-                logits += bias
-            right += (logits.argmax(-1) == targets[part]).sum()
-            log_p = logits.log_softmax(-1)
-            chunk_nll = -(log_p.gather(1, target)[:, 0] * kept).sum()
-            nll += chunk_nll
-            loss += (1 - smoothing) * chunk_nll
-            if smoothing:
-                loss -= smoothing * (log_p.mean(-1) * kept).sum()
+            x = features[part].to(dtype)
+            *sums, d_logits = chunk_function(
+                x @ w.t(), bias, targets[part], smoothing, accuracy, wants_gradient
+            )
+            loss, nll, right = (a + b for a, b in zip((loss, nll, right), sums, strict=True))
             if wants_gradient:
-                d_logits = log_p.exp_()
-                d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, smoothing - 1))
-                if smoothing:
-                    d_logits -= smoothing / V
-                d_logits = d_logits.mul_(kept[:, None])
                 if learns_bias:
-                    d_bias += d_logits.sum(0)
-                d_logits = d_logits.to(dtype)
+                    d_bias += d_logits.sum(0, dtype=d_bias.dtype)
                 d_features[part] = d_logits @ w
                 if d_weight is not None:
                     d_weight += d_logits.t() @ x
@@ -114,4 +138,4 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss, *_):
         known = (None if d is None else d * d_loss for d in ctx.saved_tensors)
-        return *known, None, None, None, None
+        return *known, None, None, None, None, None

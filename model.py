@@ -25,6 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses import linear_cross_entropy
+
 # ---- masks: bool tensors that broadcast to (B, H, T, S), True = may look -------------------------
 
 
@@ -96,7 +98,9 @@ class KVCache:
                 "were given: make a longer cache or start a new one"
             )
         if self.k is None:
-            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
+            # On CPUs in fp32 whatever the model's weights are, see attend.
+            dtype = torch.float32 if k.is_cpu else k.dtype
+            self.k, self.v = (x.new_empty(B, H, self.max_len, D, dtype=dtype) for x in (k, v))
         self.k[:, :, self.length : self.length + T] = k
         self.v[:, :, self.length : self.length + T] = v
         self.length += T
@@ -152,9 +156,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, dropout: 
     that may look at nothing yields zeros (softmax of an empty set would be NaN).
     """
     T, S = q.size(2), k.size(2)
-    if q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad:
-        # The bf16 kernel for CPUs is slow backward: 30 ms for a layer of 256 sequences of 16
-        # tokens, against 2.4 in fp32.
+    if q.is_cpu and q.dtype == torch.bfloat16 and (q.requires_grad or k.dtype != q.dtype):
+        # The bf16 kernel for CPUs is slow backward, 30 ms for a layer of 256 sequences of 16
+        # tokens against 2.4 in fp32, and for the one query of a decoding step: 616 us at 1,000
+        # cached positions against 105 in fp32, in which a cache therefore holds them.
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, dropout).to(q.dtype)
     if isinstance(mask, str):
@@ -365,13 +370,10 @@ class GPT(nn.Module):
 
         Targets of -100 do not count.
         """
-        logits = self.head(self.features(tokens, mask, caches))
+        features = self.features(tokens, mask, caches)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
-        )
-        return {"loss": loss}
+            return self.head(features)
+        return {"loss": linear_cross_entropy(features, self.token_embedding.weight, targets)[0]}
 
     def features(
         self,

@@ -12,9 +12,9 @@ import torch.nn as nn
 
 from checkpoint import TASKS
 from config import TrainConfig, divide_step
-from execution import precision
 from memory import Memory, bytes_of, make_model, plan_memory, rows_of
 from model import count_parameters
+from processes import precision
 
 
 class GPU(NamedTuple):

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import cpu
 from watchdog import Watchdog
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "bf16", "fp32")
 
 
 @dataclass
@@ -111,7 +113,8 @@ def multiplies_bf16(device: str) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """name is one of DEVICES; auto takes a GPU if there is one. Raises ValueError."""
+    """name is one of DEVICES; auto takes a GPU if there is one. A processor is made ready for its
+    work. Raises ValueError."""
     if name not in DEVICES:
         raise ValueError(f"--device {name} is not known: choose {', '.join(DEVICES)}")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -119,7 +122,19 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise ValueError(f"--device {name} cannot be used: this torch sees none here, try cpu")
+    if name == "cpu":
+        cpu.prepare()
     return torch.device(name)
+
+
+def precision(dtype: str, device: torch.device) -> torch.dtype:
+    """dtype is one of DTYPES; auto is bf16 on GPUs that have it. Raises ValueError."""
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not known: choose {', '.join(DTYPES)}")
+    if dtype == "auto":
+        bf16 = device.type == "cuda" and multiplies_bf16("cuda")
+        return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
 def start(device_name: str, minutes: float = 10.0) -> Processes:

@@ -41,10 +41,10 @@ from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
 from data.windows import check_special
 from evaluation import badness, best_figure, evaluate, to_device
-from execution import compiled, digest, gradients, precision, recompute_blocks
+from execution import compiled, digest, gradients, recompute_blocks
 from finetune import LEARNT, adapter_rank, add_adapters, freeze, rate_scale, take_weights
 from logs import RunLog, clock, draw_curves
-from processes import Interruption, Processes
+from processes import Interruption, Processes, precision
 
 # ---- the run -------------------------------------------------------------------------------------
 

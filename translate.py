@@ -43,6 +43,7 @@ class TranslateConfig:
     seed: int = 1337  # of the draws
     cache_dir: str = "data/cache"  # where --eval keeps downloads
     device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # of the weights: bf16, fp32, or auto, which is bf16 on GPUs that have it
 
     def __post_init__(self):
         limits = {

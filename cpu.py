@@ -1,0 +1,61 @@
+"""What torch leaves undone on a processor, and what it gains; `python bench.py` shows both.
+
+A GPT of 6 layers, width 384, takes a training step of 2,048 tokens in 1.8 seconds on two cores of
+an AMD processor as torch comes, in 1.3 when freed memory is kept, and in 0.8 when oneDNN multiplies.
+"""
+
+import ctypes
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": 0.2 s of processor time in each 0.1 s
+
+
+def prepare() -> None:
+    """Settings of this process, made once, before it computes."""
+    limit_threads()
+    keep_memory()
+    use_onednn()
+
+
+def limit_threads() -> None:
+    """Not more than a container may use. torch counts the cores of the machine, and threads that
+    have no core wait for each other at each of a hundred thousand barriers."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    try:
+        quota, period = QUOTA.read_text(encoding="utf-8").split()
+        allowed = math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):  # no such system; or "max", no limit
+        return
+    if allowed < torch.get_num_threads():
+        torch.set_num_threads(max(1, allowed))
+
+
+def keep_memory() -> None:
+    """Freed memory stays with the process. The C library gives it back to the system, and a step,
+    which frees and asks for 300 MB, then waits for 85,000 pages to be handed out and zeroed."""
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc's
+        trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # of malloc.h; bytes
+        library.mallopt(trim_threshold, most)
+        library.mallopt(mmap_threshold, most)
+
+
+def use_onednn() -> None:
+    """fp32 products by oneDNN instead of MKL, which on AMD's processors does half as much.
+
+    torch has this as "medium" precision, because a processor with matrix units (AMX) would then
+    multiply in bf16. That is not wanted: where the digits beyond bf16 get lost, all stays as it is.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    x = torch.full((128, 128), 1 + 2**-20)
+    if not torch.equal(x @ torch.eye(128), x):
+        torch.set_float32_matmul_precision(before)
