@@ -33,7 +33,7 @@ from model import GPT, GPTConfig
 from peers import hugging_face_encoder, hugging_face_gpt2, hugging_face_marian, peer
 from plan import least_seconds
 from processes import Processes, pick_device
-from sample import SampleConfig, generate, lay_out_for_decoding, load_model, make_pick
+from sample import Pick, SampleConfig, generate, lay_out_for_decoding, load_model
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from train import gradients
 from translate import TranslateConfig, eval_pairs, translate_ids
@@ -372,7 +372,7 @@ def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
     settings = SampleConfig(temperature=0)
 
     def our_sample():
-        pick = make_pick(tokenizer, settings, [b""])
+        pick = Pick(tokenizer, settings, [b""])
         for _ in generate(ours, prompt.tolist(), pick, count):
             pass
 

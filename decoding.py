@@ -133,7 +133,7 @@ def beam_search(
     tokens = torch.full((len(alive),), start, device=device)
     rows = torch.arange(len(alive), device=device)
     scores = torch.zeros(len(alive), 1, device=device)  # (sentences, hypotheses of each)
-    written = torch.empty(len(alive), 0, dtype=torch.long, device=device)
+    written: list[list[int]] = [[] for _ in limits]  # by each row
     length = 0
     while alive:
         length += 1  # of a hypothesis that would end now, its end token included
@@ -154,19 +154,21 @@ def beam_search(
         token = token.view(len(alive), -1).gather(1, index)
 
         kept: list[tuple[int, list[tuple[float, int, int]]]] = []
-        candidates = zip(top.tolist(), parent.tolist(), token.tolist(), strict=True)
+        # One copy from the device, each of which waits for it; a float32 holds any id to 2^24.
+        candidates = torch.stack([top, parent.float(), token.float()], dim=1).tolist()
         for i, (sentence, ranked) in enumerate(zip(alive, candidates, strict=True)):
             living = []
             for rank, (score, p, t) in enumerate(zip(*ranked, strict=True)):
                 if score == -math.inf:
                     continue
+                p, t = int(p), int(t)
                 if t != end:
                     living.append((score, i * K + p, t))
                 elif rank < beam:
                     complete[sentence] += 1
                     final = score / penalty(length, alpha)
                     if final > best[sentence][0]:
-                        best[sentence] = final, written[i * K + p].tolist()
+                        best[sentence] = final, written[i * K + p]
             # Log-probabilities only fall: what a hypothesis can still reach is its own now, divided
             # by the penalty of the greatest length.
             reach = living[0][0] / penalty(limits[sentence] + 1, alpha) if living else -math.inf
@@ -178,7 +180,7 @@ def beam_search(
         alive = [alive[i] for i in sentences]
         flat = [row for _, living in kept for row in living]
         scores = torch.tensor([s for s, _, _ in flat], device=device).view(-1, beam)
-        rows = torch.tensor([r for _, r, _ in flat], dtype=torch.long, device=device)
-        tokens = torch.tensor([t for _, _, t in flat], dtype=torch.long, device=device)
-        written = torch.cat([written[rows], tokens[:, None]], dim=1)
+        written = [[*written[r], t] for _, r, t in flat]
+        rows = torch.tensor([[r for _, r, _ in flat], [t for _, _, t in flat]], dtype=torch.long)
+        rows, tokens = rows.to(device)
     return best

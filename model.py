@@ -1,8 +1,8 @@
 """What the three Transformer families share, and GPT.
 
-From the bottom up: masks, the key-value cache, scaled dot-product attention, the MLP, the residual
-block, then GPT, the causal decoder that is built from them. BERT and the encoder-decoder import
-the first five and write only what is their own.
+From the bottom up: masks, scaled dot-product attention, the MLP, the residual block, then GPT, the
+causal decoder that is built from them; the key-value cache is in `caches.py`. BERT and the
+encoder-decoder import the first four and write only what is their own.
 
 Left out on purpose: rotary positions, RMSNorm, gated MLPs, grouped heads. A variant that needs
 them writes its own block, in its own file, from `Attention` and `MLP`.
@@ -19,12 +19,15 @@ V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from caches import KVCache, StaticCache
+from cpu import multiply_by_mkl
 from losses import linear_cross_entropy
 
 # ---- masks: bool tensors that broadcast to (B, H, T, S), True = may look -------------------------
@@ -69,85 +72,51 @@ def prefix_mask(prefix_len: Tensor, T: int) -> Tensor:
     return causal_mask(T, T, prefix_len.device) | in_prefix[:, None, None, :]
 
 
-# ---- the key-value cache -------------------------------------------------------------------------
+class AdditiveMask(NamedTuple):
+    """A mask as the numbers that are added to the scores: 0 = may look, -inf = may not.
 
-
-class KVCache:
-    """Keys and values of the positions seen so far, for one attention layer.
-
-    It is made outside the model and passed in, so the model itself has no state. Memory for all
-    `max_len` positions is taken at the first append: growing by concatenation would copy everything
-    at every token.
+    Torch makes it of a bool mask, in every layer anew; a captured step (`graphs.py`) makes it once.
+    It has a type of its own because a 0/1 tensor must never be taken for one. Each query must see
+    something, and the numbers have the type of the queries.
     """
 
-    def __init__(self, max_len: int):
-        self.max_len = max_len
-        self.length = 0
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+    scores: Tensor
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, H, T, D) keys and values; returns all so far, (B, H, length, D) each.
 
-        Raises ValueError when the positions would exceed max_len.
-        """
-        B, H, T, D = k.shape
-        if self.length + T > self.max_len:
-            raise ValueError(
-                f"the cache holds {self.max_len} positions, {self.length} are used and {T} more "
-                "were given: make a longer cache or start a new one"
-            )
-        if self.k is None:
-            # On CPUs in fp32 whatever the model's weights are, see attend.
-            dtype = torch.float32 if k.is_cpu else k.dtype
-            self.k, self.v = (x.new_empty(B, H, self.max_len, D, dtype=dtype) for x in (k, v))
-        self.k[:, :, self.length : self.length + T] = k
-        self.v[:, :, self.length : self.length + T] = v
-        self.length += T
-        return self.filled()
-
-    def select(self, rows: Tensor) -> None:
-        """Row i goes on with what row rows[i] has seen; rows may be repeated or left out."""
-        if self.length == 0:
-            return
-        k, v = (x[:, :, : self.length].index_select(0, rows) for x in (self.k, self.v))
-        if len(rows) > len(self.k):
-            shape = (len(rows), *self.k.shape[1:])
-            self.k, self.v = self.k.new_empty(shape), self.v.new_empty(shape)
-        self.k, self.v = self.k[: len(rows)], self.v[: len(rows)]
-        self.k[:, :, : self.length], self.v[:, :, : self.length] = k, v
-
-    def filled(self) -> tuple[Tensor, Tensor]:
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
-
+Mask = Tensor | str | AdditiveMask | None  # a str is "causal"; None: all may look at all
 
 # ---- attention, MLP, block -----------------------------------------------------------------------
 
 
-class Dropout(nn.Module):
-    """Zeroes each element with probability p while training, and scales up the others.
+def drop(x: Tensor, p: float) -> Tensor:
+    """Zeroes each element with probability p, and scales up the others.
 
     torch's kernel for CPUs draws a random float for each element; 16 random bits do, and a layer
     of 0.5M elements takes 1.0 ms instead of 5.7. p is thereby rounded to a multiple of 1 / 65,536.
     """
+    if p == 0:
+        return x
+    if not x.is_cpu:
+        return F.dropout(x, p)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    uniform = words.view(torch.int16)[: x.numel()].view(x.shape)  # -32,768 to 32,767
+    dropped = min(round(p * 65536), 65535)
+    keep = uniform >= dropped - 32768
+    return (x * keep.to(x.dtype)).mul_(65536 / (65536 - dropped))
+
+
+class Dropout(nn.Module):
+    """`drop`, while training."""
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if not x.is_cpu:
-            return F.dropout(x, self.p)
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        uniform = words.view(torch.int16)[: x.numel()].view(x.shape)  # -32,768 to 32,767
-        dropped = min(round(self.p * 65536), 65535)
-        keep = uniform >= dropped - 32768
-        return (x * keep.to(x.dtype)).mul_(65536 / (65536 - dropped))
+        return drop(x, self.p) if self.training else x
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, dropout: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v for q (B, H, T, D), k and v (B, H, S, D); section 3.2.1 of 2017.
 
     The one place where a mask becomes an argument of torch's attention, which has three traps: its
@@ -156,28 +125,55 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, dropout: 
     that may look at nothing yields zeros (softmax of an empty set would be NaN).
     """
     T, S = q.size(2), k.size(2)
-    if q.is_cpu and q.dtype == torch.bfloat16 and (q.requires_grad or k.dtype != q.dtype):
-        # The bf16 kernel for CPUs is slow backward, 30 ms for a layer of 256 sequences of 16
-        # tokens against 2.4 in fp32, and for the one query of a decoding step: 616 us at 1,000
-        # cached positions against 105 in fp32, in which a cache therefore holds them.
-        with torch.autocast("cpu", enabled=False):
-            return attend(q.float(), k.float(), v.float(), mask, dropout).to(q.dtype)
+    kernel = on_cpu if q.is_cpu else F.scaled_dot_product_attention
     if isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f'mask={mask!r} is not known: pass None, "causal" or a bool tensor')
         if T == S:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            return kernel(q, k, v, is_causal=True, dropout_p=dropout)
         # A single new position sees all that is cached: no mask, and so the fast path.
         mask = None if T == 1 else causal_mask(T, S, q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return kernel(q, k, v, mask, dropout_p=dropout)
+    if mask is None or isinstance(mask, AdditiveMask):
+        return kernel(q, k, v, None if mask is None else mask.scores, dropout_p=dropout)
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask is {mask.dtype}, but must be torch.bool with True = may look")
     blind = ~mask.any(-1, keepdim=True)
     # Blind rows look at everything and are zeroed afterwards: their gradient stays finite too.
-    y = F.scaled_dot_product_attention(q, k, v, mask | blind, dropout_p=dropout)
-    return y.masked_fill(blind, 0.0)
+    return kernel(q, k, v, mask | blind, dropout_p=dropout).masked_fill(blind, 0.0)
+
+
+LONG = 2**20  # scores of a head: from here on they are not held, but computed twice
+
+
+def on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """As torch's scaled_dot_product_attention, whose kernel for CPUs multiplies tiles too small for
+    oneDNN (see `cpu.py`): there, 16 sequences of 128 tokens take 24 ms, forward and backward, and
+    the formula written out takes 5. Without a gradient it is the faster one if MKL multiplies.
+
+    In bf16 it is slower than in fp32: the one query of a decoding step takes 616 us at 1,000 cached
+    positions instead of 105, in which type a cache therefore holds them.
+    """
+    dtype, learns = q.dtype, torch.is_grad_enabled() and q.requires_grad
+    if dtype == torch.bfloat16 and (learns or k.dtype != dtype):
+        with torch.autocast("cpu", enabled=False):
+            return on_cpu(q.float(), k.float(), v.float(), mask, dropout_p, is_causal).to(dtype)
+    if learns and (q.size(2) * k.size(2) < LONG or dropout_p):
+        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)
+        if is_causal:
+            mask = causal_mask(q.size(2), k.size(2))
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, -torch.inf)
+        return drop(scores.softmax(-1), dropout_p) @ v
+    with multiply_by_mkl():
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
 
 
 class Attention(nn.Module):
@@ -212,8 +208,8 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         memory: Tensor | None = None,
-        mask: Tensor | str | None = None,
-        cache: KVCache | None = None,
+        mask: Mask = None,
+        cache: KVCache | StaticCache | None = None,
     ) -> Tensor:
         """x (B, T, C) attends to itself, or to memory (B, S, C) when that is given.
 
@@ -278,10 +274,10 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | str | None = None,
+        mask: Mask = None,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticCache | None = None,
         memory_cache: KVCache | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C); memory (B, S, C) is what cross-attention looks at."""

@@ -27,6 +27,7 @@ import fill
 import predict
 import translate
 from bpe import Tokenizer
+from caches import context_start
 from data import completions
 from data.completions import split_space
 from data.text import NAMES, open_corpus, whole
@@ -35,6 +36,7 @@ from data.windows import Windows
 from decoding import choose, distribution
 from evaluation import print_scores
 from fill import FillConfig
+from graphs import GPTSteps, write_rows
 from predict import AskConfig, PredictConfig, SimilarConfig
 from processes import pick_device, precision
 from translate import TranslateConfig
@@ -74,18 +76,6 @@ class SampleConfig:
 # ---- tokens -> logits -> tokens ------------------------------------------------------------------
 
 
-def context_start(n: int, block_size: int) -> int:
-    """Where the context of the model begins when n tokens are there.
-
-    At 0 while they fit. When they no longer do, half a block is dropped at once: positions are
-    learned, so dropping one token moves all others, and the cache would be worthless at each step.
-    """
-    if n <= block_size:
-        return 0
-    half = max(1, block_size // 2)
-    return -(-(n - block_size) // half) * half
-
-
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -94,6 +84,7 @@ def generate(
     max_new_tokens: int,
     *,
     use_cache: bool = True,
+    steps: GPTSteps | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields, for each step, the new token of every row, None for a row that has none.
 
@@ -101,7 +92,8 @@ def generate(
     differ in length: the shortest is read at once, and the longer ones go on reading their own
     tokens while the shorter ones already write. So all rows share positions, no padding is needed,
     and each row is what it would be alone. The caller may stop at any time. use_cache=False reads
-    the whole context anew for every token; it is the oracle in the tests.
+    the whole context anew for every token; it is the oracle in the tests. `steps` decode on a GPU,
+    and `pick` is then a Pick.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
@@ -113,6 +105,9 @@ def generate(
     tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
+    if steps is not None:
+        yield from write_rows(steps, tokens, lengths, max_new_tokens, pick)
+        return
     tokens, caches, cache_start = tokens.to(device), None, -1
     for n in range(shortest, longest + max_new_tokens):
         start = context_start(n, block_size)
@@ -194,35 +189,48 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
     return tokenizer.encode(prompt or END_OF_TEXT, allowed_special="all"), space.encode()
 
 
-def make_pick(tokenizer: Tokenizer, config: SampleConfig, leads: list[bytes]) -> Callable:
-    """The function that `generate` asks for tokens: one random stream for each row.
+class Pick:
+    """What `generate` asks for tokens: one random stream for each row.
 
     Row r is sample r % num_samples of its prompt, and its stream depends on that number and the
     seed alone: a prompt gets the same samples in any batch. Ids beyond the tokenizer's vocabulary
     (the model's may be padded) cannot be chosen.
     """
-    samples = config.num_samples
-    streams = [torch.Generator().manual_seed(config.seed + r % samples) for r in range(len(leads))]
-    leads = list(leads)
 
-    def pick(logits: Tensor, writing: list[int]) -> Tensor:
-        logits = logits[:, : tokenizer.vocab_size].cpu()
+    def __init__(self, tokenizer: Tokenizer, config: SampleConfig, leads: list[bytes]):
+        self.tokenizer, self.config, self.leads = tokenizer, config, list(leads)
+        seeds = (config.seed + r % config.num_samples for r in range(len(leads)))
+        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, logits: Tensor, writing: list[int]) -> Tensor:
+        logits = self.follow_leads(logits.cpu(), writing)
+        u = torch.zeros(len(logits), dtype=torch.double)
         for row in writing:
-            if leads[row]:
-                fits = [i for token, i in tokenizer.ranks.items() if token.startswith(leads[row])]
+            u[row] = self.draw(row)
+        return self.choose(logits, u)
+
+    def choose(self, logits: Tensor, u: Tensor) -> Tensor:
+        """(B, V) logits, a uniform number for each row -> (B,) tokens, on the same device."""
+        c, logits = self.config, logits[:, : self.tokenizer.vocab_size]
+        if c.temperature == 0:
+            return logits.argmax(-1)
+        return choose(distribution(logits.float(), c.temperature, c.top_k, c.top_p, c.min_p), u)
+
+    def draw(self, row: int, count: int = 1) -> Tensor:
+        """(count,): the next uniform numbers of the row's stream."""
+        return torch.rand(count, generator=self.streams[row], dtype=torch.double)
+
+    def follow_leads(self, logits: Tensor, writing: list[int]) -> Tensor:
+        """(B, V) logits, in which a row that still waits for a token that begins as its lead says
+        has nothing else to choose from."""
+        for row in writing:
+            if lead := self.leads[row]:
+                fits = [i for token, i in self.tokenizer.ranks.items() if token.startswith(lead)]
                 allowed = torch.zeros_like(logits[row], dtype=torch.bool)
                 allowed[fits] = True
                 logits[row] = logits[row].masked_fill(~allowed, -torch.inf)
-                leads[row] = b""
-        if config.temperature == 0:
-            return logits.argmax(-1)
-        p = distribution(logits, config.temperature, config.top_k, config.top_p, config.min_p)
-        u = torch.zeros(len(p), dtype=torch.double)
-        for row in writing:
-            u[row] = torch.rand((), generator=streams[row], dtype=torch.double)
-        return choose(p, u)
-
-    return pick
+                self.leads[row] = b""
+        return logits
 
 
 def complete(
@@ -237,10 +245,15 @@ def complete(
     `encode` is how the model was taught to read a prompt."""
     encoded = [encode(tokenizer, p) for p in prompts for _ in range(config.num_samples)]
     streams = [TextStream(tokenizer, config.stop) for _ in encoded]
-    pick = make_pick(tokenizer, config, [lead for _, lead in encoded])
+    pick, rows = Pick(tokenizer, config, [lead for _, lead in encoded]), [ids for ids, _ in encoded]
+    # A graph pays where a step's kernels take longer to be launched than to run.
+    steps, weight = None, model.token_embedding.weight
+    if weight.is_cuda:
+        longest = max(map(len, rows)) + config.max_new_tokens
+        steps = GPTSteps(model, len(rows), longest, pick.choose)
     # A space that was taken off the prompt comes back with the first token: do not show it twice.
     strip = [bool(lead) for _, lead in encoded]
-    for step in generate(model, [ids for ids, _ in encoded], pick, config.max_new_tokens):
+    for step in generate(model, rows, pick, config.max_new_tokens, steps=steps):
         for row, token in enumerate(step):
             if token is None:
                 continue

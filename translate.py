@@ -21,6 +21,7 @@ from data.pairs import Pairs, pad, start_and_end
 from data.parallel import ParallelCorpus, open_pairs
 from data.tokens import AnyTokenizer
 from decoding import Advance, beam_search, choose, distribution, write
+from graphs import StaticAdvance
 from model import Attention
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -97,15 +98,23 @@ def make_advance(
 
 @torch.no_grad()
 def translate_ids(
-    model: nn.Module, tokenizer: AnyTokenizer, sources: list[list[int]], config: TranslateConfig
+    model: nn.Module,
+    tokenizer: AnyTokenizer,
+    sources: list[list[int]],
+    config: TranslateConfig,
+    static: StaticAdvance | None = None,
 ) -> list[list[int]]:
-    """One batch: source ids -> target ids, both without start and end token."""
+    """One batch: source ids -> target ids, both without start and end token. `static` decodes them
+    on a GPU."""
     device, block_size = next(model.parameters()).device, model.config.block_size
     start, end = start_and_end(tokenizer)
     wanted = [config.max_new_tokens or len(ids) + 50 for ids in sources]  # 50: section 6.1 of 2017
     limits = [min(n, block_size - 1) for n in wanted]
     source, keep = (x.to(device) for x in pad(sources, end))
-    advance = make_advance(model, source, keep, max(limits) + 1, tokenizer.vocab_size)
+    if static is not None:
+        advance = static(source, keep, max(limits) + 1)
+    else:
+        advance = make_advance(model, source, keep, max(limits) + 1, tokenizer.vocab_size)
     ends = {"start": start, "end": end, "device": device}
     if config.temperature == 0 and config.beam > 1:
         found = beam_search(advance, limits, beam=config.beam, alpha=config.length_penalty, **ends)
@@ -142,10 +151,13 @@ def translate(
             tqdm.write(f"{warning} the rest is left out", file=sys.stderr)
             del tokens[most:]
     order = sorted((i for i, tokens in enumerate(ids) if tokens), key=lambda i: len(ids[i]))
-    texts = [""] * len(lines)
+    texts, static = [""] * len(lines), None
+    if next(model.parameters()).is_cuda:
+        rows = config.beam if config.temperature == 0 else 1
+        static = StaticAdvance(model, rows, tokenizer.vocab_size)
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
-        found = translate_ids(model, tokenizer, [ids[i] for i in batch], config)
+        found = translate_ids(model, tokenizer, [ids[i] for i in batch], config, static)
         for i, tokens in zip(batch, found, strict=True):
             text = tokenizer.decode_bytes(tokens).decode("utf-8", "replace")
             texts[i] = re.sub(r"[\r\n]+", " ", text).strip()  # one line in, one line out

@@ -239,7 +239,7 @@ def test_a_space_at_the_end_belongs_to_the_next_word():
         model, WORDS, ["to be "], config, lambda r, t: shown.update({r: shown.get(r, "") + t})
     )
     assert [shown.get(r, "") for r in range(20)] == texts and len(set(texts)) == 20
-    pick = sample.make_pick(WORDS, config, [b" "] * 20)
+    pick = sample.Pick(WORDS, config, [b" "] * 20)
     first = pick(torch.randn(1, 320).expand(20, -1).clone(), list(range(20))).tolist()
     assert all(WORDS.decode_bytes([i]).startswith(b" ") for i in first) and len(set(first)) > 1
     after = pick(torch.randn(1, 320).expand(20, -1).clone(), list(range(20))).tolist()

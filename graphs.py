@@ -1,0 +1,342 @@
+"""Decoding on a GPU: one step, its kernels recorded once and launched together ever after.
+
+At batch 1 a step of GPT-2 is some 200 kernels of two microseconds each, and Python needs longer to
+launch one than it runs. A CUDA graph launches all of them at once, with the same addresses, sizes
+and Python numbers as when it was captured. Hence what is done here otherwise than in `generate` and
+`make_advance`, the oracles of the tests: where the next token stands is a tensor, the caches have a
+fixed size, a mask hides what is not filled, and the next token is chosen on the device. Of the
+caches a step sees the first 128, 256, ... positions, one graph each.
+
+The same steps run on a CPU too, uncaptured and slower than the caches that grow; the tests do it.
+
+Left out: graphs for the prefill, which has enough work in each kernel; fewer rows when some are
+done; top-p without sorting the whole vocabulary.
+
+CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.cuda import CUDAGraph
+
+from caches import StaticCache, context_start, room
+from decoding import Advance
+from model import AdditiveMask
+
+# Steps that are launched before the token of an earlier one is looked at: the GPU need not wait for
+# who prints, and as many are for nothing when the text has ended.
+AHEAD = 4
+
+# ---- what both families need ---------------------------------------------------------------------
+
+
+def warm_up(step: Callable[[], Tensor], changed: list[Tensor]) -> None:
+    """Libraries choose kernels and take memory in their first calls, which cannot be captured."""
+    before = [x.clone() for x in changed]
+    for _ in range(3):
+        step()
+        for x, old in zip(changed, before, strict=True):
+            x.copy_(old)
+
+
+def captured(step: Callable[[], Tensor], changed: list[Tensor], pool) -> Callable[[], Tensor]:
+    """What does the same as `step`, launched as one graph; on a CPU, step itself.
+
+    step() reads and writes the same tensors each time and never waits for the device. `changed` are
+    those in which it must not do so twice; a capture leaves them as they are. What step returns is
+    overwritten when any graph of the pool is launched.
+    """
+    device = changed[0].device
+    if device.type != "cuda":
+        return step
+    here, side, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), CUDAGraph()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        warm_up(step, changed)
+    here.wait_stream(side)
+    # Other threads, such as the one that watches over NCCL, may go on calling CUDA.
+    with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
+        result = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def power_of_two(n: int, least: int) -> int:
+    """The smallest one that is neither below n nor below `least`, itself one."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def hide(hidden: Tensor, like: Tensor) -> AdditiveMask:
+    """bool, True = may NOT look -> the mask that is added to the scores"""
+    return AdditiveMask(torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf))
+
+
+class Steps:
+    """What a step of either family changes and sees: for each row a token, for all of them the
+    position where it stands, and caches of `size` positions."""
+
+    least = 128  # positions that a step sees at least, if there are as many
+
+    def __init__(self, model: nn.Module, rows: int, size: int):
+        # Attention is fastest where the number of positions is a multiple of 16.
+        size = min(power_of_two(size, self.least), model.config.block_size)
+        self.model, self.size, self.length = model, size, 0
+        self.weight = weight = model.token_embedding.weight
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self.places = torch.arange(size, device=weight.device)
+        c = model.config
+        self.caches = [room(rows, c.n_head, size, weight) for _ in range(c.n_layer)]
+        self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
+        self.captured: dict[int, Callable[[], Tensor]] = {}
+
+    def next(self, step: Callable[[int], Tensor]) -> Callable[[], Tensor]:
+        """step(limit), captured, where `limit` is how many positions the next step sees."""
+        limit = self.limit()
+        if limit not in self.captured:
+            changed = [self.tokens, self.position]
+            self.captured[limit] = captured(partial(step, limit), changed, self.pool)
+        self.length += 1
+        return self.captured[limit]
+
+    def limit(self) -> int:
+        if self.length >= self.size:
+            raise ValueError(
+                f"the caches hold {self.size} positions and are full: read a shorter context"
+            )
+        return min(power_of_two(self.length + 1, self.least), self.size)
+
+    def seen(self, limit: int) -> tuple[list[StaticCache], AdditiveMask]:
+        """The first `limit` positions of the caches, and the mask of those that are not filled."""
+        mask = hide((self.places[:limit] > self.position)[None, None, None], self.weight)
+        return [StaticCache(cache, self.position, limit) for cache in self.caches], mask
+
+
+# ---- GPT -----------------------------------------------------------------------------------------
+
+
+class GPTSteps(Steps):
+    """A GPT that writes `rows` texts, a token of each in one step.
+
+        steps = GPTSteps(model, rows, size, choose)
+        steps.read(tokens)  # (rows, T): the prefill
+        steps.step()        # the next token of each row is in steps.tokens, (rows,)
+
+    `size` is how many positions the longest of them may take.
+    choose((rows, V) logits, (rows,) uniform numbers) -> (rows,) tokens, all on the device and
+    without waiting for it. compiled=True lets torch.compile fuse the model's kernels first: a
+    minute for each graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: int,
+        size: int,
+        choose: Callable[[Tensor, Tensor], Tensor],
+        compiled: bool = False,
+    ):
+        super().__init__(model, rows, size)
+        self.choose = choose
+        # For the step at each position: what decides a row's draw, and the token that it reads
+        # next if its prompt goes on there, else -1.
+        device = self.tokens.device
+        self.uniform = torch.zeros(size, rows, dtype=torch.double, device=device)
+        self.given = torch.full((size, rows), -1, device=device)
+        if compiled:
+            self.decode = torch.compile(self.decode, dynamic=False)
+
+    @torch.no_grad()
+    def read(
+        self, tokens: Tensor, uniform: Tensor | None = None, given: Tensor | None = None
+    ) -> None:
+        """Begins anew with tokens (rows, T); the last of them is left to the first step. uniform
+        and given (steps, rows) are for the steps to come, from the first on."""
+        tokens, T = tokens.to(self.tokens.device), tokens.size(1)
+        for cache in self.caches:
+            cache.length = 0
+        if T > 1:
+            self.model.features(tokens[:, :-1], caches=self.caches)
+        self.tokens.copy_(tokens[:, -1])
+        self.position.fill_(T - 1)
+        self.length = T - 1
+        self.given.fill_(-1)
+        for table, rows in ((self.uniform, uniform), (self.given, given)):
+            if rows is not None:
+                table[T - 1 : T - 1 + len(rows)].copy_(rows)
+
+    @torch.no_grad()
+    def step(self, change: Callable[[Tensor], Tensor] | None = None) -> None:
+        """The next token of each row; `change` takes the logits and returns those to choose by."""
+        if change is None:
+            self.next(self.advance)()
+        else:  # seldom: not worth a graph
+            self.advance(self.limit(), change)
+            self.length += 1
+
+    def advance(self, limit: int, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        logits = self.decode(limit)
+        if change is not None:
+            logits = change(logits)
+        chosen = self.choose(logits, self.uniform.index_select(0, self.position)[0])
+        given = self.given.index_select(0, self.position)[0]
+        self.tokens.copy_(torch.where(given < 0, chosen, given))
+        self.position.add_(1)
+        return self.tokens
+
+    def decode(self, limit: int) -> Tensor:
+        """(rows, V) logits behind the tokens: GPT.features for one position that is a tensor."""
+        model, (caches, mask) = self.model, self.seen(limit)
+        x = model.token_embedding(self.tokens)[:, None] + model.position_embedding(self.position)
+        for block, cache in zip(model.blocks, caches, strict=True):
+            x = block(x, mask, cache=cache)
+        return model.head(model.norm(x)[:, 0])
+
+
+def read_back(tokens: Tensor) -> Callable[[], Tensor]:
+    """What waits for the copy to the host that begins now, and returns it."""
+    if not tokens.is_cuda:
+        copy = tokens.clone()
+        return lambda: copy
+    copy, done = torch.empty_like(tokens, device="cpu", pin_memory=True), torch.cuda.Event()
+    copy.copy_(tokens, non_blocking=True)
+    done.record(torch.cuda.current_stream(tokens.device))
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return wait
+
+
+def write_rows(
+    steps: GPTSteps, tokens: Tensor, lengths: list[int], max_new_tokens: int, pick
+) -> Iterator[list[int | None]]:
+    """As `generate`, which see; tokens (B, longest + max_new_tokens) begin with the prompts, of the
+    given lengths. `pick` is a Pick, and steps.choose its `choose`."""
+    block_size, start = steps.model.config.block_size, -1
+    rows, (B, total) = list(enumerate(lengths)), tokens.shape
+    waiting: deque = deque()
+
+    def arrived() -> list[int | None]:
+        n, writing, wait = waiting.popleft()
+        tokens[:, n] = wait()
+        column, step = tokens[:, n].tolist(), [None] * B
+        for r in writing:
+            step[r] = column[r]
+        return step
+
+    for n in range(min(lengths), total):
+        if context_start(n, block_size) != start:  # prefill, at first and after each drop
+            while waiting:
+                yield arrived()
+            start = context_start(n, block_size)
+            stop = min(start + block_size + 1, total)
+            uniform = torch.zeros(stop - n, B, dtype=torch.double)
+            given = torch.full((stop - n, B), -1)
+            for r, k in rows:
+                if k > n:
+                    given[: k - n, r] = tokens[r, n : min(k, stop)]
+                first, last = max(k, n), min(k + max_new_tokens, stop)
+                if first < last:
+                    uniform[first - n : last - n, r] = pick.draw(r, last - first)
+            steps.read(tokens[:, start:n], uniform, given)
+        writing = [r for r, k in rows if k <= n < k + max_new_tokens]
+        leads = any(pick.leads[r] for r in writing)
+        steps.step(partial(pick.follow_leads, writing=writing) if leads else None)
+        if writing:
+            waiting.append((n, writing, read_back(steps.tokens)))
+        if len(waiting) > AHEAD:
+            yield arrived()
+    while waiting:
+        yield arrived()
+
+
+# ---- the encoder-decoder -------------------------------------------------------------------------
+
+
+class Seq2SeqSteps(Steps):
+    """An encoder-decoder that translates up to N sentences with K rows each: `make_advance` of
+    `translate.py` with rows that stay where they are, also those of sentences that are done.
+
+    Sources have up to `source_len` tokens, targets up to `size`, the start token included.
+    """
+
+    least = 32
+
+    def __init__(self, model, N: int, K: int, source_len: int, size: int, vocab_size: int):
+        super().__init__(model, N * K, size)
+        self.N, self.K, self.vocab_size = N, K, vocab_size
+        self.rows = torch.arange(N * K, device=self.tokens.device)
+        self.memory = self.weight.new_zeros(N, source_len, self.weight.size(1))
+        self.padding = AdditiveMask(self.weight.new_zeros(N, 1, 1, source_len))
+        c = model.config
+        self.across = [room(N, c.n_head, source_len, self.weight) for _ in range(c.n_layer)]
+
+    def read(self, source: Tensor, keep: Tensor) -> Advance:
+        """source (B, S) and keep, False at padding -> what `decoding.py` asks for logits."""
+        B, S = source.shape
+        self.memory[:B, :S] = self.model.encode(source, None if keep.all() else keep)
+        hidden = torch.ones(B, 1, 1, self.memory.size(1), dtype=torch.bool, device=source.device)
+        hidden[..., :S] = ~keep[:, None, None]
+        self.padding.scores[:B] = hide(hidden, self.weight).scores
+        for block, cache in zip(self.model.decoder, self.across, strict=True):
+            cache.length, cross = 0, block.cross
+            cache.append(cross.split(cross.k(self.memory)), cross.split(cross.v(self.memory)))
+        self.position.zero_()
+        self.length, self.alive, self.used = 0, list(range(B)), source.new_empty(0)
+        return self.advance
+
+    def advance(self, tokens: Tensor, rows: Tensor, sentences: list[int]) -> Tensor:
+        """As `decoding.py` says. `used` are the rows here of those that its caller knows."""
+        before, width = self.used, len(tokens) // len(sentences)
+        if len(sentences) < len(self.alive) or len(before) != len(tokens):
+            self.alive = [self.alive[i] for i in sentences]
+            used = [i * self.K + k for i in self.alive for k in range(width)]
+            self.used = torch.tensor(used, device=tokens.device)
+        torch.arange(len(self.rows), out=self.rows)  # a step that is captured must move nothing
+        step = self.next(self.decode)
+        if self.K > 1 and self.length > 1:
+            self.rows[self.used] = before[rows]
+        self.tokens[self.used] = tokens
+        logits = step()
+        return logits if len(self.used) == len(logits) else logits[self.used]
+
+    def decode(self, limit: int) -> Tensor:
+        """(N · K, V) logits: the caches go where their rows went, then Seq2Seq.decode."""
+        model, (caches, mask) = self.model, self.seen(limit)
+        x = model.token_embedding(self.tokens)[:, None] * model.config.n_embd**0.5
+        x = x + model.positions.index_select(0, self.position)
+        for block, own, across in zip(model.decoder, caches, self.across, strict=True):
+            if self.K > 1:
+                own.select(self.rows)
+            x = block(x, mask, self.memory, self.padding, own, across)
+        self.position.add_(1)
+        return model.head(x[:, 0])[:, : self.vocab_size].float()
+
+
+class StaticAdvance:
+    """`make_advance` of `translate.py` by captured steps, which serve the next batch too if it has
+    the same sizes, each rounded up to a power of two. beam: rows of each sentence."""
+
+    def __init__(self, model: nn.Module, beam: int, vocab_size: int):
+        self.model, self.beam, self.vocab_size = model, beam, vocab_size
+        self.sizes, self.steps = (0, 0, 0), None
+
+    def __call__(self, source: Tensor, keep: Tensor, target_len: int) -> Advance:
+        needed = ((len(source), 1), (source.size(1), 16), (target_len, Seq2SeqSteps.least))
+        sizes = tuple(power_of_two(n, least) for n, least in needed)
+        if sizes != self.sizes:
+            self.steps, (N, S, T) = None, sizes  # the memory of the old ones comes first
+            self.steps = Seq2SeqSteps(self.model, N, self.beam, S, T, self.vocab_size)
+            self.sizes = sizes
+        return self.steps.read(source, keep)
