@@ -1,6 +1,12 @@
 """How a model is run, with what computed twice, compiled or not; how the gradient of a step is
-added up."""
+added up, and the step made without waiting for it.
 
+A GPU works on a queue, and idles where the host asks for a number before it queues more. So nothing
+here asks: what decides (counts, the wish to stop) is known to the host, whether to skip the step is
+decided on the device, and losses are read when the next step is queued.
+"""
+
+import math
 import zlib
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +20,9 @@ import losses
 from evaluation import count_targets, to_device
 from model import Block
 from processes import Processes
-from sharding import silent
+from sharding import several, silent
+
+QUEUING = {"cuda"}  # devices that work while the host goes on; a test makes the CPU one of them
 
 
 def digest(model: nn.Module) -> str:
@@ -94,3 +102,64 @@ def gradients(
         for name, value in found.items():
             sums[name] = sums.get(name, 0) + value.detach()
     return sums, counts
+
+
+def update(optimizer, norm: Tensor) -> None:
+    """optimizer.step(), but all stays as it is where the gradient's norm is not finite.
+
+    torch's Adam and AdamW, fused, decide that on the device, by the attribute that GradScaler sets.
+    For others, Muon that is, the host waits for the norm, once a step.
+    """
+    each = several(optimizer).values()
+    adams = all(isinstance(one, torch.optim.Adam | torch.optim.AdamW) for one in each)
+    if adams and norm.device.type in QUEUING:
+        for one in each:
+            one.found_inf = norm.isfinite().logical_not().float()
+        optimizer.step()
+    elif math.isfinite(norm):
+        optimizer.step()
+
+
+class Step:
+    """The numbers of an optimizer step, number `step` from 0: a GPU may still work on them.
+
+    It copies them to the host as soon as they are there, so that reading them waits for nothing
+    that was queued behind.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        lr: float,
+        sums: dict[str, Tensor],
+        counts: dict[str, float],
+        norm: Tensor,
+    ):
+        self.step, self.lr, self.counts, self.copied = step, lr, counts, None
+        self.sums = {name: to_host(value) for name, value in sums.items()}
+        self.norm = to_host(norm)
+        if norm.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def read(self, group: Processes) -> dict:
+        """A record for the log, of all processes, each of which calls it."""
+        group.at("reading losses", self.step)
+        if self.copied:
+            self.copied.synchronize()
+        sums, counts = [float(value) for value in self.sums.values()], self.counts
+        total = dict(zip(self.sums, group.sum(sums), strict=True))
+        # Beside the losses: mlm_accuracy is told for each of the "mlm_targets", the nll of seq2seq,
+        # which has none of its own, for each of the "targets".
+        mean = {
+            n: s / max(counts.get(n.partition("_")[0], counts.get("loss", 0)), 1)
+            for n, s in total.items()
+        }
+        record = {"step": self.step + 1, "split": "train", **mean}
+        record["loss"] = sum(mean[n] for n in counts)
+        return {**record, "lr": self.lr, "grad_norm": float(self.norm)}
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """From CUDA into pinned memory, in its turn; from other devices at once."""
+    return tensor.to("cpu", non_blocking=tensor.is_cuda)

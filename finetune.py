@@ -261,3 +261,11 @@ def merged_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def adapter_rank(state: dict[str, Tensor]) -> int:
     """Of the adapters in a state, 0 where it has none."""
     return next((t.shape[0] for name, t in state.items() if name.endswith(".q.down")), 0)
+
+
+def limit_what_learns(model: nn.Module, lora_rank: int, frozen: str) -> None:
+    """By --lora_rank, if the checkpoint has no adapters yet, and --freeze."""
+    if lora_rank and not adapter_rank(model.state_dict()):
+        add_adapters(model, lora_rank)
+    if frozen:
+        freeze(model, frozen)

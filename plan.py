@@ -180,11 +180,11 @@ def fit_steps(run) -> None:
     made anew, so that `--steps N` with the printed number repeats the run exactly.
     """
     budget, interval = 60 * run.config.minutes, run.eval_interval
-    run.train_step(0.0)  # warms up
+    run.train_step(0.0).read(run.group)  # warms up
     start, count, done = time.perf_counter(), 0, False
     while not done:
         run.step = count + 1  # batches differ in cost: not always the first one
-        run.train_step(0.0)
+        run.train_step(0.0).read(run.group)
         count, spent = count + 1, time.perf_counter() - start
         done = bool(run.group.first(count >= 3 and spent >= 0.02 * budget))
     step_seconds = spent / count
@@ -199,5 +199,5 @@ def fit_steps(run) -> None:
             f"{budget - left:.0f} s and a step takes {step_seconds:.2f} s"
         )
     run.config.steps = steps
-    run.optimizer, run.step, run.skipped = run.new_optimizer(), 0, 0
+    run.optimizer, run.step = run.new_optimizer(), 0
     run.say(f"{step_seconds * 1000:.0f} ms a step: --steps {steps} fit into the time")

@@ -29,7 +29,7 @@ class Processes:
     world: int
     device: torch.device
     local_rank: int = 0
-    patient: dist.ProcessGroup | None = None  # for waits of hours, by gloo
+    patient: dist.ProcessGroup | None = None  # gloo, for numbers of the host and waits of hours
     store: dist.Store | None = None  # of keys and values that all can see
     watchdog: Watchdog | None = None
 
@@ -63,11 +63,12 @@ class Processes:
         self.watchdog = None
 
     def sum(self, numbers: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
-        """Element by element over all processes, which all get the same result."""
+        """Element by element over all processes, which all get the same result. From host to host
+        by gloo: NCCL would wait for all that the GPUs have queued."""
         if self.world == 1:
             return numbers
-        total = torch.tensor(numbers, dtype=dtype, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor(numbers, dtype=dtype)
+        dist.all_reduce(total, group=self.patient)
         return total.tolist()
 
     def first(self, number: float) -> float:

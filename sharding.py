@@ -89,10 +89,11 @@ def silent(model: nn.Module) -> AbstractContextManager:
     return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
 
-def clip(model: nn.Module, limit: float) -> float:
-    """Scales the gradient down to that norm, 0: to none. -> its norm before, of all processes."""
+def clip(model: nn.Module, limit: float) -> Tensor:
+    """Scales the gradient down to that norm, 0: to none. -> its norm before, of all processes, on
+    the device: nothing has waited for it."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 # ---- rows ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import math
 import statistics
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,6 +29,7 @@ import torch
 
 import checkpoint as checkpoints
 import cli
+import execution
 import optim
 import plan
 import processes
@@ -38,11 +40,12 @@ from bpe import count_merges
 from checkpoint import LATEST, PREVIOUS
 from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
 from data.masked import SPECIAL
+from data.prefetch import Prefetch
 from data.tokens import END_OF_TEXT
 from data.windows import check_special
 from evaluation import badness, best_figure, evaluate, to_device
-from execution import compiled, digest, gradients, recompute_blocks
-from finetune import LEARNT, adapter_rank, add_adapters, freeze, rate_scale, take_weights
+from execution import Step, compiled, digest, gradients, recompute_blocks, update
+from finetune import LEARNT, limit_what_learns, rate_scale, take_weights
 from logs import RunLog, clock, draw_curves
 from processes import Interruption, Processes, precision
 
@@ -105,7 +108,7 @@ class Run:
         if group.world > 1 and checkpoint and not group.agree(digest(self.model)):
             raise ValueError(f"the machines do not have the same {path}: give each the same files")
         if config.model in FINETUNED:
-            self.limit_what_learns()
+            limit_what_learns(self.model, config.lora_rank, config.freeze)
         if config.recompute:
             recompute_blocks(self.model)
         sharding.divide_model(config.shard, group, self.model, self.dtype)
@@ -114,7 +117,10 @@ class Run:
         if config.epochs and not config.resume:
             config.steps = max(1, round(config.epochs * self.steps_of_epoch))
 
-        self.step, self.best, self.skipped = 0, math.inf, 0
+        ahead = self.accumulate if group.device.type in execution.QUEUING else 0
+        self.batch = Prefetch(self.data.batch, group.world, ahead, group.device)
+        self.queued: deque[Step] = deque()  # whose numbers nobody has read yet
+        self.step, self.best, self.skipped, self.in_a_row = 0, math.inf, 0, 0
         self.optimizer = self.new_optimizer()
         if config.resume:
             if not checkpoint["optimizer"]:
@@ -150,14 +156,6 @@ class Run:
                 raise ValueError(
                     f"the machines do not have the same {what}: give each the same files and flags"
                 )
-
-    def limit_what_learns(self) -> None:
-        """By --lora_rank, if the checkpoint has no adapters yet, and --freeze."""
-        config = self.config
-        if config.lora_rank and not adapter_rank(self.model.state_dict()):
-            add_adapters(self.model, config.lora_rank)
-        if config.freeze:
-            freeze(self.model, config.freeze)
 
     def new_optimizer(self):
         config, scale = self.config, {}
@@ -218,12 +216,12 @@ class Run:
             floor=config.floor,
         )
 
-    def train_step(self, factor: float, stop: bool = False) -> dict | None:
-        """One optimizer step at `factor` of the peak rate: a record for the log, None to stop."""
+    def train_step(self, factor: float, stop: bool = False) -> Step | None:
+        """One optimizer step at `factor` of the peak rate, perhaps not done yet; None to stop."""
         config, group, step = self.config, self.group, self.step
         group.at("reading batches", step)
         micro = (step * self.accumulate + m for m in range(self.accumulate))
-        batches = [self.data.batch(m * group.world + group.rank) for m in micro]
+        batches = [self.batch(m * group.world + group.rank) for m in micro]
         seed = config.seed * 1_000_003 + step
         result = gradients(self.forward, batches, group, self.autocast, stop, seed)
         if result is None:
@@ -233,20 +231,30 @@ class Run:
         norm = sharding.clip(self.model, config.clip)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = config.lr * factor * parameters.get("lr_scale", 1.0)
-        if math.isfinite(norm):  # the same everywhere: it is that of the averaged gradient
-            self.optimizer.step()
-        else:
-            self.skipped += 1
+        update(self.optimizer, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        total = dict(zip(sums, group.sum([float(v) for v in sums.values()]), strict=True))
-        # Beside the losses: mlm_accuracy is told for each of the "mlm_targets", the nll of seq2seq,
-        # which has none of its own, for each of the "targets".
-        mean = {
-            n: s / max(counts.get(n.partition("_")[0], counts.get("loss", 0)), 1)
-            for n, s in total.items()
-        }
-        record = {"step": step + 1, "split": "train", **mean, "loss": sum(mean[n] for n in counts)}
-        return {**record, "lr": config.lr * factor, "grad_norm": norm, "skipped": self.skipped}
+        return Step(step, config.lr * factor, sums, counts, norm)
+
+    def account(self, but: int = 0) -> None:
+        """Waits for the queued steps, `but` for so many: they are logged, counted and judged."""
+        while len(self.queued) > but:
+            record = self.queued.popleft().read(self.group)
+            step, config = record["step"], self.config
+            # The same in every process: the norm is that of the averaged gradient.
+            bad = not math.isfinite(record["grad_norm"])
+            self.skipped += bad
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            if self.log:
+                write = step % config.log_interval == 0 or step == config.steps
+                self.log.train({**record, "skipped": self.skipped}, write=write)
+            if bad:
+                self.say(f"step {step:,} skipped: its gradient is not finite")
+            if self.in_a_row == 5:
+                raise ValueError(
+                    f"5 steps in a row, up to {step:,}, had gradients that are not finite: lower "
+                    f"--lr (now {config.lr:g}) or use --dtype fp32; what {self.out} holds is from "
+                    "before them"
+                )
 
     def evaluate(self) -> dict[str, float]:
         return evaluate(self.eager_or_compiled, self.validation, self.group, self.autocast)
@@ -308,21 +316,24 @@ class Run:
                 raise
             raise ValueError(f"step {self.step + 1:,}: {processes.OTHER_ENDED}") from error
         finally:
+            self.batch.close()
             if self.log:
                 self.log.close()
                 self.log = None
 
     def loop(self, interruption: Interruption) -> bool:
         config, group = self.config, self.group
-        first, in_a_row, saved = self.step, 0, True
+        first, saved = self.step, True
+        # While a GPU works on a step, the host reads the numbers of the one before.
+        late = int(group.device.type in execution.QUEUING)
         go_on = self.command("train.py", "--resume", "--out", str(self.out))
         if self.step >= config.steps:
             self.say(f"this run has done all of its {config.steps:,} steps")
         while self.step < config.steps:
             enough = bool(config.stop_after) and self.step - first >= config.stop_after
-            skipped = self.skipped
-            record = self.train_step(self.factor(self.step), interruption.asked or enough)
-            if record is None:
+            queued = self.train_step(self.factor(self.step), interruption.asked or enough)
+            if queued is None:
+                self.account()
                 if not self.save(LATEST):
                     raise ValueError(
                         f"stopped after step {self.step:,}, which is not saved: make room, and go "
@@ -331,19 +342,10 @@ class Run:
                 self.say(f"stopped after step {self.step:,} and saved; go on with: {go_on}")
                 return False
             self.step += 1
-            if group.main:
-                last = self.step == config.steps
-                self.log.train(record, write=self.step % config.log_interval == 0 or last)
-            in_a_row = in_a_row + 1 if self.skipped > skipped else 0
-            if in_a_row:
-                self.say(f"step {self.step:,} skipped: its gradient is not finite")
-            if in_a_row == 5:
-                raise ValueError(
-                    f"5 steps in a row, up to {self.step:,}, had gradients that are not finite: "
-                    f"lower --lr (now {config.lr:g}) or use --dtype fp32; what {self.out} holds "
-                    "is from before them"
-                )
+            self.queued.append(queued)
+            self.account(but=late)
             if self.step % self.eval_interval == 0 or self.step == config.steps:
+                self.account()
                 report = self.evaluate()
                 found = badness(config.model, report)
                 # Of equals the later one. All processes save, or none.

@@ -108,9 +108,12 @@ def find(ids: Tokens, token: int, block: int = 1 << 24) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *places])
 
 
-def pad_rows(rows: Sequence[Sequence[int] | np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
-    """((B, L) ids with `fill` behind shorter rows, (B, L) bool, False at that padding)"""
-    lengths = np.array([len(row) for row in rows])
+def pad_rows(
+    rows: Sequence[Sequence[int] | np.ndarray], fill: int, behind: int = 0
+) -> tuple[Tensor, Tensor]:
+    """((B, L) ids with `fill` behind shorter rows, (B, L) bool, False at that padding, but for as
+    many as `behind` each row)"""
+    lengths = np.array([len(row) + behind for row in rows])
     padded = np.full((len(rows), lengths.max()), fill, dtype=np.int64)
     for into, row in zip(padded, rows, strict=True):
         into[: len(row)] = row

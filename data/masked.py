@@ -198,7 +198,8 @@ class Masking:
         hidden, draws = ids.copy(), random.random(len(chosen))
         hidden[chosen[draws < HIDDEN]] = self.mask
         replaced = chosen[(draws >= HIDDEN) & (draws < HIDDEN + REPLACED)]
-        hidden[replaced] = random.choice(self.vocabulary, len(replaced))
+        words = random.integers(len(self.vocabulary), size=len(replaced))  # faster than choice
+        hidden[replaced] = self.vocabulary[words]
         return hidden, chosen
 
     def choose(self, ids: np.ndarray, count: int, random: Generator) -> np.ndarray:

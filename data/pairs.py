@@ -131,4 +131,4 @@ def start_and_end(tokenizer: AnyTokenizer) -> tuple[int, int]:
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], end: int) -> tuple[Tensor, Tensor]:
     """Behind each row its end token, then padding. ((B, L) ids, (B, L) bool, False at padding)"""
-    return pad_rows([np.append(row, end) for row in rows], end)
+    return pad_rows(rows, end, behind=1)
