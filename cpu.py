@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": 0.2 s of processor time in each 0.1 s
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as in malloc.h
 
 
 def prepare() -> None:
@@ -45,9 +46,8 @@ def keep_memory() -> None:
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc's
-        trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # of malloc.h; bytes
-        library.mallopt(trim_threshold, most)
-        library.mallopt(mmap_threshold, most)
+        for threshold in (TRIM_THRESHOLD, MMAP_THRESHOLD):
+            library.mallopt(threshold, 2**31 - 1)  # bytes, as many as can be said
 
 
 def use_onednn() -> None:

@@ -42,8 +42,8 @@ def recompute_blocks(model: nn.Module) -> None:
 
 def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn.Module:
     """The compiled model, tried on batches; the model as it is, and one line, where that fails."""
-    losses.use_compiler(True)
     try:
+        losses.use_compiler(next(model.parameters()).device)
         shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
         # A graph for each length of a batch would be compiled, until torch gives up.
         fast = torch.compile(model, dynamic=True if len(shapes) > 1 else None)
@@ -56,7 +56,7 @@ def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn
     except Exception as error:  # compilers fail in ways that cannot be listed
         reason = str(error).strip().partition("\n")[0][:120]
         print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it")
-        losses.use_compiler(False)
+        losses.use_compiler(None)
         fast = model
     fast.train()
     model.zero_grad(set_to_none=True)

@@ -89,14 +89,15 @@ def eager(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 in_chunks, chunk_function = eager, of_chunk
 
 
-def use_compiler(use: bool) -> None:
-    """What is done with a chunk of logits becomes a kernel or two, instead of eight passes over
-    memory. The loop over the chunks is left as it is: batches of many lengths would compile it
-    again and again. (As decorators, the two cost every script the seconds of the compiler's
-    import.)"""
+def use_compiler(device: torch.device | None) -> None:
+    """Before torch.compile of a model: the loop over the chunks is left as it is, or batches of
+    many lengths would compile it again and again. On a GPU, what is done with a chunk becomes a
+    kernel or two instead of eight passes over memory. None: nothing is compiled. (As decorators,
+    the two would cost every script the seconds of the compiler's import.)"""
     global in_chunks, chunk_function
-    in_chunks = torch.compiler.disable(eager) if use else eager
-    chunk_function = torch.compile(of_chunk) if use else of_chunk
+    in_chunks = torch.compiler.disable(eager) if device else eager
+    fuse = device is not None and device.type == "cuda"
+    chunk_function = torch.compile(of_chunk) if fuse else of_chunk
 
 
 class LinearCrossEntropy(torch.autograd.Function):
