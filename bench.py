@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import torch
-from bench_tokenizers import bench_bpe, bench_corpus, bench_encode
 
 import cli
 from bench_sampling import bench_sample, bench_translate
+from bench_tokenizers import bench_bpe, bench_corpus, bench_encode
 from bench_training import bench_bert, bench_optim, bench_seq2seq, bench_train
 from processes import pick_device
 from turns import BenchConfig

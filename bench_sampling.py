@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpe import Tokenizer
+from cpu import lay_out_for_decoding
 from data.pairs import pad, start_and_end
 from data.text import open_corpus
 from data.tokens import END_OF_TEXT
 from graphs import GPTSteps, StaticAdvance
 from model import GPT, GPTConfig
 from peers import hugging_face_gpt2, hugging_face_marian, peer
-from sample import Pick, SampleConfig, generate, lay_out_for_decoding, load_model
+from sample import Pick, SampleConfig, generate, load_model
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from translate import TranslateConfig, eval_pairs, translate_ids
 from turns import AS_IT_COMES, BenchConfig, show, take_turns
@@ -54,11 +55,11 @@ def bench_gpt(
         theirs = None
         if transformers := peer("transformers"):
             theirs = hugging_face_gpt2(transformers, sizes).to(device, kind).eval()
-    bare = bare_products(ours, count)
+    bare = bare_products([m.weight for m in matrices(ours)], count)
     if not cuda:
         plain = [m.weight.detach().clone() for m in matrices(ours)]
+        bare = bare_products(plain, count)
         lay_out_for_decoding(ours)
-        bare = bare_products(ours, count, plain)
     name = f"GPT {sizes.n_layer} layers, width {sizes.n_embd}, {dtype}"
     for B in rows:
         prompt = torch.randint(50257, (B, length), device=device)
@@ -88,11 +89,8 @@ def matrices(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.Linear)] + [model.token_embedding]
 
 
-def bare_products(
-    model: nn.Module, count: int, weights: list[Tensor] | None = None
-) -> Callable[[], None]:
-    """One row times every matrix, `count` times: with `weights`, times those instead."""
-    weights = weights or [m.weight for m in matrices(model)]
+def bare_products(weights: list[Tensor], count: int) -> Callable[[], None]:
+    """One row times every matrix, as torch has them, `count` times."""
     inputs = {w.size(1): torch.randn_like(w[:1]) for w in weights}
 
     def run() -> None:

@@ -46,17 +46,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
+from chunks import GPT2_PATTERN, Splitter, beyond_ascii
 from merges import count_chunks, learn_merges
-
-# The splits of GPT-2 and GPT-4, equal to tiktoken's. `++` never gives back what it took, and
-# `\s+(?!\S)` leaves the last space of a run to the word behind it.
-GPT2_PATTERN = r"'(?:[dmst]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-GPT4_PATTERN = (
-    r"'(?i:[dmst]|ll|re|ve)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
-CHAR_PATTERN = r"(?s:.)"
-PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "char": CHAR_PATTERN}
 
 END_OF_TEXT = "<|endoftext|>"  # the special token between documents
 FORMAT = 1  # of the JSON file
@@ -83,7 +74,7 @@ class Tokenizer:
         self.bytes_of = {i: token for token, i in ranks.items()}
         self.bytes_of |= {i: text.encode("utf-8") for text, i in special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1  # cl100k_base, for one, has unused ids below this
-        self._split = regex.compile(pattern).findall
+        self._split = Splitter(pattern)
         self._cache: dict[str, list[int]] = {}
 
     @classmethod
@@ -173,7 +164,7 @@ class Tokenizer:
                 return False
         if text.isascii():
             return True
-        return not any(unicodedata.category(c) in ("Cn", "Cs") for c in set(text))
+        return not any(unicodedata.category(c) in ("Cn", "Cs") for c in beyond_ascii(text))
 
     def _encode_chunks(self, text: str) -> list[int]:
         ids, cache = [], self._cache

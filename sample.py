@@ -28,6 +28,7 @@ import predict
 import translate
 from bpe import Tokenizer
 from caches import context_start
+from cpu import lay_out_for_decoding
 from data import completions
 from data.completions import split_space
 from data.text import NAMES, open_corpus, whole
@@ -287,20 +288,6 @@ def load_model(
     if device.type == "cpu":
         lay_out_for_decoding(model)
     return model, tokenizer, checkpoint
-
-
-def lay_out_for_decoding(model: nn.Module) -> None:
-    """Stores every fp32 matrix column by column; its shape and its values stay.
-
-    Decoding multiplies one row by each matrix, as fast as memory delivers it, and the processor's
-    library reads this order 1.3 times faster (GPT-2 124M on two cores: 39 to 30 ms a token). For
-    bf16 it is another library, and slower so (25 instead of 18 ms).
-    """
-    for module in model.modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            continue
-        if module.weight.dtype == torch.float32:
-            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def score(model: nn.Module, tokenizer: Tokenizer, config: SampleConfig) -> None:

@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, Tokenizer, byte_characters, unique_keys
+from bpe import Tokenizer, byte_characters, unique_keys
+from chunks import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN
 from data.masked import CLS, SEP, SPECIAL
 from data.tokens import END_OF_TEXT, AnyTokenizer
 from sentencepieces import END_PIECE, FILES, SPECIAL_PIECES, START_PIECE, UNK_PIECE, SentencePieces

@@ -1,7 +1,7 @@
 """Contestants that take turns, and the table of their times.
 
-All are warmed up, then each has its turn again and again, so that what else the machine does hits all
-of them. The table has medians, the middle half, and ratios to the last, the one to compare with.
+All are warmed up, then each has its turn again and again, so that what else the machine does hits
+all of them. The table: medians, the middle half, ratios to the last, the one to compare with.
 """
 
 import ctypes

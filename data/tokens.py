@@ -6,10 +6,7 @@ starts from that token is a document.
 """
 
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe import END_OF_TEXT, Tokenizer
+from cores import batched, on_all_cores
 from data.shards import Origin, TokenFile, open_shards, write_shards
 from data.text import Corpus
 from sentencepieces import SentencePieces
@@ -66,33 +64,39 @@ def tokenize(
 def encoded(
     corpus: Corpus, split: str, tokenizer: AnyTokenizer, width: int, border: str
 ) -> Iterator[tuple[bytes, int]]:
-    """(ids of `width` bytes each, bytes of their text) of each piece of the corpus, in order.
-
-    Threads are enough: tiktoken's core lets go of Python's lock while it works. (WordPiece, in
-    Python, gains nothing by them, and is fast enough for the texts of fine-tuning.)
-    """
-    encoders = [tokenizer.encode_numpy]
-    if isinstance(tokenizer, SentencePieces):  # the documents of pairs: source, target, source, …
-        encoders.append(tokenizer.encode_target)
-    mark = np.array([tokenizer.special_tokens[border]], dtype=f"<u{width}").tobytes()
-    workers, documents = os.cpu_count() or 1, 0
-    bar = tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=None)
-
-    def encode(text: str, begins: bool, encoder: Callable) -> tuple[bytes, int]:
-        ids = encoder(text).astype(f"<u{width}").tobytes()
-        return (mark if begins else b"") + ids, len(text.encode("utf-8"))
-
-    with ThreadPoolExecutor(workers) as pool, bar:
-        waiting: deque = deque()  # in order, and few: memory stays flat however long the text is
-        for text, begins in corpus.pieces(split):
-            documents += begins
-            encoder = encoders[(documents - 1) % len(encoders)]
-            waiting.append(pool.submit(encode, text, begins, encoder))
-            if len(waiting) > 4 * workers:
-                ids, size = waiting.popleft().result()
-                bar.update(size)
-                yield ids, size
-        for future in waiting:
-            ids, size = future.result()
+    """(ids of `width` bytes each, bytes of their text) of each batch of pieces, in order."""
+    encoder = Encoder(tokenizer, width, tokenizer.special_tokens[border])
+    batches = batched(numbered(corpus.pieces(split)), lambda piece: len(piece[0]))
+    with tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=None) as bar:
+        for ids, size in on_all_cores(encoder, batches):
             bar.update(size)
             yield ids, size
+
+
+def numbered(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool, int]]:
+    """Each piece with the number of its document."""
+    document = -1
+    for text, begins in pieces:
+        document += begins
+        yield text, begins, document
+
+
+class Encoder:
+    """Pieces of a corpus -> their ids in bytes. WordPiece remembers those of each stretch of text;
+    byte-level BPE does not, for tiktoken's core merges as fast as Python would look them up."""
+
+    def __init__(self, tokenizer: AnyTokenizer, width: int, border: int):
+        self.dtype = np.dtype(f"<u{width}")
+        self.mark = np.array([border], self.dtype).tobytes()
+        self.encoders = [tokenizer.encode_numpy]
+        if isinstance(tokenizer, SentencePieces):  # the documents of pairs: source, target, source…
+            self.encoders.append(tokenizer.encode_target)
+
+    def __call__(self, pieces: list[tuple[str, bool, int]]) -> tuple[bytes, int]:
+        """(ids, each document's behind the border token; bytes of the texts)."""
+        found, size = [], 0
+        for text, begins, document in pieces:
+            encode = self.encoders[document % len(self.encoders)]
+            found += [self.mark] * begins + [encode(text).astype(self.dtype).tobytes()]
+            size += len(text.encode("utf-8", "surrogatepass"))
+        return b"".join(found), size

@@ -37,7 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpe import PATTERNS, Tokenizer
+from bpe import Tokenizer
+from chunks import PATTERNS
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
 from data.shuffle import Feistel, shuffled
 from data.text import Corpus, open_corpus

@@ -13,7 +13,8 @@ from conftest import peer
 import checkpoint as checkpoints
 import convert
 from bert import BERT, BERTConfig
-from bpe import PATTERNS, Tokenizer
+from bpe import Tokenizer
+from chunks import PATTERNS
 from config import CONFIGS
 from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT

@@ -22,8 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bpe
+import cores
 import merges
-from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, PATTERNS, Tokenizer
+from bpe import Tokenizer
+from chunks import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, PATTERNS
 from data.download import GPT2_MERGES, GPT2_VOCABULARY
 
 ALPHABETS = {
@@ -179,17 +181,17 @@ def test_special_text_in_the_training_text_is_text():
 def test_worker_processes_count_the_same(monkeypatch):
     rng = random.Random(1)
     texts = [random_text(rng, ALPHABETS["mixed"], 5000) for _ in range(20)]
-    expected = merges._count_batch(texts, GPT2_PATTERN)
-    monkeypatch.setattr(merges, "BATCH", 9_000)
+    expected = Counter(chunk for text in texts for chunk in regex.findall(GPT2_PATTERN, text))
+    monkeypatch.setattr(cores, "BATCH", 9_000)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     started = []
 
-    class Pool(merges.ProcessPoolExecutor):
-        def __init__(self, workers):
+    class Pool(cores.ProcessPoolExecutor):
+        def __init__(self, workers, **options):
             started.append(workers)
-            super().__init__(workers)
+            super().__init__(workers, **options)
 
-    monkeypatch.setattr(merges, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(cores, "ProcessPoolExecutor", Pool)
     assert merges.count_chunks(iter(texts), GPT2_PATTERN) == expected
     assert started == [2]
 
@@ -199,13 +201,13 @@ def test_workers_that_die_lose_nothing(tmp_path):
     script = tmp_path / "unguarded.py"
     script.write_text(
         f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "import bpe, merges\nmultiprocessing.set_start_method('spawn', force=True)\n"
-        "merges.BATCH, merges.os.cpu_count = 1000, lambda: 2\n"
-        "print(merges.count_chunks(['word ' * 300] * 9, bpe.GPT2_PATTERN)[' word'])\n",
+        "import bpe, cores, merges\nmultiprocessing.set_start_method('spawn', force=True)\n"
+        "cores.BATCH, cores.os.cpu_count = 1000, lambda: 2\n"
+        "print(merges.count_chunks(['word ' * 300] * 99, bpe.GPT2_PATTERN)[' word'])\n",
         encoding="utf-8",
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == [str(9 * 299)]
+    assert done.stdout.split() == [str(99 * 299)]
 
 
 def test_an_error_in_the_texts_is_not_swallowed(monkeypatch):
@@ -215,7 +217,7 @@ def test_an_error_in_the_texts_is_not_swallowed(monkeypatch):
         yield from ["some words " * 200] * 9
         raise OSError("disk")
 
-    monkeypatch.setattr(merges, "BATCH", 1000)
+    monkeypatch.setattr(cores, "BATCH", 1000)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with pytest.raises(OSError, match="disk"):
         merges.count_chunks(texts(), GPT2_PATTERN)

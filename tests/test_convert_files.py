@@ -26,7 +26,8 @@ import convert
 import sample
 import tokenizer_files
 import train
-from bpe import GPT2_PATTERN, Tokenizer, byte_characters
+from bpe import Tokenizer, byte_characters
+from chunks import GPT2_PATTERN
 from data.tokens import END_OF_TEXT
 from tokenizer_files import tokenizer_json
 

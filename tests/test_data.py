@@ -15,7 +15,8 @@ from conftest import shared
 
 import data.text
 import data.tokens
-from bpe import GPT2_PATTERN, GPT4_PATTERN, Tokenizer
+from bpe import Tokenizer
+from chunks import GPT2_PATTERN, GPT4_PATTERN
 from data.download import SHAKESPEARE, Remote, fetch
 from data.shards import Origin, open_shards
 from data.text import Part, open_corpus, text_pieces
@@ -252,7 +253,7 @@ def test_an_interrupted_tokenization_leaves_nothing_behind(toy, monkeypatch):
     def fails(self, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Tokenizer, "encode_numpy", fails)
+    monkeypatch.setattr(data.tokens.Encoder, "__call__", fails)
     with pytest.raises(KeyboardInterrupt):
         windows("toy.txt")
     assert not [p for p in (toy / "cache").iterdir() if p.suffix != ".json"]

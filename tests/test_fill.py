@@ -17,7 +17,8 @@ import checkpoint as checkpoints
 import fill as fill_file
 import sample
 from bert import BERT, BERTConfig
-from bpe import GPT2_PATTERN, Tokenizer
+from bpe import Tokenizer
+from chunks import GPT2_PATTERN
 from config import MaskedConfig
 from data import sentences
 from data.masked import SPECIAL, MaskedText, encode_text

@@ -40,8 +40,8 @@ import convert
 import optim
 import sample
 import train
-from bpe import PATTERNS
 from checkpoint import TASKS
+from chunks import PATTERNS
 from data.layouts import LAYOUTS
 from fill import POOLINGS
 from presets import PRESETS

@@ -113,10 +113,10 @@ def even_pairs(toy) -> Path:
     ],
 )
 def test_a_step_takes_what_was_planned(even_pairs, flags, recompute):
-    """In bf16 some kernels for CPUs have copies in fp32 of their own."""
+    """Some kernels for CPUs have copies of their own, in bf16 most of them in fp32."""
     run = begin([*flags, "--recompute"] if recompute else flags)
     want, got = measured(run), planned(run).total
-    assert got == pytest.approx(want, rel=0.02 if run.dtype == torch.float32 else 0.1)
+    assert got == pytest.approx(want, rel=0.04 if run.dtype == torch.float32 else 0.15)
 
 
 @pytest.mark.parametrize("task", ["gpt", "bert", "masked", "seq2seq", *FINE_TASKS])
@@ -269,8 +269,12 @@ def test_on_a_gpu_dropout_keeps_bytes_and_attention_stays_in_bf16(gpu):
     masks = [t for t in kept_by(here(Dropout(0.4)), x) if t.shape == x.shape]
     assert [t.element_size() for t in masks] == [1 if gpu else 2]
     q = torch.randn(2, 3, 7, 4, dtype=torch.bfloat16, requires_grad=True)
-    wide = [t for t in kept_by(here(attend), q, q, q, "causal", 0.0) if t.shape == q.shape]
-    assert [t.dtype for t in wide] == [torch.bfloat16 if gpu else torch.float32] * 4
+    kept = kept_by(here(attend), q, q, q, "causal", 0.0)
+    if gpu:
+        assert [t.dtype for t in kept if t.shape == q.shape] == [torch.bfloat16] * 4
+    else:  # the formula, written out in fp32: both products and the softmax keep what they need
+        assert {t.dtype for t in kept if t.is_floating_point()} == {torch.float32}
+        assert sum(t.numel() for t in kept) >= 3 * q.numel() + 2 * 3 * 7 * 7
 
 
 def test_a_gpu_has_longer_chunks_of_logits():

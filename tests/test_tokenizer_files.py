@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import convert
 from bert import BERT, BERTConfig
-from bpe import GPT2_PATTERN, Tokenizer
+from bpe import Tokenizer
+from chunks import GPT2_PATTERN
 from data.tokens import END_OF_TEXT
 from fill import encode_prompt, framed
 from mapping import their_settings
