@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -34,6 +35,7 @@ import average
 import bench
 import bench_finetune
 import bench_runs
+import bench_sampling
 import checkpoint as checkpoints
 import cli
 import convert
@@ -233,11 +235,11 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         patch.setattr(urllib.request.OpenerDirector, "open", no_network)
         # A run is not to last, nor is a measurement; what they say at the end is.
         patch.setattr(train, "compiled", lambda model, *_: model)
-        patch.setattr(bench, "compiled", lambda model, *_: model)
-        patch.setattr(bench, "peer", lambda name: None)
-        patch.setattr(bench, "stdlib_texts", lambda config: ["to be or not to be " * 99])
+        patch.setattr(bench_sampling, "peer", lambda name: None)
+        words = SimpleNamespace(pieces=lambda split: [("to be or not to be " * 99, True)])
+        patch.setattr(bench_sampling, "open_corpus", lambda data, cache: words)
         quick = dict.fromkeys(bench.BENCHES, lambda config, device: [])
-        patch.setattr(bench, "BENCHES", {**quick, "translate": bench.bench_translate})
+        patch.setattr(bench, "BENCHES", {**quick, "translate": bench_sampling.bench_translate})
         found = dict.fromkeys(
             ("one", "two", "ratio", "saves", "seconds", "of", "share", "bytes"), 1
         )
@@ -314,7 +316,7 @@ def limits(patch: pytest.MonkeyPatch) -> Iterator[None]:
         raise Hang
 
     patch.setattr(train.Run, "train_step", counted(train.Run.train_step))
-    patch.setattr(bench, "translate_ids", counted(bench.translate_ids))
+    patch.setattr(bench_sampling, "translate_ids", counted(bench_sampling.translate_ids))
     patch.setattr(bench_finetune, "their_step", counted(bench_finetune.their_step))
     before = signal.signal(signal.SIGALRM, hang)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

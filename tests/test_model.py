@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
-import bench
+import peers
 from model import (
     GPT,
     Attention,
@@ -163,7 +163,7 @@ def test_block_equals_torch_decoder_layer_with_cross_attention(pre_ln):
 
 def hugging_face_gpt2(config: GPTConfig):
     """(their model, {our parameter's name: (their tensor's name, slice of columns, transposed)})"""
-    theirs = bench.hugging_face_gpt2(peer("transformers"), config).eval()
+    theirs = peers.hugging_face_gpt2(peer("transformers"), config).eval()
     C = config.n_embd
     names = {
         "token_embedding.weight": ("transformer.wte.weight", None, False),
