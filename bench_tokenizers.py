@@ -139,7 +139,7 @@ def bench_bpe(config: BenchConfig, device: torch.device) -> list[dict]:
         times = take_turns(runs, min(config.repeats, 5), device)
         title = f"BPE training, {megabytes:.1f} MB of {name} to {vocab_size:,} tokens"
         results.append(show(title, times, megabytes, "MB"))
-    if Path("/proc/self/smaps_rollup").exists():
+    if config.only and Path("/proc/self/smaps_rollup").exists():  # it takes half a minute
         results.append(bench_memory(LARGE))
     return results
 
@@ -219,9 +219,10 @@ def bench_encode(config: BenchConfig, device: torch.device) -> list[dict]:
     return [show("encoding Python source", times, len(text.encode("utf-8")) / 1e6, "MB")]
 
 
-def bench_corpus(config: BenchConfig, device: torch.device, size: int = LARGE) -> list[dict]:
+def bench_corpus(config: BenchConfig, device: torch.device) -> list[dict]:
     """A corpus on all cores: ours from files to a token file, tiktoken's batches from texts that
     lie in memory to lists, with as many threads. Files, and a .jsonl of short documents."""
+    size = LARGE if config.only else LARGE // 5
     large = [text for _, text in plenty(size)]
     tenth = [text for _, text in plenty(size // 10)]
     short = [text[i : i + 200] for text in tenth for i in range(0, len(text), 200)]
