@@ -39,6 +39,7 @@ import bench_sampling
 import checkpoint as checkpoints
 import cli
 import convert
+import growth
 import optim
 import sample
 import train
@@ -183,6 +184,7 @@ COMMANDS = {
         bench.main, ["--only=translate", "--checkpoint=out/seq2seq/best.pt", "--repeats=2"]
     ),
     "bench_runs": Command(bench_runs.main, ["--small", "--only=saving"]),
+    "growth": Command(growth.main, ["--repeats=1"]),
     "bench_finetune": Command(
         bench_finetune.main, ["--init=out/bert/best.pt", "--data=toy.csv", "--repeats=2"]
     ),
@@ -190,7 +192,7 @@ COMMANDS = {
 
 # The flags that name what is to be written, and what is there already.
 WRITES = {
-    **dict.fromkeys(("train gpt", "sample embeddings", "import", "bench"), "--out"),
+    **dict.fromkeys(("train gpt", "sample embeddings", "import", "bench", "growth"), "--out"),
     "sample attention": "--attention",
     "export": "--to",
 }
@@ -245,6 +247,8 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         )
         quick = dict.fromkeys(bench_runs.BENCHES, lambda config, folder: found)
         patch.setattr(bench_runs, "BENCHES", quick)
+        cost = growth.Cost(1.0, 1.0)
+        patch.setattr(growth, "measure", lambda sizes, *_: dict.fromkeys(sizes, cost))
         yield work
 
 
