@@ -126,7 +126,7 @@ PYDOCS = {
 }
 
 PRESETS = {
-    # The first hour: two minutes on two cores, or a few on one GPU.
+    # The first hour: a minute on two cores, or a few on one GPU.
     "toy": {
         "model": "gpt",
         "vocab_size": 4096,

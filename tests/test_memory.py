@@ -278,12 +278,12 @@ def test_on_a_gpu_dropout_keeps_bytes_and_attention_stays_in_bf16(gpu):
 
 
 def test_a_gpu_has_longer_chunks_of_logits():
-    """1,024 tokens and 8,192 words: in one on a GPU, in eight on a CPU."""
+    """1,024 tokens and 8,192 words: in one on a GPU, in two on a CPU."""
     flags = ["--model=seq2seq", "--vocab_size=8192", "--block_size=64", "--n_embd=48", "--n_head=3"]
     flags += ["--n_layer=1", "--batch_size=16", "--tokens_per_step=1024", "--tokenizer="]
     config, sizes, _ = configs.resolve([*flags, "--dry_run"])
     gpu, cpu = (plan_memory(config, sizes, d, torch.float32) for d in ("cuda", "cpu"))
-    assert gpu.activations - cpu.activations > 1.5 * 4 * 1024 * 8192 * 7 / 8
+    assert gpu.activations - cpu.activations >= 1.5 * 4 * 1024 * 8192 / 2
 
 
 def test_flash_attention_has_the_shapes_and_strides_of_the_real_one():
