@@ -283,7 +283,7 @@ def test_a_gpu_has_longer_chunks_of_logits():
     flags += ["--n_layer=1", "--batch_size=16", "--tokens_per_step=1024", "--tokenizer="]
     config, sizes, _ = configs.resolve([*flags, "--dry_run"])
     gpu, cpu = (plan_memory(config, sizes, d, torch.float32) for d in ("cuda", "cpu"))
-    assert gpu.activations - cpu.activations >= 1.5 * 4 * 1024 * 8192 / 2
+    assert gpu.activations - cpu.activations > 0.8 * 4 * 1024 * 8192 / 2
 
 
 def test_flash_attention_has_the_shapes_and_strides_of_the_real_one():
