@@ -256,10 +256,13 @@ def test_sampling_reads_a_prompt_as_training_did(name, prompt, completion):
 
 def test_sampling_gives_the_model_the_ids_of_the_training_row(monkeypatch):
     tokenizer, given = LEARNT["gpt2"], []
-    monkeypatch.setattr(sample, "generate", lambda _, prompts, *rest: given.extend(prompts) or [])
+    monkeypatch.setattr(
+        sample, "generate", lambda _, prompts, *rest, **more: given.extend(prompts) or []
+    )
     prompts = [a for a, _ in TRAIN]
     config = sample.SampleConfig(num_samples=1)
-    sample.complete(None, tokenizer, prompts, config, encode=encode_prompt)
+    model = SimpleNamespace(token_embedding=torch.nn.Embedding(1, 1))  # on a CPU: all that is asked
+    sample.complete(model, tokenizer, prompts, config, encode=encode_prompt)
     data, _ = splits(tokenizer=tokenizer, block_size=200)
     assert given == [row[:b].tolist() for row, b in zip(data.rows, data.borders, strict=True)]
     assert any(a.endswith(" ") for a in prompts) and any(END_OF_TEXT in a for a in prompts)

@@ -90,7 +90,9 @@ def test_unequal_prompts_in_one_batch_equal_one_by_one():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_texts_of_a_batch_equal_one_by_one(temperature):
-    model, prompts = gpt(), ["to be", "t", "or not to be that is", ""]
+    # In float64: products of other sizes are rounded otherwise, and in float32 one run in thirty
+    # has a token at the very border of what top_p keeps.
+    model, prompts = gpt().double(), ["to be", "t", "or not to be that is", ""]
     config = SampleConfig(temperature=temperature, max_new_tokens=20, num_samples=3, top_p=0.9)
     together = complete(model, WORDS, prompts, config)
     assert together == [t for p in prompts for t in complete(model, WORDS, [p], config)]
