@@ -1,6 +1,6 @@
 """Speed beside the peers that are installed, in one interleaved run.
 
-    python bench.py                    everything, five minutes on two cores
+    python bench.py                    everything, four minutes on two cores
     python bench.py --device cuda      eight minutes on one GPU: larger models, bf16, compiled
     python bench.py --only train       one comparison; --only ? lists them
 
