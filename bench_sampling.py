@@ -25,7 +25,7 @@ from peers import hugging_face_gpt2, hugging_face_marian, peer
 from sample import Pick, SampleConfig, generate, load_model
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from translate import TranslateConfig, eval_pairs, translate_ids
-from turns import AS_IT_COMES, BenchConfig, show, take_turns
+from turns import BenchConfig, peer_turns, show, take_turns
 
 GENERATE = "Hugging Face generate"
 XL = {"n_layer": 48, "n_head": 25, "n_embd": 1600}
@@ -55,10 +55,8 @@ def bench_gpt(
         theirs = None
         if transformers := peer("transformers"):
             theirs = hugging_face_gpt2(transformers, sizes).to(device, kind).eval()
-    bare = bare_products([m.weight for m in matrices(ours)], count)
+    bare = bare_products([m.weight.detach() for m in matrices(ours)], count)
     if not cuda:
-        plain = [m.weight.detach().clone() for m in matrices(ours)]
-        bare = bare_products(plain, count)
         lay_out_for_decoding(ours)
     name = f"GPT {sizes.n_layer} layers, width {sizes.n_embd}, {dtype}"
     for B in rows:
@@ -69,8 +67,7 @@ def bench_gpt(
             def their_prefill(prompt=prompt) -> None:
                 theirs(prompt, logits_to_keep=1)
 
-            names = [GENERATE] if cuda else [GENERATE + ", with our cpu.py", GENERATE + AS_IT_COMES]
-            found |= dict.fromkeys(names, their_prefill)
+            found |= peer_turns(GENERATE, their_prefill, device)
         times = take_turns(found, config.repeats, device)
         results.append(show(f"prefill, {name}, {B} x {length} tokens", times, B * length, "tokens"))
         found = our_decoders(ours, prompt, count)
@@ -160,7 +157,7 @@ def their_decoders(model: nn.Module, prompt: Tensor, count: int) -> dict[str, Ca
             f"{GENERATE}, static": writer(cache_implementation="static"),
             GENERATE: writer(),
         }
-    return dict.fromkeys([GENERATE + ", with our cpu.py", GENERATE + AS_IT_COMES], writer())
+    return peer_turns(GENERATE, writer(), device)
 
 
 # ---- translating ---------------------------------------------------------------------------------
@@ -215,11 +212,7 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
                     do_sample=False,
                 )
 
-        if device.type == "cpu":
-            found[GENERATE + ", with our cpu.py"] = their_search
-            found[GENERATE + AS_IT_COMES] = their_search
-        else:
-            found[GENERATE] = their_search
+        found |= peer_turns(GENERATE, their_search, device)
     times = take_turns(found, config.repeats, device)
     title = f"translating {len(ids):,} sentences, beam 5, batches of {batch_size}, fp32"
     return [show(title, times, len(ids), "sentences")]

@@ -20,7 +20,7 @@ from peers import hugging_face_encoder, hugging_face_gpt2, hugging_face_marian, 
 from plan import least_seconds
 from processes import Processes
 from seq2seq import Seq2Seq, Seq2SeqConfig
-from turns import AS_IT_COMES, BenchConfig, show, take_turns
+from turns import BenchConfig, peer_turns, show, take_turns
 
 THEIRS = "Hugging Face"
 
@@ -61,14 +61,6 @@ def wants_compiler(config: BenchConfig, device: torch.device) -> bool:
     return device.type == "cuda" if config.compile is None else config.compile
 
 
-def both(ours: Callable[[], object], theirs: Callable[[], object] | None, device) -> dict:
-    """The contestants; on a CPU the peer runs with what `cpu.py` sets, and without."""
-    if theirs is None:
-        return {"ours": ours}
-    names = [THEIRS + ", with our cpu.py", THEIRS + AS_IT_COMES]
-    return {"ours": ours, **dict.fromkeys(names if device.type == "cpu" else [THEIRS], theirs)}
-
-
 def training_steps(
     ours: nn.Module,
     theirs: nn.Module | None,
@@ -95,7 +87,7 @@ def training_steps(
     fast = compiled(ours, [batch], autocast) if wants_compiler(config, device) else ours
     our_step = step_of(ours, lambda: gradients(fast, [here], group, autocast))
     if theirs is None:
-        return both(our_step, None, device)
+        return {"ours": our_step}
     their_model = torch.compile(theirs) if wants_compiler(config, device) else theirs
 
     def their_backward() -> None:
@@ -103,7 +95,8 @@ def training_steps(
             loss = their_loss(their_model)
         loss.backward()
 
-    return both(our_step, step_of(theirs, their_backward), device)
+    their_step = step_of(theirs, their_backward)
+    return {"ours": our_step, **peer_turns(THEIRS, their_step, device)}
 
 
 def bench_family(
@@ -136,7 +129,9 @@ def bench_family(
         with torch.no_grad(), autocast():
             their_loss(theirs.eval())
 
-    found = both(our_evaluation, their_evaluation if theirs else None, device)
+    found = {"ours": our_evaluation}
+    if theirs:
+        found |= peer_turns(THEIRS, their_evaluation, device)
     times = take_turns(found, config.repeats, device)
     return [*results, show(f"evaluation, {what}, {how}", times, work, "tokens")]
 

@@ -44,12 +44,15 @@ def limit_threads() -> None:
 def keep_memory() -> None:
     """Freed memory stays with the process. The C library gives it back to the system, and a step,
     which frees and asks for 300 MB, then waits for 85,000 pages to be handed out and zeroed."""
-    if sys.platform != "linux":
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):  # glibc's
+    if library := glibc():
         for threshold in (TRIM_THRESHOLD, MMAP_THRESHOLD):
             library.mallopt(threshold, 2**31 - 1)  # bytes, as many as can be said
+
+
+def glibc() -> ctypes.CDLL | None:
+    """The C library, if it is the one that has these settings."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") else None
 
 
 def use_onednn() -> None:

@@ -4,9 +4,7 @@ All are warmed up, then each has its turn again and again, so that what else the
 all of them. The table: medians, the middle half, ratios to the last, the one to compare with.
 """
 
-import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,12 +51,17 @@ def take_turns(
 AS_IT_COMES = ", as it comes"
 
 
+def peer_turns(name: str, run: Callable[[], object], device: torch.device) -> dict[str, Callable]:
+    """{contestant: run}: a peer, which on a CPU runs with what `cpu.py` sets, and without."""
+    cpu_names = [f"{name}, with our cpu.py", name + AS_IT_COMES]
+    return dict.fromkeys(cpu_names if device.type == "cpu" else [name], run)
+
+
 def as_it_comes() -> None:
     """torch without `cpu.py`: MKL, and memory that is given back. (glibc's own thresholds move;
     these are the highest that it comes to by itself.)"""
     torch.set_float32_matmul_precision("highest")
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "mallopt"):
+    if library := cpu.glibc():
         library.mallopt(cpu.MMAP_THRESHOLD, 32 * 2**20)
         library.mallopt(cpu.TRIM_THRESHOLD, 64 * 2**20)
         library.malloc_trim(0)

@@ -79,25 +79,8 @@ def test_without_ahead_there_is_no_thread():
     prefetch.close()
 
 
-def test_closing_waits_for_one_batch_and_for_no_more():
-    made, goes_on = [], threading.Event()
-
-    def slow(i: int) -> dict:
-        made.append(i)
-        if i:
-            goes_on.wait(10)
-        return batch_of(i)
-
-    prefetch = Prefetch(slow, 1, 5, CPU)
-    prefetch(0)
-    wait_until(lambda: 1 in made)
-    threading.Timer(0.02, goes_on.set).start()
-    prefetch.close()
-    assert made == [0, 1] and not threads()
-    prefetch.close()
-
-
-def test_after_a_jump_the_old_batches_are_not_made():
+def held_at_the_second() -> tuple[Prefetch, list[int]]:
+    """(one that has given batch 0 and needs a moment for batch 1, the numbers of those begun)"""
     made, goes_on = [], threading.Event()
 
     def slow(i: int) -> dict:
@@ -110,6 +93,18 @@ def test_after_a_jump_the_old_batches_are_not_made():
     prefetch(0)
     wait_until(lambda: 1 in made)
     threading.Timer(0.02, goes_on.set).start()
+    return prefetch, made
+
+
+def test_closing_waits_for_one_batch_and_for_no_more():
+    prefetch, made = held_at_the_second()
+    prefetch.close()
+    assert made == [0, 1] and not threads()
+    prefetch.close()
+
+
+def test_after_a_jump_the_old_batches_are_not_made():
+    prefetch, made = held_at_the_second()
     assert prefetch(100)["tokens"][0] == 100
     prefetch.close()
     assert not {2, 3, 4, 5} & set(made)
