@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-import checkpoint as checkpoints
-import cli
+from engine import checkpoint as checkpoints
+from engine import cli
 
 
 @dataclass

@@ -26,21 +26,19 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import checkpoint as checkpoints
-import cli
 from bert import init_bert
-from config import CONFIGS
-from data.hub import snapshot
 from data.masked import CLS, MASK, PAD, SEP
 from data.pairs import start_and_end
+from data.sentencepieces import END_PIECE, START_PIECE, UNK_PIECE, SentencePieces
 from data.tokens import END_OF_TEXT, AnyTokenizer
-from evaluation import best_figure
-from families import BASES, FAMILIES
-from logs import read_log
-from mapping import our_config, their_settings, to_ours, to_theirs
-from model import count_parameters
-from sentencepieces import END_PIECE, START_PIECE, UNK_PIECE, SentencePieces
-from tokenizer_files import (
+from engine import checkpoint as checkpoints
+from engine import cli
+from engine.config import CONFIGS
+from engine.evaluation import best_figure
+from engine.hub.download import snapshot
+from engine.hub.families import BASES, FAMILIES
+from engine.hub.mapping import our_config, their_settings, to_ours, to_theirs
+from engine.hub.tokenizer_files import (
     MOST_JSON,
     TOKENIZER_FILES,
     parse_object,
@@ -48,6 +46,8 @@ from tokenizer_files import (
     read_tokenizer,
     tokenizer_json,
 )
+from engine.logs import read_log
+from model import count_parameters
 from wordpiece import UNK, WordPiece
 
 

@@ -1,4 +1,4 @@
-"""What torch leaves undone on a processor, and what it gains; `python bench.py` shows both.
+"""What torch leaves undone on a processor, and what it gains; `python -m lab.bench` shows both.
 
 A GPT of 6 layers, width 384, takes 1.5 seconds for a training step of 2,048 tokens on two cores of
 an AMD processor as torch comes, 1.3 when freed memory is kept, and 0.7 when oneDNN multiplies.

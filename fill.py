@@ -20,7 +20,6 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 from data.buckets import pad_rows
 from data.download import replacing
 from data.masked import CLS, MASK, PAD, SEP, MaskedText, assemble, encode_text
@@ -28,7 +27,8 @@ from data.parallel import read_lines
 from data.sentence_pairs import NEXT, fit
 from data.sentences import NAMES, open_sentences
 from data.tokens import AnyTokenizer, tokenize
-from evaluation import print_scores
+from engine import cli
+from engine.evaluation import print_scores
 from finetune import mean_pooled
 from wordpiece import WordPiece
 

@@ -15,7 +15,7 @@ from itertools import chain, pairwise
 from tqdm import tqdm
 
 from chunks import Splitter
-from cores import batched, on_all_cores
+from data.cores import batched, on_all_cores
 
 
 def count_chunks(texts: Iterable[str], pattern: str) -> Counter[str]:

@@ -1,8 +1,8 @@
 """Optimisers and learning-rate schedules, written out.
 
 AdamW is the readable version and the definition; `make_optimizer` hands the loop torch's fused
-kernel, which does the same in one pass over memory (tests/test_optim.py proves the two equal,
-`bench.py` times them). Muon has no fused kernel to borrow, so ours is the one that trains.
+kernel, which does the same in one pass over memory (tests/test_optim.py proves them equal, and
+`python -m lab.bench` times them). Muon has no fused kernel to borrow: ours is the one that trains.
 Schedules are pure functions of the step: nothing to save, nothing to restore.
 
 Left out: second-order methods, 8-bit states, schedules that watch the loss.

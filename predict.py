@@ -19,10 +19,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import cli
 import fill
-from checkpoint import TASKS
-from config import CONFIGS
 from data.buckets import pad_rows
 from data.contexts import ask, read_answer
 from data.labelled import LabelledTexts, collate, encode_parts
@@ -30,8 +27,11 @@ from data.masked import PAD
 from data.parallel import read_lines
 from data.tagged import join_rows, sentence_rows
 from data.tokens import AnyTokenizer
+from engine import cli
+from engine.checkpoint import TASKS
+from engine.config import CONFIGS
+from engine.evaluation import print_scores, score
 from entities import marked, text_spans, words_of
-from evaluation import print_scores, score
 from scores import confusion_table, draw_confusion
 
 

@@ -21,8 +21,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import checkpoint as checkpoints
-import cli
 import fill
 import predict
 import translate
@@ -35,11 +33,13 @@ from data.text import NAMES, open_corpus, whole
 from data.tokens import END_OF_TEXT, tokenize
 from data.windows import Windows
 from decoding import choose, distribution
-from evaluation import print_scores
+from engine import checkpoint as checkpoints
+from engine import cli
+from engine.evaluation import print_scores
+from engine.graphs import GPTSteps, write_rows
+from engine.processes import pick_device, precision
 from fill import FillConfig
-from graphs import GPTSteps, write_rows
 from predict import AskConfig, PredictConfig, SimilarConfig
-from processes import pick_device, precision
 from translate import TranslateConfig
 
 

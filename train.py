@@ -27,27 +27,31 @@ from pathlib import Path
 
 import torch
 
-import checkpoint as checkpoints
-import cli
-import execution
 import optim
-import plan
-import processes
 import sample
-import sharding
 from bert import Encoder
 from bpe import count_merges
-from checkpoint import LATEST, PREVIOUS
-from config import FINETUNED, TASKS, TrainConfig, divide_step, padded, prepare_folder, resolve
 from data.masked import SPECIAL
-from data.prefetch import Prefetch
 from data.tokens import END_OF_TEXT
 from data.windows import check_special
-from evaluation import badness, best_figure, evaluate, to_device
-from execution import Step, compiled, digest, gradients, recompute_blocks, update
+from engine import checkpoint as checkpoints
+from engine import cli, execution, plan, processes, sharding
+from engine.checkpoint import LATEST, PREVIOUS
+from engine.config import (
+    FINETUNED,
+    TASKS,
+    TrainConfig,
+    divide_step,
+    padded,
+    prepare_folder,
+    resolve,
+)
+from engine.evaluation import badness, best_figure, evaluate, to_device
+from engine.execution import Step, compiled, digest, gradients, recompute_blocks, update
+from engine.logs import RunLog, clock, draw_curves
+from engine.prefetch import Prefetch
+from engine.processes import Interruption, Processes, precision
 from finetune import LEARNT, limit_what_learns, rate_scale, take_weights
-from logs import RunLog, clock, draw_curves
-from processes import Interruption, Processes, precision
 
 # ---- the run -------------------------------------------------------------------------------------
 

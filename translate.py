@@ -16,12 +16,12 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 from data.pairs import Pairs, pad, start_and_end
 from data.parallel import ParallelCorpus, open_pairs
 from data.tokens import AnyTokenizer
 from decoding import Advance, beam_search, choose, distribution, write
-from graphs import StaticAdvance
+from engine import cli
+from engine.graphs import StaticAdvance
 from model import Attention
 
 PICTURES = (".png", ".svg", ".pdf")

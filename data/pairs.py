@@ -15,9 +15,9 @@ from torch import Tensor
 
 from data.buckets import Buckets, evenly_within, find, pad_rows
 from data.parallel import ParallelCorpus, open_pairs
+from data.sentencepieces import START
 from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile
 from data.windows import both_splits
-from sentencepieces import START
 
 
 class Pairs:

@@ -14,10 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe import END_OF_TEXT, Tokenizer
-from cores import batched, on_all_cores
+from data.cores import batched, on_all_cores
+from data.sentencepieces import SentencePieces
 from data.shards import Origin, TokenFile, open_shards, write_shards
 from data.text import Corpus
-from sentencepieces import SentencePieces
 from wordpiece import WordPiece
 
 AnyTokenizer = Tokenizer | WordPiece | SentencePieces

@@ -10,18 +10,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
-import checkpoint as checkpoints
 import convert
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from chunks import PATTERNS
-from config import CONFIGS
 from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
-from mapping import their_settings, to_ours
+from engine import checkpoint as checkpoints
+from engine.config import CONFIGS
+from engine.hub.mapping import their_settings, to_ours
+from engine.hub.tokenizer_files import tokenizer_json
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
-from tokenizer_files import tokenizer_json
 
 # Sizes that are all different, so that swapped axes show; V is more than the tokenizers have.
 V, T, L, H, C, N_FF, B = 307, 13, 3, 4, 28, 44, 5

@@ -16,11 +16,11 @@ from converting import noisy
 from finetuning import TASKS as LABELLED
 from finetuning import flags
 
-import processes
 import train
-from config import resolve
-from evaluation import count_targets, evaluate
-from processes import Processes
+from engine import processes
+from engine.config import resolve
+from engine.evaluation import count_targets, evaluate
+from engine.processes import Processes
 
 T, MICRO, EMPTY = 16, 4, 2  # tokens of a row, micro-batches of a step, the one without any target
 TOYS = {"gpt": TOY, "bert": TOY_BERT, "seq2seq": [*TOY_PAIRS, "--valid=valid-toy.tsv"]}

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from conftest import TOY, TOY_BERT, TOY_PAIRS
 
-import checkpoint as checkpoints
 import train
-from logs import read_log
+from engine import checkpoint as checkpoints
+from engine.logs import read_log
 
 # Steps enough for each to see the border of an epoch.
 RUNS = {

@@ -17,10 +17,8 @@ import finetuning
 import torch
 from conftest import TOY, TOY_BERT, TOY_PAIRS
 
-import parts
-import processes
-import sharding
 import train
+from engine import parts, processes, sharding
 
 DIVIDES_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # torch 2.7 and newer
 

@@ -12,11 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bert import BERT, BERTConfig, init_bert
-from mapping import rows, to_ours
+from engine.hub.mapping import rows, to_ours
+from engine.plan import parameter_table
+from engine.presets import PRESETS
+from lab.peers import hugging_face_encoder
 from model import count_parameters
-from peers import hugging_face_encoder
-from plan import parameter_table
-from presets import PRESETS
 
 SMALL = BERTConfig(
     vocab_size=37,

@@ -22,10 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bpe
-import cores
 import merges
 from bpe import Tokenizer
 from chunks import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, PATTERNS
+from data import cores
 from data.download import GPT2_MERGES, GPT2_VOCABULARY
 
 ALPHABETS = {
@@ -201,7 +201,8 @@ def test_workers_that_die_lose_nothing(tmp_path):
     script = tmp_path / "unguarded.py"
     script.write_text(
         f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "import bpe, cores, merges\nmultiprocessing.set_start_method('spawn', force=True)\n"
+        "import bpe, merges\nfrom data import cores\n"
+        "multiprocessing.set_start_method('spawn', force=True)\n"
         "cores.BATCH, cores.os.cpu_count = 1000, lambda: 2\n"
         "print(merges.count_chunks(['word ' * 300] * 99, bpe.GPT2_PATTERN)[' word'])\n",
         encoding="utf-8",

@@ -16,9 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import chunks
-import cores
 from chunks import PATTERNS, Splitter, ranges_hold
-from cores import batched, on_all_cores
+from data import cores
+from data.cores import batched, on_all_cores
 
 # What patterns treat in different ways: letters and numbers of all kinds, marks, white space that
 # only one engine takes for such, what matches 's only without case, what is beyond U+FFFF.
@@ -135,7 +135,7 @@ def test_no_worker_outlives_its_parent(tmp_path, sign):
     script.write_text(
         f"import itertools, os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import cores\nos.cpu_count = lambda: 2\n"
+        "from data import cores\nos.cpu_count = lambda: 2\n"
         "def work(i):\n    time.sleep(0.01)\n    return os.getpid()\n"
         "for worker in cores.on_all_cores(work, itertools.count()):\n"
         "    print(worker, flush=True)\n    time.sleep(0.05)\n",  # meanwhile, workers wait

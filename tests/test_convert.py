@@ -35,7 +35,7 @@ import sample
 from bert import BERT, BERTConfig
 from data.tokens import END_OF_TEXT
 from decoding import beam_search, write
-from mapping import our_config, rows, their_settings, to_ours, to_theirs
+from engine.hub.mapping import our_config, rows, their_settings, to_ours, to_theirs
 from model import GPTConfig
 from seq2seq import Seq2SeqConfig
 from translate import make_advance

@@ -13,20 +13,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoint as checkpoints
 import fill as fill_file
 import sample
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from chunks import GPT2_PATTERN
-from config import MaskedConfig
 from data import sentences
 from data.masked import SPECIAL, MaskedText, encode_text
 from data.sentences import open_sentences
 from data.tokens import tokenize
-from evaluation import evaluate
+from engine import checkpoint as checkpoints
+from engine.config import MaskedConfig
+from engine.evaluation import evaluate
+from engine.processes import Processes
 from fill import FillConfig, embed, encode_prompt, fill, follows, similarities
-from processes import Processes
 
 TEXT = "the cat sat on the mat and the dog ran to the house while the rain was falling down " * 20
 WORDS = Tokenizer.train([TEXT], 320, GPT2_PATTERN, SPECIAL)

@@ -35,14 +35,14 @@ from finetuning import (
 import fill
 import finetune
 from bpe import Tokenizer
-from config import resolve
 from data.buckets import pad_rows
 from data.masked import SPECIAL
-from evaluation import evaluate
+from engine.config import resolve
+from engine.evaluation import evaluate
+from engine.processes import Processes
 from finetune import (
     mean_pooled,
 )
-from processes import Processes
 from train import TASKS
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -274,7 +274,7 @@ def files(toy) -> Path:
 SCRIPT = """
 import json, sys
 import torch, torch.distributed as dist
-import processes
+from engine import processes
 from test_finetune import reports
 
 group = processes.start("cpu")

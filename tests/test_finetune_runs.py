@@ -10,13 +10,13 @@ import torch
 from finetuning import FILES, RUN, TASKS, flags, of, squad, write_files
 from test_train import assert_equal, flatten, losses, torchrun, weights
 
-import checkpoint as checkpoints
 import predict
 import sample
 import train
-from evaluation import GOALS
+from engine import checkpoint as checkpoints
+from engine.evaluation import GOALS
+from engine.logs import read_log
 from finetune import adapter_rank
-from logs import read_log
 from predict import AskConfig
 
 # Found by trying: each learns its problem in well under a second.

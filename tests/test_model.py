@@ -9,7 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
-import peers
+from engine.plan import parameter_table
+from engine.presets import PRESETS
+from lab import peers
 from model import (
     GPT,
     Attention,
@@ -24,8 +26,6 @@ from model import (
     prefix_mask,
     tanh_gelu,
 )
-from plan import parameter_table
-from presets import PRESETS
 
 SMALL = GPTConfig(vocab_size=37, block_size=13, n_layer=3, n_head=4, n_embd=28, n_ff=44)
 

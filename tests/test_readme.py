@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import LABELLED, ROOT, TOYS, write_labelled
 
-from presets import PRESETS
+from engine.presets import PRESETS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -22,7 +22,7 @@ LINES = [
 ]
 LINES += re.findall(r"^\| `(python [^`]+)`", README, re.MULTILINE)  # the table of results
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
-SCRIPTS = {c for c in COMMANDS if re.match(r"(python|torchrun)\b.*\b\w+\.py\b", c)}
+SCRIPTS = {c for c in COMMANDS if re.match(r"(python|torchrun)\b.*\b(\w+\.py|lab\.\w+)\b", c)}
 SEVERAL_MACHINES = {c for c in SCRIPTS if "--nnodes" in c}  # see test_two_machines.py
 FOLDERS = {"out/gpt": "gpt", "out/gpt2": "gpt", "out/bert": "bert", "out/crammed": "bert"}
 FOLDERS |= {"out/minilm": "bert", **{f"out/{task}": task for task in LABELLED}}  # else seq2seq
@@ -73,7 +73,7 @@ def test_command(labelled, command):
     """Names of data that would be downloaded become the toy text, sizes become toy sizes."""
     command, _, redirected = command.partition(" < ")
     words = shlex.split(command)
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = next(i for i, word in enumerate(words) if re.search(r"\.py$|^lab\.", word))
     name, flags = words[script], words[script + 1 :]
     task = value(flags, "--model") or PRESETS.get(value(flags, "--preset"), {}).get("model", "gpt")
     folder = next(iter(re.findall(r"out/[\w-]+", command)), f"out/{task}")
@@ -81,7 +81,7 @@ def test_command(labelled, command):
         task = FOLDERS.get(folder, "seq2seq")
     small = TOYS[task]
     trained = [str(ROOT / "train.py"), "--steps=4", *small, "--out", folder, "--keep=2"]
-    if name == "bench.py":
+    if name == "lab.bench":
         flags = ["--only=optim", "--repeats=2"]
     elif name == "train.py" and "--dry_run" not in flags:
         own = {f.partition("=")[0] for f in small}
@@ -113,7 +113,8 @@ def test_command(labelled, command):
             flags[1] = "theirs"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     lines = "3 plus 4\n" if redirected else None
-    told = run(*launcher * (words[0] == "torchrun"), str(ROOT / name), *flags, lines=lines)
+    start = ["-m", name] if name.startswith("lab.") else [str(ROOT / name)]
+    told = run(*launcher * (words[0] == "torchrun"), *start, *flags, lines=lines)
     assert told if task == "seq2seq" else told.strip()  # an untrained translator may write nothing
 
 
@@ -125,7 +126,7 @@ def run(*words: str, lines: str | None = None) -> str:
         capture_output=True,
         encoding="utf-8",
         timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from conftest import peer
 
 from decoding import write
-from mapping import to_ours
+from engine.hub.mapping import to_ours
+from engine.plan import parameter_table
+from engine.presets import PRESETS
+from lab.peers import hugging_face_marian
 from model import attend, causal_mask, count_parameters
 from optim import make_optimizer
-from peers import hugging_face_marian
-from plan import parameter_table
-from presets import PRESETS
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
 from translate import make_advance
 

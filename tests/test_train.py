@@ -17,18 +17,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, TOY, TOY_BERT, TOY_PAIRS
 
-import checkpoint as checkpoints
 import model as model_file
 import sample
 import train
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
-from config import MaskedConfig, TrainConfig, divide_step, prepare_folder, resolve
 from data.masked import MaskedText
-from execution import compiled, recompute_blocks
-from logs import read_log
+from engine import checkpoint as checkpoints
+from engine.config import MaskedConfig, TrainConfig, divide_step, prepare_folder, resolve
+from engine.execution import compiled, recompute_blocks
+from engine.logs import read_log
+from engine.processes import Processes
 from model import GPT, GPTConfig
-from processes import Processes
 
 ALL_TASKS = pytest.mark.parametrize(
     "small", [TOY, TOY_PAIRS, TOY_BERT], ids=["gpt", "seq2seq", "bert"]

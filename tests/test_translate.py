@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from conftest import TOY_PAIRS, peer
 
 import average
-import checkpoint as checkpoints
 import sample
 import train
 from bpe import GPT2_PATTERN, Tokenizer
-from config import resolve
 from data.pairs import pad
 from data.tokens import END_OF_TEXT
 from decoding import beam_search, write
-from presets import PRESETS
+from engine import checkpoint as checkpoints
+from engine.config import resolve
+from engine.presets import PRESETS
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from translate import (
     TranslateConfig,

@@ -1,0 +1,1 @@
+"""The machinery of a run: command line, checkpoints, processes, memory, speed."""

@@ -1,0 +1,271 @@
+"""One of our models as Hugging Face writes it, and back, by the tables of `families.py`.
+
+Both directions read the same rows, so that what goes out comes in again. A wrong setting is named;
+missing, surplus and misshapen tensors are listed in one error, before any of them is read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.hub.families import BASES, FAMILIES, KINDS, Family, Get, stream_order
+from entities import split_tag
+from seq2seq import ACTIVATIONS
+
+# The largest sizes that are believed: beyond all published models of these families.
+LIMITS = {
+    "vocab_size": 2**24,
+    "block_size": 2**20,
+    "n_layer": 1000,
+    "n_head": 1000,
+    "n_embd": 2**16,
+    "n_ff": 2**18,
+}
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def our_config(settings: dict) -> tuple[str, Any]:
+    """What config.json says -> (task, our config). Raises ValueError, with its name, for a setting
+    that we do not compute with and for a size that cannot be. BERT's nsp and Marian's output_bias
+    are for `to_ours` to find.
+    """
+    task = BASES.get(str(settings.get("model_type")))
+    if task is None:
+        raise ValueError(
+            f"model_type={settings.get('model_type')!r} is not known: only {', '.join(BASES)} are"
+        )
+    if task == "bert":  # or one of its fine-tuned classes
+        heads = {(FAMILIES[name].architecture,): name for name in ("classify", "tag", "answer")}
+        task = heads.get(tuple(settings.get("architectures") or ()), task)
+    family, found, source = FAMILIES[task], {}, {}
+    for name, (default, allowed) in family.fixed.items():
+        if settings.get(name, default) not in allowed:
+            raise ValueError(
+                f"{name}={settings.get(name, default)!r} is not supported: "
+                f"our {family.title} has {' or '.join(map(repr, allowed))}"
+            )
+    for name, (ours, default) in family.settings.items():
+        value = settings.get(name, default)
+        if value is None:
+            continue
+        if ours in LIMITS:
+            fits = type(value) is int and 1 <= value <= LIMITS[ours]
+            wanted = f"an integer from 1 to {LIMITS[ours]:,}"
+        elif ours == "activation":
+            value = "silu" if value == "swish" else value  # its older name
+            fits, wanted = value in tuple(ACTIVATIONS), f"swish, {', '.join(ACTIVATIONS)}"
+        else:
+            fits = type(value) in (int, float) and (value > 0 or ours != "ln_eps") and value < 1
+            wanted = "a number below 1" + (" and above 0" if ours == "ln_eps" else "")
+        if not fits:
+            raise ValueError(f"{name}={value!r} cannot be: it must be {wanted}")
+        if found.setdefault(ours, value) != value:
+            raise ValueError(
+                f"{name}={value} differs from {source[ours]}={found[ours]}: not supported, "
+                "they are one setting here"
+            )
+        source.setdefault(ours, name)
+    if task in ("classify", "tag"):
+        found["labels"] = labels_of(settings)
+    if task == "classify" and len(found["labels"]) < 2:
+        raise ValueError("a single label is a regression, which is not supported")
+    if task == "tag":
+        for label in found["labels"]:
+            split_tag(label)  # which refuses what is neither O nor B-TYPE, I-TYPE, …
+    for name, task_of in (("pairs", "classify"), ("may_abstain", "answer")):
+        if task == task_of and type(settings.get(name, False)) is bool:
+            found[name] = settings.get(name, False)
+    return task, family.Config(**found)
+
+
+def labels_of(settings: dict) -> tuple[str, ...]:
+    """What id2label says, {"0": "no", "1": "yes"} for one; where it is missing, they are two."""
+    names = settings.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    found = list(names.values()) if isinstance(names, dict) else []
+    if (
+        not found
+        or list(names) != [str(i) for i in range(len(found))]
+        or not all(isinstance(name, str) for name in found)
+    ):
+        raise ValueError(f"id2label={str(names)[:80]} does not name the labels 0, 1, 2, …")
+    if len(set(found)) < len(found):
+        raise ValueError(f"id2label={str(names)[:80]} has a name twice")
+    return tuple(found)
+
+
+def their_settings(task: str, config: Any) -> dict:
+    """Our config -> what config.json says of the model, without the ids of tokens. Raises
+    ValueError for a model that Hugging Face's class cannot be."""
+    family = FAMILIES[task]
+    if any(getattr(config, name) != value for name, value in family.own.items()):
+        ours = " and ".join(f"{name}={getattr(config, name)}" for name in family.own)
+        raise ValueError(f"Hugging Face has no {family.title} with {ours}")
+    settings = {name: getattr(config, ours) for name, (ours, _) in family.settings.items()}
+    settings |= {name: allowed[0] for name, (_, allowed) in family.fixed.items()}
+    if hasattr(config, "labels"):
+        settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+        settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    # They have no such settings, and keep them: so what goes out comes in again.
+    settings |= {
+        name: vars(config)[name] for name in ("pairs", "may_abstain") if name in vars(config)
+    }
+    alone = task == "bert" and not config.nsp
+    architecture = "BertForMaskedLM" if alone else family.architecture
+    return {"model_type": family.model_type, "architectures": [architecture], **settings}
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One tensor of theirs, and those of ours that it consists of, joined along the outputs."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    how: str  # "", transposed, row, rows or columns
+
+
+def numbered(name: str, layers: int) -> list[str]:
+    return [name.replace("{}", str(i)) for i in range(layers)] if "{}" in name else [name]
+
+
+def rows(task: str, config: Any) -> list[Row]:
+    """The table of a model of these sizes, tensor by tensor."""
+    found = []
+    for theirs, ours, kind in FAMILIES[task].modules:
+        if task == "bert" and not config.nsp and ours in ("pooler", "nsp_head"):
+            continue
+        if task == "seq2seq" and not config.output_bias and ours == "output_bias":
+            continue
+        for there, here in zip(*(numbered(x, config.n_layer) for x in (theirs, ours)), strict=True):
+            for part, how in KINDS[kind].items():
+                end = f".{part}" if part else ""
+                found.append(Row(there + end, tuple(x + end for x in here.split()), how))
+    return found
+
+
+def canonical(family: Family, names: Mapping[str, Any]) -> dict[str, str]:
+    """{the table's name: the file's}. Encoders without heads leave the prefix out, and the oldest
+    files of BERT call a norm's weight gamma and its bias beta. Raises ValueError for names that
+    mean the same."""
+    prefix = "" if any(name.startswith(family.prefix) for name in names) else family.prefix
+    found, twice = {}, []
+    for name in names:
+        full = name if name.startswith(family.heads) else prefix + name
+        full = full.replace("LayerNorm.gamma", "LayerNorm.weight")
+        full = full.replace("LayerNorm.beta", "LayerNorm.bias")
+        if full in found:
+            twice.append(f"{name} is {found[full]} again")
+        found[full] = name
+    refuse(family, {"double": twice})
+    return found
+
+
+def refuse(family: Family, wrong: dict[str, list[str]]) -> None:
+    """Raises ValueError if anything is listed: all of it, but no more than 20 of a kind."""
+    parts = []
+    for kind, names in wrong.items():
+        rest = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+        if names:
+            parts.append(f"{kind}: {', '.join(names[:20])}{rest}")
+    if parts:
+        raise ValueError(f"the tensors are not those of {family.title}; {'; '.join(parts)}")
+
+
+def to_ours(
+    task: str, config: Any, shapes: Mapping[str, tuple[int, ...]], get: Get
+) -> tuple[Any, dict[str, Tensor], list[str]]:
+    """Their tensors -> (our config, our state, names of ours that the file does not have).
+
+    `shapes` are all that the file holds, `get` reads one of them by its name there. Only BERT may
+    lack something: without pooler and its head it has nsp=False, and a head that the file lacks is
+    told. Marian has an output bias if the file's is not zero. Raises ValueError that lists every
+    missing, surplus or misshapen tensor, before any but that bias is read, or all that are not what
+    they should be derived from.
+    """
+    family, names = FAMILIES[task], canonical(FAMILIES[task], shapes)
+    absent: set[str] = set()
+    if task == "bert":
+        nsp = any(name.startswith(("bert.pooler.", "cls.seq_relationship.")) for name in names)
+        config = replace(config, nsp=nsp)
+        for head in ("cls.predictions.", "cls.seq_relationship."):
+            own = [row.theirs for row in rows(task, config) if row.theirs.startswith(head)]
+            absent.update(own if not names.keys() & set(own) else [])
+    if task == "seq2seq":
+        bias = names.get("final_logits_bias")
+        one_row = bias is not None and tuple(shapes[bias]) == (1, config.vocab_size)
+        config = replace(config, output_bias=one_row and bool(get(bias).any()))
+    with torch.device("meta"):
+        state = family.Model(config).state_dict()
+    wanted, table = {}, rows(task, config)
+    for row in table:
+        first, *rest = (state[name].shape for name in row.ours)
+        shape = (first[0] + sum(s[0] for s in rest), *first[1:])
+        wanted[row.theirs] = shape[::-1] if row.how == "transposed" else shape
+        if row.how == "row":
+            wanted[row.theirs] = (1, *shape)
+    derived = {
+        name: law for key, law in family.derived.items() for name in numbered(key, config.n_layer)
+    }
+    shape_of = {name: tuple(shapes[there]) for name, there in names.items()}
+    refuse(
+        family,
+        {
+            "missing": [n for n in wanted if n not in shape_of and n not in absent],
+            "surplus": [n for n in shape_of if n not in wanted and n not in derived],
+            "misshapen": [
+                f"{n} {shape_of[n]} instead of {shape}"
+                for n, shape in wanted.items()
+                if n in shape_of and shape_of[n] != shape
+            ],
+        },
+    )
+
+    def read(name: str) -> Tensor:
+        return get(names[name])
+
+    false = [
+        f"{name} is not {law.what}"
+        for name, law in derived.items()
+        if name in names and not law.holds(read(name), read, config)
+    ]
+    refuse(family, {"wrong": false})
+    state, fresh = {}, []
+    for row in table:
+        if row.theirs in absent:
+            fresh += row.ours
+            continue
+        tensor = turned(read(row.theirs), row.how)
+        for name, part in zip(row.ours, tensor.chunk(len(row.ours)), strict=True):
+            state[name] = part.contiguous()
+    return config, state, fresh
+
+
+def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state, whole -> their tensors, those that are tied or derived left out."""
+    found = {}
+    for row in rows(task, config):
+        joined = torch.cat([state[name] for name in row.ours])
+        found[row.theirs] = turned(joined, row.how, back=True).contiguous()
+    for name, law in FAMILIES[task].derived.items():
+        if law.make and name not in found:
+            found[name] = law.make(config)
+    return found
+
+
+def turned(tensor: Tensor, how: str, back: bool = False) -> Tensor:
+    """What Row.how says, from theirs to ours, or back."""
+    if how == "transposed":
+        return tensor.t()
+    if how == "row":
+        return tensor[None] if back else tensor[0]
+    if how not in ("rows", "columns"):
+        return tensor
+    axis = 0 if how == "rows" else 1
+    order = stream_order(tensor.size(axis))
+    return tensor.index_select(axis, order.argsort() if back else order)

@@ -1,0 +1,344 @@
+"""The tokenizer files of Hugging Face, in and out: tokenizer.json, or vocab.json and merges.txt,
+or vocab.txt, or vocab.json and the two *.spm of a translator.
+
+Of what these files can say, ours is a part: byte-level BPE, split by one of our patterns, BERT's
+WordPiece and Marian's SentencePiece. Every field that changes ids is checked, and what we would not
+do exactly so is refused by its name.
+
+Left out: Unigram and BPE on characters in a tokenizer.json; settings for padding and truncation.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bpe import Tokenizer, byte_characters, unique_keys
+from chunks import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN
+from data.masked import CLS, SEP, SPECIAL
+from data.sentencepieces import (
+    END_PIECE,
+    FILES,
+    SPECIAL_PIECES,
+    START_PIECE,
+    UNK_PIECE,
+    SentencePieces,
+)
+from data.tokens import END_OF_TEXT, AnyTokenizer
+from wordpiece import UNK, WordPiece
+
+# vocab.txt is BERT's, *.spm are Marian's.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "source.spm",
+    "target.spm",
+)
+MOST_JSON = 100_000_000  # bytes of a file; GPT-2's tokenizer.json has 1.4 million, a .spm 0.8
+
+
+def parse_object(text: bytes, path: Path) -> dict:
+    try:
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: no JSON ({str(error)[:100]})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: its JSON is no object")
+    return found
+
+
+def read_whole(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    if path.stat().st_size > MOST_JSON:
+        raise ValueError(f"{path} has more than {MOST_JSON:,} bytes: that is no {path.name}")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> dict:
+    return parse_object(read_whole(path), path)
+
+
+# ---- out -----------------------------------------------------------------------------------------
+
+# Our patterns in the words of Oniguruma, the engine of Hugging Face's tokenizers: there {1,3}+ is
+# not possessive but a repeat of the repeat, and (?m) is what (?s) is here. ($ ends a line there,
+# but where we have it, all newlines are already taken.)
+SPLITS = {
+    GPT2_PATTERN: GPT2_PATTERN,
+    GPT4_PATTERN: GPT4_PATTERN.replace("{1,3}+", "{1,3}"),
+    CHAR_PATTERN: "(?m:.)",
+}
+SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace())  # of str.split and str.strip
+
+
+def framing(task: str, special: dict[str, int]) -> tuple[dict | None, dict | None]:
+    """(normalizer, post_processor): what each task does to a text before and behind its tokens.
+
+    BERT: white space collapsed, one space in front, between [CLS] and [SEP]; encoder-decoder: no
+    white space at the ends, the end token behind. GPT: nothing.
+    """
+    if task == "gpt":
+        return None, None
+
+    def place(pieces: list[tuple[str, int]]) -> list[dict]:
+        return [
+            {"SpecialToken" if name in special else "Sequence": {"id": name, "type_id": segment}}
+            for name, segment in pieces
+        ]
+
+    def replaced(pattern: str, content: str) -> dict:
+        return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+    if task == "bert":
+        used, single = (CLS, SEP), [(CLS, 0), ("A", 0), (SEP, 0)]
+        pair = [*single, ("B", 1), (SEP, 1)]
+        steps = [replaced(f"[{SPACES}]+", " "), replaced(r"\A | \z", "")]
+        steps.append({"type": "Prepend", "prepend": " "})
+    else:
+        used, single = (END_OF_TEXT,), [("A", 0), (END_OF_TEXT, 0)]
+        pair = [*single, ("B", 1), (END_OF_TEXT, 1)]
+        steps = [replaced(rf"\A[{SPACES}]+|[{SPACES}]+\z", "")]
+    template = {"type": "TemplateProcessing", "single": place(single), "pair": place(pair)}
+    ids = {name: {"id": name, "ids": [special[name]], "tokens": [name]} for name in used}
+    return {"type": "Sequence", "normalizers": steps}, {**template, "special_tokens": ids}
+
+
+def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
+    """What tokenizer.json says. Raises ValueError for a pattern whose wording there is not known.
+
+    Their tokenizer finds the names of special tokens in every text, ours where they are allowed.
+    """
+    if isinstance(tokenizer, WordPiece):
+        return tokenizer.to_tokenizer_json()
+    if tokenizer.pattern not in SPLITS:
+        raise ValueError(
+            f"the pattern {tokenizer.pattern!r} has no known wording in tokenizer.json"
+        )
+    character = {byte: c for c, byte in byte_characters().items()}
+
+    def text(token: bytes) -> str:
+        return "".join(character[byte] for byte in token)
+
+    special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    normalizer, post_processor = framing(task, tokenizer.special_tokens)
+    split = {"Regex": SPLITS[tokenizer.pattern]}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": name, "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for name, i in special
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
+                {**level, "use_regex": False},
+            ],
+        },
+        "post_processor": post_processor,
+        "decoder": {**level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            **dict.fromkeys(("dropout", "unk_token"), None),
+            **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), ""),
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+            "vocab": {text(token): i for token, i in tokenizer.ranks.items()} | dict(special),
+            "merges": [[text(a), text(b)] for a, b in tokenizer.merges()],
+        },
+    }
+
+
+def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
+    """From a translator's *.spm, from tokenizer.json, or vocab.json and merges.txt, or vocab.txt;
+    what tokenizer_config.json says of WordPiece or the *.spm must agree. ValueError for what ours
+    cannot equal."""
+    path, settings = folder / "tokenizer.json", {}
+    if task != "gpt" and (folder / "tokenizer_config.json").is_file():
+        settings = read_json(folder / "tokenizer_config.json")
+    if task == "seq2seq" and any((folder / name).is_file() for name in FILES[:2]):
+        return read_sentencepieces(folder, settings)
+    if path.is_file():
+        state = read_json(path)
+        if is_wordpiece(state):
+            try:
+                tokenizer = WordPiece.from_tokenizer_json(state)
+            except ValueError as error:
+                raise ValueError(f"{path.parent}: {error}") from None
+        else:
+            tokenizer = from_tokenizer_json(state, path, task)
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        path = folder / "merges.txt"
+        vocab = read_json(folder / "vocab.json")
+        try:
+            lines = read_whole(path).decode("utf-8").split("\n")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        pairs = [line.split(" ") for line in lines if line]
+        pairs = pairs[1:] if pairs and pairs[0][0] == "#version:" else pairs
+        made = {"".join(pair) for pair in pairs} | byte_characters().keys()
+        # The files do not say which tokens are special: those that look so and no merge makes.
+        named = re.compile(r"<.+>|\[.+\]").fullmatch
+        special = {name: i for name, i in vocab.items() if name not in made and named(name)}
+        tokenizer = from_merges(vocab, pairs, GPT2_PATTERN, special, path)
+    elif (folder / "vocab.txt").is_file():
+        path, lowercase = folder / "vocab.txt", settings.get("do_lower_case", True)
+        tokenizer = WordPiece.from_vocab(path, lowercase=lowercase)
+    elif any(folder.glob("*.spm")) or any(folder.glob("*.model")):
+        raise ValueError(
+            f"{folder} has a SentencePiece tokenizer: only a translator's is read, from "
+            f"{', '.join(FILES)}"
+        )
+    else:
+        raise ValueError(f"{folder} holds no tokenizer.json, vocab.txt, or vocab.json, merges.txt")
+    if isinstance(tokenizer, WordPiece):
+        ours = {"do_lower_case": tokenizer.lowercase, "tokenize_chinese_chars": True}
+        ours |= {"do_basic_tokenize": True, "strip_accents": tokenizer.lowercase}
+        ours |= {"never_split": [], "unk_token": UNK}
+        agree(ours, settings, folder / "tokenizer_config.json")
+    needed = SPECIAL if task == "bert" else (END_OF_TEXT,)
+    if missing := [name for name in needed if name not in tokenizer.special_tokens]:
+        raise ValueError(f"{path} has no token {', '.join(missing)}, which a {task} needs here")
+    return tokenizer
+
+
+def is_wordpiece(state: dict) -> bool:
+    """Files of 2020 leave the model's type out, but only WordPiece has a limit for words."""
+    model = state.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    return kind == "WordPiece" or (kind is None and "max_input_chars_per_word" in (model or {}))
+
+
+# What MarianTokenizer can be told, and what ours does.
+MARIAN_SETTINGS = {"separate_vocabs": False, "sp_model_kwargs": {}, "eos_token": END_PIECE}
+MARIAN_SETTINGS |= {"unk_token": UNK_PIECE, "pad_token": START_PIECE}
+MARIAN_SETTINGS |= {"additional_special_tokens": [], "extra_special_tokens": []}
+
+
+def read_sentencepieces(folder: Path, settings: dict) -> SentencePieces:
+    path = folder / "tokenizer_config.json"
+    agree(MARIAN_SETTINGS, settings, path)
+    added = settings.get("added_tokens_decoder") or {}
+    tokens = list(added.values()) if isinstance(added, dict) else [added]
+    for token in tokens:
+        if not isinstance(token, dict) or token.get("content") not in SPECIAL_PIECES:
+            raise ValueError(
+                f"{path}: the added token {str(token)[:80]} is not supported, only "
+                f"{', '.join(SPECIAL_PIECES)} are"
+            )
+    source, target = (read_whole(folder / name) for name in FILES[:2])
+    path = folder / FILES[2]
+    vocab = read_json(path)
+    if any(type(i) is not int for i in vocab.values()) or {*vocab.values()} != {*range(len(vocab))}:
+        raise ValueError(f"{path}: the ids of {len(vocab):,} pieces do not count from 0")
+    try:
+        return SentencePieces(source, target, sorted(vocab, key=vocab.get))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def agree(ours: dict, settings: dict, path: Path) -> None:
+    """tokenizer_config.json can overrule the other files in what their tokenizer does: ValueError
+    unless it says the same."""
+    for name, value in ours.items():
+        found = settings.get(name)
+        if isinstance(found, dict):  # an added token, with how it is found in a text
+            found = found.get("content", found)
+        if found not in (None, value):
+            raise ValueError(f"{path}: {name}={str(found)[:80]} is not supported, only {value} is")
+
+
+def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:
+    """Every field that changes ids is checked: ValueError names the one that ours does not have."""
+    model, added = state.get("model"), state.get("added_tokens") or []
+    if not isinstance(model, dict):
+        raise ValueError(f"{path} has no model")
+    kind = model.get("type", "BPE")
+    if kind != "BPE" or model.get("byte_fallback"):  # byte_fallback: SentencePiece's BPE
+        raise ValueError(f"{path.parent} has a {kind} tokenizer: not supported in a {path.name}")
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(field):
+            raise ValueError(f"{path}: {field}={model[field]!r} is not supported")
+    special = {}
+    for token in added:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise ValueError(f"{path}: the added token {str(token)[:80]} is wrong")
+        if any(token.get(field) for field in ("single_word", "lstrip", "rstrip")):
+            raise ValueError(f"{path}: {token['content']!r} takes its surroundings: not supported")
+        special[token["content"]] = token.get("id")
+    try:
+        normalizer, post_processor = framing(task, special)
+    except KeyError as error:
+        raise ValueError(f"{path} has no token {error}, which a {task} needs here") from None
+    if state.get("normalizer") != normalizer:
+        raise ValueError(f"{path}: normalizer={str(state['normalizer'])[:100]} is not supported")
+    found = state.get("post_processor")
+    found = None if isinstance(found, dict) and found.get("type") == "ByteLevel" else found
+    if found != post_processor:  # ByteLevel's changes offsets alone
+        raise ValueError(f"{path}: post_processor={str(found)[:100]} is not supported")
+    return from_merges(
+        model.get("vocab"), model.get("merges"), split_pattern(state, path), special, path
+    )
+
+
+def split_pattern(state: dict, path: Path) -> str:
+    """Which of our patterns the pre_tokenizer is."""
+    whole = state.get("pre_tokenizer")
+    steps = whole.get("pretokenizers") if isinstance(whole, dict) else None
+    steps = steps if isinstance(steps, list) and steps else [whole]
+    *splits, last = [step if isinstance(step, dict) else {} for step in steps]
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        if last.get("use_regex", True) and not splits:
+            return GPT2_PATTERN
+        for ours, theirs in SPLITS.items():
+            wanted = {"type": "Split", "pattern": {"Regex": theirs}, "behavior": "Isolated"}
+            if splits == [{**wanted, "invert": False}] and not last.get("use_regex", True):
+                return ours
+    raise ValueError(f"{path}: pre_tokenizer={str(whole)[:200]} is not supported")
+
+
+def from_merges(
+    vocab: Any, merges: Any, pattern: str, special: dict[str, int], path: Path
+) -> Tokenizer:
+    """vocab: token -> id; merges: pairs, or pairs joined by a space, in their order. The pairs must
+    be those that the ids alone imply, for they are all that our Tokenizer keeps."""
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise ValueError(f"{path} has no vocab or no merges")
+    byte_of, tokens, pairs = byte_characters(), {}, []
+    for name, i in vocab.items():
+        if special.get(name, i) != i:
+            raise ValueError(f"{path}: {name!r} has the ids {i} and {special[name]}")
+        if name not in special:
+            tokens[name] = bytes([byte_of[c] for c in name]) if byte_of.keys() >= set(name) else b""
+    for number, merge in enumerate(merges, 1):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        try:
+            first, second = pair if isinstance(pair, list) else ()
+            known = tokens[first + second] and tokens[first] and tokens[second]
+        except (KeyError, TypeError, ValueError):
+            known = b""
+        if not known:
+            raise ValueError(f"{path}: merge {number:,}, {str(merge)[:80]!r}, is not of its tokens")
+        pairs.append((tokens[first], tokens[second]))
+    if unreached := len(tokens) - 256 - len(pairs):
+        raise ValueError(
+            f"{path}: {len(tokens):,} tokens are not 256 bytes and {len(pairs):,} merges, by "
+            f"{unreached:+,}"
+        )
+    try:
+        tokenizer = Tokenizer({tokens[name]: vocab[name] for name in tokens}, pattern, special)
+        implied = tokenizer.merges()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for number, (pair, wanted) in enumerate(zip(pairs, implied, strict=True), 1):
+        if pair != wanted:
+            raise ValueError(f"{path}: merge {number:,}, {pair}, should be {wanted} by the ids")
+    return tokenizer

@@ -1,0 +1,206 @@
+"""Checkpoints that no process could hold: each writes its own part of the tensors into a folder.
+
+The checkpoint itself, `latest.pt` for one, then has everything but the tensors, and under "parts"
+the name of the folder beside it and where in its files each piece lies:
+
+    {"folder": "latest.0001200-0.parts",
+     "tensors": {"model/norm.weight": {"dtype": "float32", "size": [768], "chunks": [
+         {"offsets": [0], "sizes": [384], "file": "__0_0.distcp", "offset": 0, "length": 2304,
+          "crc32": 1234567}, …]}}}
+
+`torch.distributed.checkpoint` decides who writes what, and writes it. Its own table of contents is
+a pickle, which this project reads from nobody: ours are plain values, and a piece is read with
+`weights_only=True`, after its checksum. A piece is some rows of a tensor, so any number of
+processes can read what any other number has written, each the rows that it needs.
+
+Left out: objects other than tensors, pieces of columns, writing in the background.
+"""
+
+import dataclasses
+import errno
+import io
+import re
+import shutil
+import zlib
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.futures import Future
+
+from engine.checkpoint import flush_names
+from engine.processes import Processes
+from optim import one_by_one
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+class Writer(dcp.FileSystemWriter):
+    """As torch's, but each piece gets a checksum, and the table of contents stays in `contents`."""
+
+    contents: dict
+
+    def write_data(self, plan, planner) -> Future:
+        results = []
+        for result in super().write_data(plan, planner).wait():
+            place = result.storage_data
+            with (Path(self.path) / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                crc32 = zlib.crc32(file.read(place.length))
+            found = {"file": place.relative_path, "offset": place.offset, "length": place.length}
+            results.append(dataclasses.replace(result, storage_data={**found, "crc32": crc32}))
+        future: Future = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata, results) -> None:
+        places = {result.index: result.storage_data for some in results for result in some}
+        self.contents = {
+            name: {
+                "dtype": str(tensor.properties.dtype).removeprefix("torch."),
+                "size": list(tensor.size),
+                "chunks": [
+                    {
+                        "offsets": list(chunk.offsets),
+                        "sizes": list(chunk.sizes),
+                        **places[MetadataIndex(name, chunk.offsets)],
+                    }
+                    for chunk in tensor.chunks
+                ],
+            }
+            for name, tensor in metadata.state_dict_metadata.items()
+        }
+
+
+def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -> dict:
+    """Writes the parts of the checkpoint `path`; every process calls it with what it holds, a
+    DTensor for its rows of a tensor. -> the first one gets what belongs under "parts".
+
+    The folder is new, so that those of older checkpoints stay as they are; it is on the disk when
+    this returns. Raises OSError, in every process, where one of them could not write.
+    """
+    names = (f"{path.stem}.{step:07}-{number}.parts" for number in count())
+    # The step may have been saved before, perhaps by a process that was killed.
+    folder = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    if group.world > 1:  # only the first one knows which folder the run has got
+        name = torch.tensor(list(str(folder).encode())) if group.main else None
+        folder = Path(bytes(group.from_owner(name, 0).tolist()).decode())
+    writer = Writer(folder)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group.patient)
+    except CheckpointException as error:
+        if group.main:
+            shutil.rmtree(folder, ignore_errors=True)
+        reason = "; ".join(str(e) for e, _ in error.failures.values()).split("\n")[0]
+        raise OSError(errno.EIO, f"{folder}: {reason}") from error
+    flush_names(folder)
+    found = {"folder": folder.name, "tensors": writer.contents} if group.main else {}
+    files = {c["file"] for about in found.get("tensors", {}).values() for c in about["chunks"]}
+    if group.first(not all((folder / file).is_file() for file in files)):
+        raise OSError(
+            errno.ENOENT,
+            f"{folder} is not on a disk that all machines share, as --shard needs here",
+        )
+    return found
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class Stored:
+    """A tensor of the checkpoint `path` that is still on the disk. stored[...] reads it, and
+    stored[4:7] some of its rows; both raise ValueError for what is missing or damaged."""
+
+    def __init__(self, path: Path, parts: dict, name: str):
+        self.path, self.name = path, name
+        try:
+            self.folder, about = path.with_name(parts["folder"]), parts["tensors"][name]
+            self.shape, self.dtype = torch.Size(about["size"]), getattr(torch, about["dtype"])
+            self.chunks = about["chunks"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise self.damage(error) from error
+
+    def damage(self, error: Exception | str) -> ValueError:
+        reason = " ".join(f"{self.name}: {error}".split())[:200]
+        return ValueError(f"{self.path} and its folder do not fit together ({reason})")
+
+    def __getitem__(self, rows) -> Tensor:
+        height, *width = self.shape or [1]  # a number is kept as one row
+        first, last = (0, height) if rows is ... else (rows.start, rows.stop)
+        read, found = torch.empty(last - first, *width, dtype=self.dtype), 0
+        try:
+            for chunk in self.chunks:
+                begin, length = (chunk["offsets"] or [0])[0], (chunk["sizes"] or [1])[0]
+                start, stop = max(first, begin), min(last, begin + length)
+                if start < stop:
+                    piece = read_piece(self.folder, chunk).view(length, *width)
+                    read[start - first : stop - first] = piece[start - begin : stop - begin]
+                    found += stop - start
+        except ValueError:
+            raise
+        except Exception as error:  # torch raises half a dozen kinds for damaged files
+            raise self.damage(error) from error
+        if found != last - first:
+            raise self.damage(f"{last - first - found} rows are missing")
+        return read if self.shape else read[0]
+
+
+def read_piece(folder: Path, chunk: dict) -> Tensor:
+    if not re.fullmatch(r"\w+\.distcp", chunk["file"]):
+        raise ValueError(f"{folder} cannot hold {chunk['file']!r}: the checkpoint is damaged")
+    with (folder / chunk["file"]).open("rb") as file:
+        file.seek(chunk["offset"])
+        data = file.read(chunk["length"])
+    if zlib.crc32(data) != chunk["crc32"]:
+        raise ValueError(f"{folder / chunk['file']} is damaged: use an older checkpoint")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def find(path: Path, checkpoint: dict, whole: bool) -> None:
+    """Puts the tensors of a checkpoint in parts into their places: themselves, after which it is as
+    if it had been one file; or what they can be read from."""
+    try:
+        for name in checkpoint["parts"]["tensors"]:
+            stored = Stored(path, checkpoint["parts"], name)
+            put(checkpoint, name, stored[...] if whole else stored)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged: its list of parts has no place for {error}"
+        ) from error
+    if whole:
+        del checkpoint["parts"]
+
+
+# ---- names: "model/NAME" and "optimizer/WHICH/NUMBER/NAME", WHICH as in `one_by_one` -------------
+
+
+def flat(weights: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
+    """The tensors in the state of a model and in that of an optimizer, by their names here."""
+    tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+    for which, one in one_by_one(state).items():
+        for number, found in one["state"].items():
+            tensors |= {f"optimizer/{which}/{number}/{name}": t for name, t in found.items()}
+    return tensors
+
+
+def put(checkpoint: dict, name: str, tensor) -> None:
+    """The tensor of that name into its place."""
+    kind, _, rest = name.partition("/")
+    if kind == "model":
+        checkpoint["model"][rest] = tensor
+    else:
+        which, number, key = rest.split("/")
+        state = one_by_one(checkpoint["optimizer"])[which]["state"]
+        state.setdefault(int(number), {})[key] = tensor
+
+
+def bare(state: dict) -> dict:
+    """The state of an optimizer without its tensors."""
+    return {
+        key: {} if key == "state" else bare(value) if isinstance(value, dict) else value
+        for key, value in state.items()
+    }

@@ -1,0 +1,232 @@
+"""The device that this process has, its place among those that torchrun started, its signals."""
+
+import hashlib
+import os
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import cpu
+from engine.watchdog import Watchdog
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "bf16", "fp32")
+
+
+@dataclass
+class Processes:
+    """rank of world; alone it is 0 of 1, and nothing is sent. local_rank counts on this machine."""
+
+    rank: int
+    world: int
+    device: torch.device
+    local_rank: int = 0
+    patient: dist.ProcessGroup | None = None  # gloo, for numbers of the host and waits of hours
+    store: dist.Store | None = None  # of keys and values that all can see
+    watchdog: Watchdog | None = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def launcher(self) -> list[str]:
+        """The words that start as many processes on as many machines."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        if self.world == 1:
+            return ["python"]
+        if self.world == here:
+            return ["torchrun", "--standalone", f"--nproc_per_node={here}"]
+        words = ["torchrun", f"--nnodes={self.world // here}", f"--nproc_per_node={here}"]
+        return [*words, "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
+
+    def at(self, place: str, step: int | None = None) -> None:
+        """What is being done now: every process says the same in the same order, see Watchdog."""
+        if self.watchdog:
+            self.watchdog.at(place, step)
+
+    @contextmanager
+    def watched(self, minutes: float) -> Iterator[None]:
+        """While no process may keep the others waiting for longer than that."""
+        if self.store:
+            self.watchdog = Watchdog(self.store, self.rank, self.world, 60 * minutes)
+        with self.watchdog or nullcontext():
+            yield
+        self.watchdog = None
+
+    def sum(self, numbers: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
+        """Element by element over all processes, which all get the same result. From host to host
+        by gloo: NCCL would wait for all that the GPUs have queued."""
+        if self.world == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=dtype)
+        dist.all_reduce(total, group=self.patient)
+        return total.tolist()
+
+    def first(self, number: float) -> float:
+        """The first process's number, for all."""
+        return self.sum([number if self.main else 0])[0]
+
+    def agree(self, text: str) -> bool:
+        """Whether all processes have the same text, as far as 52 bits of its hash tell."""
+        number = int(hashlib.sha256(text.encode()).hexdigest()[:13], 16)  # exact as a float64
+        return not self.sum([float(number != self.first(number))])[0]
+
+    def from_owner(self, tensor: Tensor | None, owner: int) -> Tensor:
+        """The tensor that one process has, for all; the others pass None."""
+        if self.world == 1:
+            return tensor
+        mine = self.rank == owner
+        about = [0] * 6  # whether integers, dimensions, sizes
+        if mine:
+            about = [int(not tensor.is_floating_point()), tensor.dim(), *tensor.shape]
+            about += [0] * (6 - len(about))
+        integers, n, *sizes = (int(x) for x in self.sum(about))
+        dtype = torch.int64 if integers else torch.float32
+        found = torch.empty(sizes[:n], dtype=dtype, device=self.device)
+        if mine:
+            found.copy_(tensor)
+        dist.broadcast(found, owner)
+        return found
+
+    def wait(self) -> None:
+        if self.world > 1:
+            try:
+                dist.barrier(group=self.patient)
+            except RuntimeError as error:
+                raise ValueError(OTHER_ENDED) from error
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether this machine's "cuda" or "cpu" has instructions for it; without them it is slow."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def pick_device(name: str) -> torch.device:
+    """name is one of DEVICES; auto takes a GPU if there is one. A processor is made ready for its
+    work. Raises ValueError."""
+    if name not in DEVICES:
+        raise ValueError(f"--device {name} is not known: choose {', '.join(DEVICES)}")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise ValueError(f"--device {name} cannot be used: this torch sees none here, try cpu")
+    if name == "cpu":
+        cpu.prepare()
+    return torch.device(name)
+
+
+def precision(dtype: str, device: torch.device) -> torch.dtype:
+    """dtype is one of DTYPES; auto is bf16 on GPUs that have it. Raises ValueError."""
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not known: choose {', '.join(DTYPES)}")
+    if dtype == "auto":
+        bf16 = device.type == "cuda" and multiplies_bf16("cuda")
+        return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
+
+
+def start(device_name: str, minutes: float = 10.0) -> Processes:
+    """Joins the group that torchrun's variables describe; without them this process is alone.
+    Raises ValueError where not all processes of the group have come after so many minutes."""
+    device = pick_device(device_name)
+    if "RANK" not in os.environ:
+        return Processes(0, 1, device)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    try:
+        patience = timedelta(minutes=minutes)
+        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+        store = fresh(store, rank, world, minutes)
+    except (dist.DistError, TimeoutError) as error:  # torchrun ends those of its own machine only
+        raise ValueError(
+            f"not all processes have come within {minutes:g} minutes: see what was said on the "
+            "other machines, or raise --timeout"
+        ) from error
+    # In training a watchdog has less patience than that; it can say more than a time-out does.
+    hours, backend = timedelta(hours=12), "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
+    # One process of each machine tokenizes while the others wait: hours, for a large text.
+    patient = dist.new_group(backend="gloo", timeout=hours)
+    told = dist.PrefixStore("watchdog", store)
+    return Processes(rank, world, device, local_rank, patient, told if world > 1 else None)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def fresh(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Store:
+    """A part of the store that nobody has written to yet. TimeoutError where some do not come.
+
+    torchrun keeps the store when it restarts the processes (seen with 2.13), and who finds there
+    the address of one that is dead calls it in vain. So each says a new name, and all agree on
+    rank 0's, which has seen all of them and been seen by all.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"name {rank}", mine)
+    agreed, names, seen = mine, [], False
+    end = time.monotonic() + 60 * minutes
+    while not seen:
+        if time.monotonic() > end:
+            raise TimeoutError
+        if rank == 0:
+            names = [store.get(f"name {other}").decode() for other in range(world)]
+            store.set("names", " ".join(names))
+            seen = all(store.check([f"{mine} {other}"]) for other in range(1, world))
+        else:
+            agreed, *names = store.get("names").decode().split()
+            if seen := mine in names:
+                store.set(f"{agreed} {rank}", "")
+        time.sleep(0 if seen else 0.05)
+    return dist.PrefixStore(agreed, store)
+
+
+def repeats() -> bool:
+    """Whether this command may have begun before: torchrun (--max-restarts) repeats it, and Slurm
+    (--requeue). The same in all processes, which a count of restarts is not on several machines."""
+    return any(
+        os.environ.get(name, "0") not in ("", "0")
+        for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT")
+    )
+
+
+OTHER_ENDED = "another process ended: see what it said, and go on with --resume"
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether it is what a collective operation raises when a process at its other end is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+class Interruption:
+    """SIGINT and SIGTERM ask the loop to end after the step; a second SIGINT ends at once."""
+
+    def __enter__(self) -> "Interruption":
+        self.asked = False
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number: int, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,87 @@
+"""Speed beside the peers that are installed, in one interleaved run.
+
+    python -m lab.bench                    everything, four minutes on two cores
+    python -m lab.bench --device cuda      eight minutes on one GPU: larger models, bf16, compiled
+    python -m lab.bench --only train       one comparison; --only ? lists them
+
+What is compared lies in training.py, sampling.py and tokenizing.py, how in
+turns.py. Costs of long runs are in runs.py, of fine-tuning in finetuning.py, of growth in
+growth.py; what was tried and rejected in docs/speed.md.
+"""
+
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from engine import cli
+from engine.processes import pick_device
+from lab.sampling import bench_sample, bench_translate
+from lab.tokenizing import bench_bpe, bench_corpus, bench_encode
+from lab.training import bench_bert, bench_optim, bench_seq2seq, bench_train
+from lab.turns import BenchConfig
+
+BENCHES = {
+    "bpe": bench_bpe,
+    "encode": bench_encode,
+    "corpus": bench_corpus,
+    "optim": bench_optim,
+    "train": bench_train,
+    "bert": bench_bert,
+    "seq2seq": bench_seq2seq,
+    "sample": bench_sample,
+    "translate": bench_translate,
+}
+TOKENIZERS = ("bpe", "encode", "corpus")  # which no GPU makes faster
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("transformers", "tokenizers", "tiktoken", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser("Measure speed beside the peers that are installed.")
+    cli.add_flags(parser, BenchConfig, "benchmark")
+    config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
+    if config.only and config.only not in BENCHES:
+        raise ValueError(f"--only {config.only} is not known: choose {', '.join(BENCHES)}")
+    if config.dtype not in ("", "fp32", "bf16"):
+        raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
+    cli.check_ranges(config, {"repeats": (2, 1000)})
+    if (path := Path(config.out)).parent.is_dir():  # which is made in the end
+        cli.new_file("out", config.out, lambda p: p.read_bytes().startswith(b'{\n "versions": {'))
+    device, begin = pick_device(config.device), time.perf_counter()
+    torch.manual_seed(0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = torch.get_num_threads()
+    print(*(f"{package} {version}" for package, version in versions().items()), sep=", ")
+    print(f"{name}, {threads} threads, fp32 products by {multiplier(device)}")
+    keys = [key for key in BENCHES if device.type != "cuda" or key not in TOKENIZERS]
+    keys = [config.only] if config.only else keys
+    results = [result for key in keys for result in BENCHES[key](config, device)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"versions": versions(), "device": name, "threads": threads, "results": results}
+    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    minutes = (time.perf_counter() - begin) / 60
+    print(f"\n{minutes:.1f} minutes; the same as JSON: {path}")
+
+
+def multiplier(device: torch.device) -> str:
+    """Who multiplies matrices in fp32, after `cpu.py` has looked at the processor."""
+    if device.type != "cpu":
+        return "its own library"
+    return "oneDNN" if torch.get_float32_matmul_precision() == "medium" else "MKL or BLAS"
+
+
+if __name__ == "__main__":
+    cli.run(main)

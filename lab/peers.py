@@ -1,0 +1,50 @@
+"""Our models as Hugging Face has them, for benchmarks and tests to compare with."""
+
+import torch.nn as nn
+
+from bert import Encoder
+from engine.hub.families import FAMILIES
+from engine.hub.mapping import their_settings, to_theirs
+from model import GPTConfig
+from seq2seq import Seq2Seq
+
+
+def peer(name: str):
+    """The module, or None and a line that says what is missing."""
+    try:
+        return __import__(name)
+    except ImportError:
+        print(f"({name} is not installed: its column is missing; pip install {name})")
+        return None
+
+
+def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
+    """With our sizes, but weights of its own."""
+    settings = their_settings("gpt", sizes)
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict({**settings, **ids}))
+
+
+def hugging_face_marian(transformers, ours: Seq2Seq, start: int, end: int) -> nn.Module:
+    """With our sizes and weights: the same function of the tokens."""
+    ids = {"eos_token_id": end, "decoder_start_token_id": start, "forced_eos_token_id": None}
+    ids |= {"pad_token_id": ours.config.vocab_size - 1}
+    settings = {**their_settings("seq2seq", ours.config), **ids}
+    theirs = transformers.MarianMTModel(transformers.MarianConfig.from_dict(settings))
+    return with_our_weights(theirs, "seq2seq", ours)
+
+
+def hugging_face_encoder(transformers, ours: Encoder, task: str = "bert") -> nn.Module:
+    """BertForPreTraining, without NSP BertForMaskedLM, or the class of a task of fine-tuning, with
+    our sizes and weights. They have neither a pre-LN BERT nor one without biases: ValueError."""
+    # With an id for padding, its embedding would get no gradient from the input.
+    settings = {**their_settings(task, ours.config), "pad_token_id": None}
+    Model = getattr(transformers, settings["architectures"][0])
+    return with_our_weights(Model(transformers.BertConfig.from_dict(settings)), task, ours)
+
+
+def with_our_weights(theirs: nn.Module, task: str, ours: nn.Module) -> nn.Module:
+    tensors = to_theirs(task, ours.config, ours.state_dict())
+    missing, surplus = theirs.load_state_dict(tensors, strict=False)
+    assert not surplus and set(missing) <= FAMILIES[task].derived.keys(), (missing, surplus)
+    return theirs

@@ -1,0 +1,218 @@
+"""Writing with GPT and translating with the encoder-decoder, beside Hugging Face's generate.
+
+Two times are told apart: the prefill, which reads the prompt at once, and decoding, token by token.
+That of decoding is what `count` tokens more take. Its bound at batch 1 is memory: every weight is
+read for every token, so the bare products of all matrices with one row are measured beside it.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from bpe import Tokenizer
+from cpu import lay_out_for_decoding
+from data.pairs import pad, start_and_end
+from data.text import open_corpus
+from data.tokens import END_OF_TEXT
+from engine.graphs import GPTSteps, StaticAdvance
+from lab.peers import hugging_face_gpt2, hugging_face_marian, peer
+from lab.turns import BenchConfig, peer_turns, show, take_turns
+from model import GPT, GPTConfig
+from sample import Pick, SampleConfig, generate, load_model
+from seq2seq import Seq2Seq, Seq2SeqConfig
+from translate import TranslateConfig, eval_pairs, translate_ids
+
+GENERATE = "Hugging Face generate"
+XL = {"n_layer": 48, "n_head": 25, "n_embd": 1600}
+# Every id below 256 is a byte, so that a model of GPT-2's size can be asked for words.
+BYTES = Tokenizer({bytes([i]): i for i in range(256)}, "(?s:.)", {END_OF_TEXT: 50256})
+
+
+def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
+    """GPT-2 124M; on a GPU also xl, and 64 rows."""
+    if device.type != "cuda":
+        dtypes = [config.dtype] if config.dtype else ["fp32", "bf16"]
+        return [r for dtype in dtypes for r in bench_gpt(config, device, GPTConfig(), dtype, [1])]
+    dtype = config.dtype or "bf16"
+    small = bench_gpt(config, device, GPTConfig(), dtype, [1, 64])
+    return small + bench_gpt(config, device, GPTConfig(**XL), dtype, [1, 64])
+
+
+@torch.no_grad()
+def bench_gpt(
+    config: BenchConfig, device: torch.device, sizes: GPTConfig, dtype: str, rows: list[int]
+) -> list[dict]:
+    cuda, results = device.type == "cuda", []
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    length, count = (512, 256) if cuda else (128, 24)
+    with device:
+        ours = GPT(sizes).to(kind).eval()
+        theirs = None
+        if transformers := peer("transformers"):
+            theirs = hugging_face_gpt2(transformers, sizes).to(device, kind).eval()
+    bare = bare_products([m.weight.detach() for m in matrices(ours)], count)
+    if not cuda:
+        lay_out_for_decoding(ours)
+    name = f"GPT {sizes.n_layer} layers, width {sizes.n_embd}, {dtype}"
+    for B in rows:
+        prompt = torch.randint(50257, (B, length), device=device)
+        found = {"ours": lambda prompt=prompt: ours.head(ours.features(prompt)[:, -1])}
+        if theirs:
+
+            def their_prefill(prompt=prompt) -> None:
+                theirs(prompt, logits_to_keep=1)
+
+            found |= peer_turns(GENERATE, their_prefill, device)
+        times = take_turns(found, config.repeats, device)
+        results.append(show(f"prefill, {name}, {B} x {length} tokens", times, B * length, "tokens"))
+        found = our_decoders(ours, prompt, count)
+        if B == 1:
+            found["the bare products"] = bare
+        if theirs:
+            found |= their_decoders(theirs, prompt, count)
+        times = take_turns(found, config.repeats, device)
+        title = f"decoding, {name}, {B} row{'s' * (B > 1)}, behind {length} tokens, greedy"
+        results.append(show(title, times, B * count, "tokens"))
+    return results
+
+
+def matrices(model: nn.Module) -> list[nn.Module]:
+    """All that multiply: the token embedding is the output matrix too."""
+    return [m for m in model.modules() if isinstance(m, nn.Linear)] + [model.token_embedding]
+
+
+def bare_products(weights: list[Tensor], count: int) -> Callable[[], None]:
+    """One row times every matrix, as torch has them, `count` times."""
+    inputs = {w.size(1): torch.randn_like(w[:1]) for w in weights}
+
+    def run() -> None:
+        for _ in range(count):
+            for w in weights:
+                F.linear(inputs[w.size(1)], w)
+
+    return run
+
+
+def more(write: Callable[[int], None], count: int, device: torch.device) -> Callable[[], float]:
+    """The seconds of `count` tokens more: write(1 + count) without write(1), the prefill."""
+
+    def seconds(n: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        write(n)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return lambda: seconds(1 + count) - seconds(1)
+
+
+def our_decoders(model: GPT, prompt: Tensor, count: int) -> dict[str, Callable[[], float]]:
+    """By `generate`, as sample.py: on a GPU with captured steps, compiled or not, and without."""
+    device, rows = prompt.device, prompt.tolist()
+
+    def writer(compiled: bool | None) -> Callable[[int], None]:
+        pick, steps = Pick(BYTES, SampleConfig(temperature=0), [b""] * len(rows)), None
+        if compiled is not None:
+            size = prompt.size(1) + count + 1
+            steps = GPTSteps(model, len(rows), size, pick.choose, compiled)
+
+        def write(n: int) -> None:
+            for _ in generate(model, rows, pick, n, steps=steps):
+                pass
+
+        return write
+
+    if device.type != "cuda":
+        return {"ours": more(writer(None), count, device)}
+    ways = {"ours": False, "ours, compiled too": True, "ours, kernel by kernel": None}
+    return {name: more(writer(way), count, device) for name, way in ways.items()}
+
+
+def their_decoders(model: nn.Module, prompt: Tensor, count: int) -> dict[str, Callable[[], float]]:
+    device = prompt.device
+
+    def writer(**cache) -> Callable[[], float]:
+        def write(n: int) -> None:
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=n,
+                min_new_tokens=n,
+                do_sample=False,
+                pad_token_id=0,
+                **cache,
+            )
+
+        return more(write, count, device)
+
+    if device.type == "cuda":  # with a static cache it compiles the step
+        return {
+            f"{GENERATE}, static": writer(cache_implementation="static"),
+            GENERATE: writer(),
+        }
+    return peer_turns(GENERATE, writer(), device)
+
+
+# ---- translating ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
+    """Beam search of 5, the same batches for both: the test sentences of --checkpoint, or random
+    ones and a model that never ends of itself."""
+    batch_size, limit = 64, 24
+    if config.checkpoint:
+        model, tokenizer, checkpoint = load_model(Path(config.checkpoint), device)
+        trained = checkpoint["train_config"]
+        settings = TranslateConfig(eval=trained["data"], cache_dir=config.cache_dir)
+        pairs = eval_pairs(settings, trained).pairs("test")
+        ids = [tokenizer.encode(source) for source, _ in pairs]
+    else:
+        texts = [t for t, _ in open_corpus("stdlib", Path(config.cache_dir)).pieces("train")]
+        tokenizer = Tokenizer.train(texts[:300], 6000, special_tokens=(END_OF_TEXT,))
+        sizes = Seq2SeqConfig(6016, 128, 4, 4, 128, 256)
+        if device.type == "cuda":
+            sizes = Seq2SeqConfig(vocab_size=6016)
+        model = Seq2Seq(sizes).to(device).eval()
+        settings = TranslateConfig(max_new_tokens=limit, batch_size=batch_size)
+        lengths = torch.randint(5, 25, (4 * batch_size,)).tolist()
+        ids = [torch.randint(6000, (n,)).tolist() for n in lengths]
+    ids.sort(key=len)
+    batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
+
+    def search(static: StaticAdvance | None) -> None:
+        for b in batches:
+            translate_ids(model, tokenizer, b, settings, static)
+
+    found = {"ours": lambda: search(None)}
+    if device.type == "cuda":
+        static = StaticAdvance(model, settings.beam, tokenizer.vocab_size)
+        found = {"ours": lambda: search(static), "ours, kernel by kernel": found["ours"]}
+    if transformers := peer("transformers"):
+        start, end = start_and_end(tokenizer)
+        theirs = hugging_face_marian(transformers, model, start, end).to(device).eval()
+        most = model.config.block_size - 1
+
+        def their_search() -> None:
+            for b in batches:
+                source, keep = pad(b, end)
+                theirs.generate(
+                    source.to(device),
+                    attention_mask=keep.long().to(device),
+                    num_beams=5,
+                    length_penalty=1.0,
+                    max_new_tokens=min(len(b[-1]) + 50 if config.checkpoint else limit, most),
+                    do_sample=False,
+                )
+
+        found |= peer_turns(GENERATE, their_search, device)
+    times = take_turns(found, config.repeats, device)
+    title = f"translating {len(ids):,} sentences, beam 5, batches of {batch_size}, fp32"
+    return [show(title, times, len(ids), "sentences")]

@@ -1,0 +1,227 @@
+"""Training steps and evaluations of the three families beside Hugging Face's models.
+
+A step is all of it: forward, loss, backward, clipping, AdamW (torch's fused, for both). Tokens are
+random, so the loss does not fall, but nothing is a zero.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import optim
+from bert import BERT, BERTConfig
+from engine.execution import compiled, gradients, update
+from engine.plan import least_seconds
+from engine.processes import Processes
+from lab.peers import hugging_face_encoder, hugging_face_gpt2, hugging_face_marian, peer
+from lab.turns import BenchConfig, peer_turns, show, take_turns
+from model import GPT, GPTConfig
+from seq2seq import Seq2Seq, Seq2SeqConfig
+
+THEIRS = "Hugging Face"
+
+
+def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
+    """What reading AdamW in optim.py costs beside torch's kernel, which the loop uses."""
+    shapes = [(384, 384)] * 24 + [(1536, 384), (384, 1536)] * 6 + [(8192, 384)]
+    contestants = {}
+    for name, make in (
+        ("ours, written out", optim.AdamW),
+        ("ours, Muon", optim.Muon),
+        ("torch AdamW, foreach", lambda p: torch.optim.AdamW(p, foreach=True)),
+        ("torch AdamW, fused", lambda p: torch.optim.AdamW(p, fused=True)),
+    ):
+        parameters = [nn.Parameter(torch.randn(s, device=device)) for s in shapes]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        contestants[name] = make(parameters).step
+    work = sum(a * b for a, b in shapes) / 1e6
+    times = take_turns(contestants, 3 * config.repeats, device)
+    return [show("optimizer step, 13.8 million parameters", times, work, "M parameters")]
+
+
+# ---- a step, of both -----------------------------------------------------------------------------
+
+
+def autocast_of(config: BenchConfig, device: torch.device) -> Callable:
+    bf16 = (config.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    return functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def named(autocast: Callable, device: torch.device, config: BenchConfig) -> str:
+    compiles = ", compiled" if wants_compiler(config, device) else ""
+    return ("bf16" if autocast.keywords["enabled"] else "fp32") + compiles
+
+
+def wants_compiler(config: BenchConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if config.compile is None else config.compile
+
+
+def training_steps(
+    ours: nn.Module,
+    theirs: nn.Module | None,
+    batch: dict[str, Tensor],
+    their_loss: Callable[[nn.Module], Tensor],
+    config: BenchConfig,
+) -> dict[str, Callable[[], None]]:
+    """{contestant: its step}, with the same optimizer; their_loss is the peer's on the batch."""
+    device = next(iter(batch.values())).device
+    group, autocast = Processes(0, 1, device), autocast_of(config, device)
+    # As train.py has it: a batch of the host, in pinned memory.
+    here = {k: v.cpu().pin_memory() if v.is_cuda else v for k, v in batch.items()}
+
+    def step_of(model: nn.Module, backward: Callable[[], None]) -> Callable[[], None]:
+        optimizer = optim.make_optimizer(model, "adamw", lr=1e-4)
+
+        def step() -> None:
+            backward()
+            update(optimizer, nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    fast = compiled(ours, [batch], autocast) if wants_compiler(config, device) else ours
+    our_step = step_of(ours, lambda: gradients(fast, [here], group, autocast))
+    if theirs is None:
+        return {"ours": our_step}
+    their_model = torch.compile(theirs) if wants_compiler(config, device) else theirs
+
+    def their_backward() -> None:
+        with autocast():
+            loss = their_loss(their_model)
+        loss.backward()
+
+    their_step = step_of(theirs, their_backward)
+    return {"ours": our_step, **peer_turns(THEIRS, their_step, device)}
+
+
+def bench_family(
+    what: str,
+    ours: nn.Module,
+    theirs: nn.Module | None,
+    batch: dict[str, Tensor],
+    their_loss: Callable[[nn.Module], Tensor],
+    work: int,
+    config: BenchConfig,
+    flops: float = 0.0,
+) -> list[dict]:
+    """A training step, then an evaluation: the loss alone. flops are those of the step."""
+    device = next(ours.parameters()).device
+    steps = training_steps(ours, theirs, batch, their_loss, config)
+    times = take_turns(steps, config.repeats, device)
+    autocast = autocast_of(config, device)
+    how = named(autocast, device, config)
+    least = least_seconds(flops, device)
+    results = [show(f"training step, {what}, {how}", times, work, "tokens", least)]
+    if wants_compiler(config, device):  # each would compile a graph more
+        return results
+    ours.eval()
+
+    def our_evaluation() -> None:
+        with torch.no_grad(), autocast():
+            ours(**batch)
+
+    def their_evaluation() -> None:
+        with torch.no_grad(), autocast():
+            their_loss(theirs.eval())
+
+    found = {"ours": our_evaluation}
+    if theirs:
+        found |= peer_turns(THEIRS, their_evaluation, device)
+    times = take_turns(found, config.repeats, device)
+    return [*results, show(f"evaluation, {what}, {how}", times, work, "tokens")]
+
+
+# ---- the three families --------------------------------------------------------------------------
+
+
+def bench_train(config: BenchConfig, device: torch.device) -> list[dict]:
+    """GPT, without dropout, and on a CPU with the 0.1 that Hugging Face's configuration has."""
+    rates = (0.0,) if device.type == "cuda" else (0.0, 0.1)
+    return [result for rate in rates for result in bench_gpt(config, device, rate)]
+
+
+def bench_gpt(config: BenchConfig, device: torch.device, dropout: float) -> list[dict]:
+    if device.type == "cuda":
+        sizes, B = GPTConfig(vocab_size=50304, dropout=dropout), 64
+    else:
+        sizes, B = GPTConfig(8192, 256, 6, 6, 384, dropout=dropout), 8
+    tokens = torch.randint(sizes.vocab_size, (B, sizes.block_size + 1), device=device)
+    batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+    transformers = peer("transformers")
+    theirs = hugging_face_gpt2(transformers, sizes).to(device).train() if transformers else None
+    ours, work = GPT(sizes).to(device), B * sizes.block_size
+    what = (
+        f"GPT {sizes.n_layer} layers, width {sizes.n_embd}, vocabulary {sizes.vocab_size:,}, "
+        f"T {sizes.block_size}, batch {B}, dropout {dropout}"
+    )
+
+    def their_loss(model: nn.Module) -> Tensor:
+        return model(batch["tokens"], labels=batch["tokens"]).loss
+
+    flops = ours.flops_per_token() * work
+    return bench_family(what, ours, theirs, batch, their_loss, work, config, flops)
+
+
+def bench_bert(config: BenchConfig, device: torch.device) -> list[dict]:
+    """Pretraining, 15% of the tokens masked, pairs of sentences; base on a GPU."""
+    shapes = [(128, 256), (512, 64)] if device.type == "cuda" else [(128, 16)]
+    return [result for T, B in shapes for result in bench_bert_shape(config, device, T, B)]
+
+
+def bench_bert_shape(config: BenchConfig, device: torch.device, T: int, B: int) -> list[dict]:
+    sizes = BERTConfig(30528, T) if device.type == "cuda" else BERTConfig(8192, T, 4, 4, 256)
+    ours = BERT(sizes).to(device)
+    tokens = torch.randint(sizes.vocab_size, (B, T), device=device)
+    segments = (torch.arange(T, device=device) > T // 2).long().repeat(B, 1)
+    positions = torch.randperm(B * T, device=device)[: round(0.15 * B * T)]
+    targets = torch.randint(sizes.vocab_size, positions.shape, device=device)
+    follows = torch.randint(2, (B,), device=device)
+    batch = {"tokens": tokens, "segments": segments, "nsp_targets": follows}
+    batch |= {"mlm_positions": positions, "mlm_targets": targets}
+    labels = torch.full_like(tokens, -100)
+    labels.view(-1)[positions] = targets
+
+    def their_loss(model: nn.Module) -> Tensor:
+        inputs = {"input_ids": tokens, "token_type_ids": segments}
+        return model(**inputs, labels=labels, next_sentence_label=follows).loss
+
+    transformers = peer("transformers")
+    theirs = hugging_face_encoder(transformers, ours).to(device).train() if transformers else None
+    what = (
+        f"BERT {sizes.n_layer} layers, width {sizes.n_embd}, vocabulary {sizes.vocab_size:,}, "
+        f"T {T}, batch {B}, dropout {sizes.dropout}"
+    )
+    flops = ours.flops_per_token() * B * T
+    return bench_family(what, ours, theirs, batch, their_loss, B * T, config, flops)
+
+
+def bench_seq2seq(config: BenchConfig, device: torch.device) -> list[dict]:
+    """transformer-tiny (base on a GPU: 24,576 target tokens), label smoothing and padding too."""
+    if device.type == "cuda":
+        sizes, (B, S) = Seq2SeqConfig(vocab_size=37056), (768, 32)
+    else:
+        sizes, (B, S) = Seq2SeqConfig(6016, 128, 4, 4, 128, 256, dropout=0.3), (240, 17)
+    ours = Seq2Seq(sizes).to(device)
+    source, target = torch.randint(sizes.vocab_size - 1, (2, B, S), device=device)
+    keep = torch.arange(S, device=device) < torch.randint(S - 3, S + 1, (B, 1), device=device)
+    batch = {"source": source, "tokens": target, "targets": target, "source_keep": keep}
+
+    def their_loss(model: nn.Module) -> Tensor:
+        inputs = {"input_ids": source, "attention_mask": keep.long(), "decoder_input_ids": target}
+        logits = model(**inputs).logits.flatten(0, 1).float()
+        return F.cross_entropy(logits, target.flatten(), label_smoothing=sizes.label_smoothing)
+
+    transformers = peer("transformers")
+    theirs = None
+    if transformers:
+        theirs = hugging_face_marian(transformers, ours, start=0, end=0).to(device).train()
+    what = (
+        f"encoder-decoder {sizes.n_layer} + {sizes.n_layer} layers, width {sizes.n_embd}, "
+        f"vocabulary {sizes.vocab_size:,}, {B} pairs of {S} tokens, dropout {sizes.dropout}"
+    )
+    return bench_family(what, ours, theirs, batch, their_loss, B * S, config)
