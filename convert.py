@@ -27,7 +27,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from bert import init_bert
-from data.masked import CLS, MASK, PAD, SEP
+from data.encoding import CLS, MASK, PAD, SEP
 from data.pairs import start_and_end
 from data.sentencepieces import END_PIECE, START_PIECE, UNK_PIECE, SentencePieces
 from data.tokens import END_OF_TEXT, AnyTokenizer

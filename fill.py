@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from data.buckets import pad_rows
 from data.download import replacing
-from data.masked import CLS, MASK, PAD, SEP, MaskedText, assemble, encode_text
-from data.parallel import read_lines
+from data.encoding import CLS, MASK, PAD, SEP, assemble, encode_text
+from data.lines import answer_stdin, lines_of, new_file
+from data.masked import MaskedText
 from data.sentence_pairs import NEXT, fit
 from data.sentences import NAMES, open_sentences
 from data.tokens import AnyTokenizer, tokenize
@@ -217,15 +218,6 @@ def similarities(queries: np.ndarray, corpus: np.ndarray, top: int) -> tuple[np.
     return np.concatenate(best), np.concatenate(lines)
 
 
-def lines_of(flag: str, path: str) -> list[str]:
-    if not Path(path).is_file():
-        raise ValueError(f"--{flag} {path} is no file here: name a text, one line for each vector")
-    lines = list(read_lines(Path(path)))
-    if not lines:
-        raise ValueError(f"--{flag} {path} is empty: give a text of one line or more")
-    return lines
-
-
 def is_embeddings(path: Path, width: int) -> bool:
     try:
         found = np.lib.format.open_memmap(path, mode="r")
@@ -235,7 +227,7 @@ def is_embeddings(path: Path, width: int) -> bool:
 
 
 def write_embeddings(model: nn.Module, tokenizer: AnyTokenizer, config: FillConfig) -> None:
-    path = cli.new_file("out", config.out, partial(is_embeddings, width=model.config.n_embd))
+    path = new_file("out", config.out, partial(is_embeddings, width=model.config.n_embd))
     lines = lines_of("embed", config.embed)
     found = embed(model, tokenizer, lines, config.pooling, config.batch_size)
     with replacing(path) as file:
@@ -309,4 +301,4 @@ def speak(model: nn.Module, tokenizer: AnyTokenizer, config: FillConfig, checkpo
         def answer(lines: list[str], bar: tqdm, first: int) -> list[str]:
             return fill(model, tokenizer, lines, config, bar, first)
 
-        cli.answer_stdin(answer, 16 * config.batch_size, "line")
+        answer_stdin(answer, 16 * config.batch_size, "line")

@@ -22,9 +22,9 @@ from tqdm import tqdm
 import fill
 from data.buckets import pad_rows
 from data.contexts import ask, read_answer
+from data.encoding import PAD
 from data.labelled import LabelledTexts, collate, encode_parts
-from data.masked import PAD
-from data.parallel import read_lines
+from data.lines import answer_stdin, read_lines
 from data.tagged import join_rows, sentence_rows
 from data.tokens import AnyTokenizer
 from engine import cli
@@ -304,4 +304,4 @@ def speak(
         def reply(lines: list[str], bar: tqdm, first: int) -> list[str]:
             return respond(model, tokenizer, lines, config, bar, first)
 
-        cli.answer_stdin(reply, 16 * config.batch_size, "line")
+        answer_stdin(reply, 16 * config.batch_size, "line")

@@ -31,9 +31,8 @@ import optim
 import sample
 from bert import Encoder
 from bpe import count_merges
-from data.masked import SPECIAL
-from data.tokens import END_OF_TEXT
-from data.windows import check_special
+from data.encoding import SPECIAL
+from data.tokens import END_OF_TEXT, check_special
 from engine import checkpoint as checkpoints
 from engine import cli, execution, plan, processes, sharding
 from engine.checkpoint import LATEST, PREVIOUS

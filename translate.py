@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
+from data.lines import answer_stdin, new_file
 from data.pairs import Pairs, pad, start_and_end
 from data.parallel import ParallelCorpus, open_pairs
 from data.tokens import AnyTokenizer
@@ -281,7 +282,7 @@ def speak(
     if config.attention and not config.prompt:
         raise ValueError(f"--attention {config.attention} draws a sentence: add --prompt")
     if config.attention:
-        path = cli.new_file("attention", config.attention)
+        path = new_file("attention", config.attention)
         if path.suffix.lower() not in PICTURES:
             raise ValueError(f"--attention {path} is no picture: end it in {', '.join(PICTURES)}")
     if config.eval and config.prompt:
@@ -301,4 +302,4 @@ def speak(
         def answer(lines: list[str], bar: tqdm, first: int) -> list[str]:
             return translate(model, tokenizer, lines, config, bar, first)
 
-        cli.answer_stdin(answer, 16 * config.batch_size, "sentence")
+        answer_stdin(answer, 16 * config.batch_size, "sentence")

@@ -73,6 +73,30 @@ class Buckets:
         return f", {len(steps):,} steps with {padding:.1%} padding"
 
 
+class InBuckets:
+    """A data class whose rows share batches with rows of similar length: steps of at most
+    tokens_per_step tokens, padding included, each dealt out to micro-batches of about
+    tokens_per_batch = batch_size · block_size; each row once an epoch."""
+
+    def make_buckets(
+        self,
+        lengths: np.ndarray,
+        split: str,
+        *,
+        block_size: int,
+        batch_size: int,
+        tokens_per_step: int,
+        seed: int,
+    ) -> None:
+        """lengths (rows,) are those of all rows that are to be learnt from, or scored."""
+        self.tokens_per_batch = batch_size * block_size
+        self.buckets = Buckets(
+            lengths, self.tokens_per_batch, tokens_per_step, seed=seed, training=split == "train"
+        )
+        self.n_batches = self.buckets.n_batches
+        self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
+
+
 def cut(lengths: np.ndarray, tokens: int) -> list[int]:
     """Ascending lengths -> borders of steps with (number of rows) · (longest) <= tokens."""
     cuts, begin = [0], 0

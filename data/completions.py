@@ -30,8 +30,7 @@ from tqdm import tqdm
 from bpe import Tokenizer
 from data.buckets import Buckets, evenly_within, pad_rows
 from data.tables import Row, TableCorpus, open_tables
-from data.tokens import END_OF_TEXT
-from data.windows import SPLITS, get_tokenizer, settings
+from data.tokens import END_OF_TEXT, SPLITS, get_tokenizer, settings
 
 FORMS = [("prompt", "completion")]
 SHOWN = 4  # prompts, after training

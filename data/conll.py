@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.division import divide
-from data.parallel import read_lines
+from data.lines import read_lines
 from data.text import check_text, name_of
 from entities import TAG, entities, scheme_of, to_iob2
 

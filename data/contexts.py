@@ -24,7 +24,7 @@ import numpy as np
 import regex
 
 from answers import THRESHOLD, best_span, join_windows
-from data.masked import CLS, SEP, assemble, encode_text
+from data.encoding import CLS, SEP, assemble, encode_text
 from data.tokens import AnyTokenizer
 from wordpiece import IDEOGRAPH
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.buckets import Buckets, evenly_within, pad_rows
+from data.encoding import CLS, PAD, SEP, SPECIAL, assemble, encode_text
 from data.examples import LabelledCorpus, open_labelled
-from data.masked import CLS, PAD, SEP, SPECIAL, assemble, encode_text
-from data.tokens import AnyTokenizer
-from data.windows import SPLITS, get_tokenizer, settings
+from data.tokens import SPLITS, AnyTokenizer, get_tokenizer, settings
 from scores import accuracy, confusion_matrix, macro_f1
 
 

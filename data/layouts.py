@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from data.parallel import read_lines
+from data.lines import read_lines
 from data.text import Part, is_jsonl, jsonl_documents
 
 LAYOUTS = {

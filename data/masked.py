@@ -18,13 +18,11 @@ from numpy.random import Generator
 from torch import Tensor
 
 from data.buckets import Buckets, evenly_within, pad_rows
+from data.encoding import CLS, MASK, PAD, SEP, SPECIAL, assemble
 from data.sentence_pairs import PackedText, SentencePairs
 from data.sentences import SentenceCorpus, open_sentences
-from data.tokens import AnyTokenizer, TokenFile
-from data.windows import both_splits
-from wordpiece import WordPiece
+from data.tokens import AnyTokenizer, TokenFile, both_splits
 
-PAD, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 EVALUATED_RATE = 0.15  # of tokens in an evaluation, however training masks: so that runs compare
 HIDDEN, REPLACED = 0.8, 0.1  # of the chosen tokens: by [MASK], by a random token; the rest stays
 
@@ -148,23 +146,6 @@ class MaskedText:
         text += f", {lengths.sum():,} tokens, {self.rate:.0%} of them asked for"
         text += self.buckets.describe()
         return text
-
-
-def encode_text(tokenizer: AnyTokenizer, text: str) -> list[int]:
-    """Ids of a text as a BERT reads it. For byte-level tokens white space is collapsed, and a space
-    stands in front, so that a word is the same wherever it is; WordPiece sees to that itself.
-    Names of special tokens are text like any other."""
-    if isinstance(tokenizer, WordPiece):
-        return tokenizer.encode(text)
-    text = " ".join(text.split())
-    return tokenizer.encode(f" {text}") if text else []
-
-
-def assemble(parts: list[np.ndarray], cls: int, sep: int) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] a [SEP], or [CLS] a [SEP] b [SEP] -> (ids, segments), both (T,)."""
-    ids = np.concatenate([[cls], *(x for part in parts for x in (part, [sep]))])
-    segments = np.repeat(np.arange(len(parts)), [len(part) + 1 for part in parts])
-    return ids, np.concatenate([[0], segments])
 
 
 class Masking:

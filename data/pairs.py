@@ -16,8 +16,7 @@ from torch import Tensor
 from data.buckets import Buckets, evenly_within, find, pad_rows
 from data.parallel import ParallelCorpus, open_pairs
 from data.sentencepieces import START
-from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile
-from data.windows import both_splits
+from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile, both_splits
 
 
 class Pairs:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from data.dates import COUNTS, dates, dates_hash, prompts
 from data.download import MULTI30K, fetch
 from data.hashes import known_hashes
-from data.text import Part, blocks, name_of
+from data.lines import read_lines
+from data.text import name_of
 from data.wmt import wmt14_files
 
 NAMES = ("dates", "multi30k", "wmt14")
@@ -294,29 +295,3 @@ def read_pairs(paths: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
                 f"{number:,} of the latter is missing, and line i of both must belong together"
             )
         yield source.strip(), target.strip()
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    r"""Lines as \n alone divides them: str.splitlines() also cuts at U+2028 or \x85, which occur
-    inside sentences on one side only, and would shift all that follows."""
-    number, offset, rest = 1, 0, b""
-    for block in chain(blocks(Part(path)), [b""]):
-        if not offset and b"\0" in block[: 1 << 16]:
-            raise ValueError(f"{path} is binary (it has zero bytes): give a text file in UTF-8")
-        rest += block
-        end = rest.rfind(b"\n") + 1 if block else len(rest)
-        whole, rest = rest[:end], rest[end:]
-        try:
-            lines = whole.decode("utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            number += whole.count(b"\n", 0, error.start)
-            raise ValueError(
-                f"{path} is not UTF-8 in line {number:,} (byte {offset + error.start:,}): convert "
-                "it first (for example with iconv -f latin1 -t utf-8)"
-            ) from error
-        if not lines[-1]:
-            lines.pop()
-        if not offset and lines:
-            lines[0] = lines[0].removeprefix("\ufeff")  # which some editors on Windows write
-        yield from lines
-        number, offset = number + len(lines), offset + end

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from answers import score
 from data.buckets import Buckets, evenly_within, pad_rows
 from data.contexts import Window, encode_context, encode_question, make_row, read_answer, windows
-from data.masked import CLS, PAD, SEP
+from data.encoding import CLS, PAD, SEP
 from data.squad import SquadCorpus, open_squad
-from data.tokens import AnyTokenizer
-from data.windows import SPLITS, get_tokenizer, settings
+from data.tokens import SPLITS, AnyTokenizer, get_tokenizer, settings
 
 PROMPTS = 4
 

@@ -27,10 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.buckets import evenly_within, pad_rows
-from data.masked import CLS, PAD, SEP, SPECIAL, assemble, encode_text
+from data.encoding import CLS, PAD, SEP, SPECIAL, assemble, encode_text
 from data.tables import Row, TableCorpus, open_tables
-from data.tokens import AnyTokenizer
-from data.windows import SPLITS, get_tokenizer, settings
+from data.tokens import SPLITS, AnyTokenizer, get_tokenizer, settings
 
 FORMS = [("a", "b"), ("text", "text_b"), ("sentence1", "sentence2")]
 SHOWN = 3  # pairs, after training

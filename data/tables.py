@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.division import divide
-from data.parallel import read_lines
+from data.lines import read_lines
 from data.text import name_of
 
 HELD_OUT = 10  # one row in so many validates where no file does

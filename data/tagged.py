@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from data.buckets import Buckets, evenly_within, pad_rows
 from data.conll import TaggedText, open_tagged
-from data.masked import CLS, MASK, PAD, SEP, SPECIAL, encode_text
-from data.tokens import AnyTokenizer
-from data.windows import SPLITS, get_tokenizer, settings
+from data.encoding import CLS, MASK, PAD, SEP, SPECIAL, encode_text
+from data.tokens import SPLITS, AnyTokenizer, get_tokenizer, settings
 from entities import entities, entity_scores
 from wordpiece import UNK
 

@@ -9,18 +9,25 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 from tqdm import tqdm
 
 from bpe import END_OF_TEXT, Tokenizer
+from chunks import PATTERNS
 from data.cores import batched, on_all_cores
-from data.sentencepieces import SentencePieces
+from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
 from data.shards import Origin, TokenFile, open_shards, write_shards
 from data.text import Corpus
-from wordpiece import WordPiece
 
-AnyTokenizer = Tokenizer | WordPiece | SentencePieces
+if TYPE_CHECKING:  # a script loads those that it meets
+    from data.sentencepieces import SentencePieces
+    from wordpiece import WordPiece
+
+AnyTokenizer = Union[Tokenizer, "WordPiece", "SentencePieces"]
+SPLITS = ("train", "validation")
+TOKENIZER_CHARACTERS = 100_000_000  # of training text that a new tokenizer is learnt from
 
 
 def tokenizer_from_json(text: str) -> AnyTokenizer:
@@ -30,8 +37,15 @@ def tokenizer_from_json(text: str) -> AnyTokenizer:
         kind = state.get("type") if isinstance(state, dict) else None
     except (ValueError, RecursionError):
         kind = None  # then Tokenizer says what is wrong
-    kinds = {"WordPiece": WordPiece, "SentencePiece": SentencePieces}
-    return kinds.get(str(kind), Tokenizer).from_json(text)
+    if kind == "WordPiece":
+        from wordpiece import WordPiece
+
+        return WordPiece.from_json(text)
+    if kind == "SentencePiece":
+        from data.sentencepieces import SentencePieces
+
+        return SentencePieces.from_json(text)
+    return Tokenizer.from_json(text)
 
 
 def load_tokenizer(path: Path) -> AnyTokenizer:
@@ -89,7 +103,7 @@ class Encoder:
         self.dtype = np.dtype(f"<u{width}")
         self.mark = np.array([border], self.dtype).tobytes()
         self.encoders = [tokenizer.encode_numpy]
-        if isinstance(tokenizer, SentencePieces):  # the documents of pairs: source, target, source…
+        if hasattr(tokenizer, "encode_target"):  # the documents of pairs: source, target, source…
             self.encoders.append(tokenizer.encode_target)
 
     def __call__(self, pieces: list[tuple[str, bool, int]]) -> tuple[bytes, int]:
@@ -100,3 +114,88 @@ class Encoder:
             found += [self.mark] * begins + [encode(text).astype(self.dtype).tobytes()]
             size += len(text.encode("utf-8", "surrogatepass"))
         return b"".join(found), size
+
+
+# ---- the splits of a data class ------------------------------------------------------------------
+
+
+def both_splits(
+    Data,
+    corpus,
+    config,
+    sizes: dict,
+    tokenizer: AnyTokenizer | None,
+    *,
+    special_tokens: tuple[str, ...] = (END_OF_TEXT,),
+    border: str = END_OF_TEXT,
+    **more,
+):
+    """(train, validation) of a data class that reads token files: what there is to prepare.
+
+    special_tokens are those that the task needs; `border` is the one before each document.
+    """
+    tokenizer = tokenizer or get_tokenizer(config, sizes, corpus, special_tokens)
+    cache, more = Path(config.cache_dir), {**settings(config, sizes), **more}
+    return tuple(
+        Data(tokenize(corpus, split, tokenizer, cache, border), corpus, split, tokenizer, **more)
+        for split in SPLITS
+    )
+
+
+def settings(config, sizes: dict, *names: str) -> dict:
+    """{argument: value} of a data class, of what all take and of `names`, which are flags."""
+    values = {name: getattr(config, name) for name in ("batch_size", "seed", *names)}
+    return {"block_size": sizes["block_size"], "max_tokens": config.eval_tokens, **values}
+
+
+def get_tokenizer(
+    config, sizes: dict, corpus: Corpus, special_tokens: tuple[str, ...]
+) -> AnyTokenizer:
+    """GPT-2's own, one from a file, or (cached) one learnt from the training part of the corpus."""
+    cache, vocab_size = Path(config.cache_dir), sizes["vocab_size"]
+    if config.tokenizer:
+        if config.tokenizer == "gpt2":
+            files = fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache)
+            tokenizer = Tokenizer.from_gpt2_files(*files)
+        elif Path(config.tokenizer).is_file():
+            tokenizer = load_tokenizer(Path(config.tokenizer))
+        else:
+            raise ValueError(f"--tokenizer {config.tokenizer} is no file here, and not gpt2")
+        check_special(tokenizer, special_tokens, config.tokenizer)
+        return tokenizer
+    if config.pattern not in PATTERNS:
+        raise ValueError(f"--pattern {config.pattern} is not one of {', '.join(PATTERNS)}")
+    path = cache / f"{corpus.name}-{corpus.hash[:12]}-{config.pattern}-{vocab_size}.json"
+    if path.is_file():
+        try:
+            return Tokenizer.load(path)
+        except ValueError:
+            path.unlink()
+    tokenizer = Tokenizer.train(
+        limited(corpus, TOKENIZER_CHARACTERS),
+        vocab_size,
+        PATTERNS[config.pattern],
+        special_tokens,
+        progress=True,
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def check_special(tokenizer: AnyTokenizer, special_tokens: tuple[str, ...], given: str) -> None:
+    """ValueError where what --tokenizer gives lacks some that the task needs."""
+    lacking = [name for name in special_tokens if name not in tokenizer.special_tokens]
+    if lacking:
+        raise ValueError(
+            f"--tokenizer {given} lacks the special token {', '.join(lacking)}: "
+            "choose another, or leave the flag out to train one"
+        )
+
+
+def limited(corpus: Corpus, characters: int):
+    for text, _ in corpus.pieces("train"):
+        if characters <= 0:
+            return
+        yield text[:characters]
+        characters -= len(text)

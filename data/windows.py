@@ -38,14 +38,9 @@ import torch
 from torch import Tensor
 
 from bpe import Tokenizer
-from chunks import PATTERNS
-from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
 from data.shuffle import Feistel, shuffled
 from data.text import Corpus, open_corpus
-from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile, load_tokenizer, tokenize
-
-SPLITS = ("train", "validation")
-TOKENIZER_CHARACTERS = 100_000_000  # of training text that a new tokenizer is learnt from
+from data.tokens import TokenFile, both_splits
 
 
 class Windows:
@@ -161,85 +156,3 @@ class Windows:
         if self.split != "train" and len(self.chosen) < self.n_windows:
             scored = f", {len(self.chosen) * self.block_size:,} of them scored"
         return f"{len(self.ids):,} tokens from {self.text_bytes / 1e6:,.2f} MB{scored}"
-
-
-def both_splits(
-    Data,
-    corpus,
-    config,
-    sizes: dict,
-    tokenizer: AnyTokenizer | None,
-    *,
-    special_tokens: tuple[str, ...] = (END_OF_TEXT,),
-    border: str = END_OF_TEXT,
-    **more,
-):
-    """(train, validation) of a data class that reads token files: what there is to prepare.
-
-    special_tokens are those that the task needs; `border` is the one before each document.
-    """
-    tokenizer = tokenizer or get_tokenizer(config, sizes, corpus, special_tokens)
-    cache, more = Path(config.cache_dir), {**settings(config, sizes), **more}
-    return tuple(
-        Data(tokenize(corpus, split, tokenizer, cache, border), corpus, split, tokenizer, **more)
-        for split in SPLITS
-    )
-
-
-def settings(config, sizes: dict, *names: str) -> dict:
-    """{argument: value} of a data class, of what all take and of `names`, which are flags."""
-    values = {name: getattr(config, name) for name in ("batch_size", "seed", *names)}
-    return {"block_size": sizes["block_size"], "max_tokens": config.eval_tokens, **values}
-
-
-def get_tokenizer(
-    config, sizes: dict, corpus: Corpus, special_tokens: tuple[str, ...]
-) -> AnyTokenizer:
-    """GPT-2's own, one from a file, or (cached) one learnt from the training part of the corpus."""
-    cache, vocab_size = Path(config.cache_dir), sizes["vocab_size"]
-    if config.tokenizer:
-        if config.tokenizer == "gpt2":
-            files = fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache)
-            tokenizer = Tokenizer.from_gpt2_files(*files)
-        elif Path(config.tokenizer).is_file():
-            tokenizer = load_tokenizer(Path(config.tokenizer))
-        else:
-            raise ValueError(f"--tokenizer {config.tokenizer} is no file here, and not gpt2")
-        check_special(tokenizer, special_tokens, config.tokenizer)
-        return tokenizer
-    if config.pattern not in PATTERNS:
-        raise ValueError(f"--pattern {config.pattern} is not one of {', '.join(PATTERNS)}")
-    path = cache / f"{corpus.name}-{corpus.hash[:12]}-{config.pattern}-{vocab_size}.json"
-    if path.is_file():
-        try:
-            return Tokenizer.load(path)
-        except ValueError:
-            path.unlink()
-    tokenizer = Tokenizer.train(
-        limited(corpus, TOKENIZER_CHARACTERS),
-        vocab_size,
-        PATTERNS[config.pattern],
-        special_tokens,
-        progress=True,
-    )
-    cache.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path)
-    return tokenizer
-
-
-def check_special(tokenizer: AnyTokenizer, special_tokens: tuple[str, ...], given: str) -> None:
-    """ValueError where what --tokenizer gives lacks some that the task needs."""
-    lacking = [name for name in special_tokens if name not in tokenizer.special_tokens]
-    if lacking:
-        raise ValueError(
-            f"--tokenizer {given} lacks the special token {', '.join(lacking)}: "
-            "choose another, or leave the flag out to train one"
-        )
-
-
-def limited(corpus: Corpus, characters: int):
-    for text, _ in corpus.pieces("train"):
-        if characters <= 0:
-            return
-        yield text[:characters]
-        characters -= len(text)

@@ -1,7 +1,8 @@
 """The command line of every script, made from dataclasses.
 
-A field is a flag, its type and default are the flag's, and the comment behind it is the help text:
-nothing is written twice. `--flag=false` and `--no-flag` both work for a bool.
+A field is a flag, its type and default are the flag's, and the comment behind it, or on the line
+above, is the help text: nothing is written twice. `--flag=false` and `--no-flag` both work for a
+bool.
 
 What a user can cause ends in one sentence, which `run` prints on one line. A name (of a file, of a
 choice) has no control characters; a text, as every `list[str]` is one, may have them.
@@ -10,7 +11,6 @@ choice) has no control characters; a text, as every `list[str]` is one, may have
 import argparse
 import difflib
 import inspect
-import io
 import math
 import os
 import re
@@ -21,11 +21,7 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from itertools import islice
-from pathlib import Path
 from reprlib import repr as short
-
-from tqdm import tqdm
 
 LARGEST = 2**63 - 1  # what an int64 holds, of torch and in files
 LONGEST = 600  # characters of a sentence: enough for two long paths, and to be read
@@ -118,9 +114,13 @@ def name(text: str) -> str:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """{field: the comment behind it}, read from the source of the dataclass."""
-    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c)]
-    return dict(re.findall(r"^    (\w+):[^\n]*?  # (.*)$", "".join(sources), re.MULTILINE))
+    """{field: the comment behind it, or on the line above}, from the source of the dataclass."""
+    found = {}
+    for source in (inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c)):
+        above = re.findall(r"^    # (.*)\n    (\w+): ", source, re.MULTILINE)
+        found |= {name: text for text, name in above}
+        found |= dict(re.findall(r"^    (\w+):[^\n]*?  # (.*)$", source, re.MULTILINE))
+    return found
 
 
 def add_flags(parser: Parser, cls: type, title: str) -> None:
@@ -178,35 +178,6 @@ def check_ranges(config: object, limits: dict[str, tuple[float, float | None]]) 
         if not low <= value < math.inf or (high is not None and value > high):
             wanted = f"{low} or more" if high is None else f"between {low} and {high}"
             raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
-
-
-def new_file(flag: str, name: str, ours: Callable[[Path], bool] = lambda path: False) -> Path:
-    """The path of a file that is to be written. ValueError unless it can be, and either is not
-    there or is, as ours(path) says, what the same command has written before: anything else may be
-    somebody's work, or a pipe that nobody reads."""
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--{flag} {path} is a folder, or lies in none: name a file to write")
-    if os.path.lexists(path) and not (path.is_file() and ours(path)):
-        raise ValueError(f"--{flag} {path} is there already: name another file, or delete it")
-    return path
-
-
-def answer_stdin(
-    answer: Callable[[list[str], tqdm, int], list[str]], batch_size: int, unit: str
-) -> None:
-    """Prints the answer to each line of standard input: at once to somebody who types, else in
-    batches, with a bar. answer(lines, bar, number of the first line) -> texts."""
-    alone, done = sys.stdin.isatty(), 0
-    if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
-    quiet = True if alone or sys.stdout.isatty() else None
-    if alone:
-        print(f"type a {unit} and Enter; Ctrl-D ends", file=sys.stderr)
-    with tqdm(unit=unit, disable=quiet) as bar:
-        while lines := list(islice(sys.stdin, 1 if alone else batch_size)):
-            print("\n".join(answer(lines, bar, done + 1)), flush=True)
-            done += len(lines)
 
 
 def command_line(*words: str) -> str:

@@ -6,101 +6,19 @@ the model's sizes are the checkpoint's.
 
 import math
 import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import optim
 from bert import Encoder
 from engine import checkpoint as checkpoints
 from engine import cli
 from engine.checkpoint import LATEST, PREVIOUS
 from engine.presets import PRESETS, first_hour
-from engine.processes import DTYPES, multiplies_bf16, pick_device, repeats
+from engine.processes import multiplies_bf16, pick_device, repeats
 from finetune import LEARNT
+from tasks.flags import FinetuneConfig, TrainConfig
 
 TASKS = checkpoints.TASKS
-
-
-@dataclass
-class TrainConfig:
-    model: str = "gpt"  # gpt, bert, seq2seq; classify, tag, answer, similar, complete
-    preset: str = ""  # a named size and recipe of presets.py; empty: a first run for this machine
-    data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .gz, .jsonl or a folder of them
-    tokenizer: str = ""  # gpt2, a tokenizer's .json, a checkpoint's .pt; empty: a new one is learnt
-    pattern: str = "gpt2"  # how a new tokenizer splits text before it merges: gpt2, gpt4 or char
-    cache_dir: str = "data/cache"  # where downloads, tokenizers and token files are kept
-    out: str = ""  # the run's folder; empty: out/<model>, numbered where that is taken
-    init: str = ""  # a checkpoint to take weights, sizes and tokenizer from
-    resume: bool = False  # go on with the run in --out (empty: the newest below out/)
-    steps: int = 1000  # optimizer steps of the whole run
-    epochs: float = 0.0  # passes over the training data, instead of --steps; 0: --steps
-    minutes: float = 0.0  # fit the number of steps into this time instead
-    stop_after: int = 0  # leave after this many steps as an interruption would
-    tokens_per_step: int = 8192  # tokens of one optimizer step, over all processes
-    batch_size: int = 32  # sequences in a micro-batch of one process, at most
-    optimizer: str = "muon"  # adamw, adam, or muon (with AdamW for what is no matrix)
-    lr: float = 3e-3  # peak learning rate
-    beta1: float = 0.9  # AdamW: memory of the gradient
-    beta2: float = 0.95  # AdamW: memory of its square
-    weight_decay: float = 0.1  # of matrices, scaled by the learning rate
-    clip: float = 1.0  # largest norm of the gradient; 0: no limit
-    schedule: str = "linear"  # cosine, linear (constant, then cooldown), inverse_sqrt, constant
-    warmup: int = 20  # steps until the peak learning rate, at most a quarter of all
-    cooldown: float = 0.5  # share of the steps that the linear cooldown takes
-    floor: float = 0.0  # last learning rate, as a share of the peak
-    eval_interval: int = 250  # steps between evaluations, each of which also saves; 0: an epoch
-    keep: int = 0  # keep the weights of this many of the last evaluations, for average.py
-    eval_tokens: int = 131072  # validation tokens scored, evenly spaced over the text; 0: all
-    log_interval: int = 10  # steps between records in log.jsonl
-    seed: int = 1337  # of the weights, the order of the data and dropout
-    timeout: float = 10.0  # minutes that a process waits for another before it says which one hangs
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "auto"  # bf16, fp32, or auto: bf16 on GPUs that have it (fine-tuning: on CPUs too)
-    compile: bool | None = None  # torch.compile; auto: on for CUDA on Linux
-    recompute: bool = False  # compute activations again in the backward pass, to save memory
-    shard: str = field(default="", metadata={"alone": "model"})  # divide model, or optimizer alone
-    dry_run: bool = False  # print the plan and the parameter table, allocate and train nothing
-    world: int = 1  # --dry_run: the number of processes to plan for
-
-    def __post_init__(self):
-        above, least = ("lr", "timeout"), {"steps": 1, "tokens_per_step": 1, "batch_size": 1}
-        least |= {"eval_interval": 0, "log_interval": 1, "minutes": 0, "stop_after": 0, "seed": 0}
-        least |= {"weight_decay": 0, "clip": 0, "warmup": 0, "eval_tokens": 0, "keep": 0}
-        least |= {"epochs": 0, "world": 1}
-        # A step's batches are held at once; seconds, steps and factors are to stay finite.
-        most = {"tokens_per_step": 2**26, "batch_size": 2**20, "minutes": 1e6, "epochs": 1e6}
-        most |= {"lr": 1e3, "weight_decay": 1e3, "world": 10**6, "timeout": 1e5}
-        shares, below = ("cooldown", "floor"), ("beta1", "beta2")
-        for name, value in asdict(self).items():
-            wanted = None
-            if name in above and not 0 < value < math.inf:
-                wanted = "more than 0"
-            elif name in least and not least[name] <= value < math.inf:
-                wanted = f"{least[name]} or more"
-            elif name in most and value > most[name]:
-                wanted = f"{most[name]:g} or less"
-            elif name in shares and not 0 <= value <= 1:
-                wanted = "0 to 1"
-            elif name in below and not 0 <= value < 1:
-                wanted = "0 or more, but less than 1"
-            if wanted:
-                raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
-        if self.world > 1 and not self.dry_run:
-            raise ValueError(
-                f"--world {self.world} is for a plan alone: add --dry_run, or start so many "
-                "processes with torchrun"
-            )
-        for name, known in (
-            ("optimizer", optim.OPTIMIZERS),
-            ("schedule", optim.SCHEDULES),
-            ("dtype", DTYPES),
-            ("shard", ("model", "optimizer", "")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)} is not known: choose "
-                    f"{', '.join(filter(None, known))}"
-                )
 
 
 @dataclass
@@ -131,38 +49,6 @@ class PairsConfig(TrainConfig):
     data: str = "dates"  # dates, multi30k, wmt14, two files (train.en,train.de), or a .tsv
     valid: str = ""  # validation pairs in files, as for --data; empty: some of --data are held out
     languages: str = ""  # from-to, en-de for one; empty: the set's own, or files as they are given
-
-
-@dataclass
-class FinetuneConfig(TrainConfig):
-    """What helps where little labelled data meets a pretrained model (--init)."""
-
-    data: str = ""  # the labelled data: see data/labelled.py, conll.py, squad.py, and so on
-    valid: str = ""  # validation data, as for --data; empty: some of --data are held out
-    epochs: float = 3.0  # passes over the training data, instead of --steps; 0: --steps
-    tokens_per_step: int = 1024  # tokens of one optimizer step, over all processes
-    optimizer: str = "adamw"  # adamw, adam, or muon (with AdamW for what is no matrix)
-    lr: float = 5e-5  # peak learning rate
-    beta2: float = 0.999  # AdamW: memory of its square
-    weight_decay: float = 0.01  # of matrices, scaled by the learning rate
-    warmup: int = 50  # steps until the peak learning rate, at most a quarter of all
-    cooldown: float = 1.0  # share of the steps that the linear cooldown takes
-    eval_interval: int = 0  # steps between evaluations, each of which also saves; 0: an epoch
-    eval_tokens: int = 0  # validation tokens scored, evenly spaced over the text; 0: all
-    row_length: int = 0  # most tokens of a row, block_size at most; 0: that many
-    freeze: str = ""  # embeddings, or a number: embeddings and so many blocks keep their weights
-    layer_decay: float = 1.0  # factor of the learning rate from each block to the one below
-    lora_rank: int = 0  # learn low-rank changes of this rank instead of the weights; 0: weights
-    seeds: int = 1  # repeat the run with this many seeds, and summarise
-
-    def __post_init__(self):
-        super().__post_init__()
-        limits = {"row_length": (0, None), "lora_rank": (0, 2**16), "seeds": (1, 1000)}
-        cli.check_ranges(self, {**limits, "layer_decay": (0.01, 1)})
-        if self.seeds > 1 and self.resume:
-            raise ValueError(
-                "--seeds repeats a run and --resume goes on with one: give one of them"
-            )
 
 
 @dataclass

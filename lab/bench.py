@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from data.lines import new_file
 from engine import cli
 from engine.processes import pick_device
 from lab.sampling import bench_sample, bench_translate
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
     cli.check_ranges(config, {"repeats": (2, 1000)})
     if (path := Path(config.out)).parent.is_dir():  # which is made in the end
-        cli.new_file("out", config.out, lambda p: p.read_bytes().startswith(b'{\n "versions": {'))
+        new_file("out", config.out, lambda p: p.read_bytes().startswith(b'{\n "versions": {'))
     device, begin = pick_device(config.device), time.perf_counter()
     torch.manual_seed(0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import optim
-from data.masked import PAD
+from data.encoding import PAD
 from engine import checkpoint as checkpoints
 from engine import cli
 from engine.checkpoint import TASKS

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data.lines import new_file
 from engine import cli
 from engine.execution import gradients
 from engine.memory import Ledger, bytes_of
@@ -304,7 +305,7 @@ def files(out: str) -> list[Path]:
         raise ValueError(f"--out {out} is no PNG picture: end it in .png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     names = (out, str(picture.with_suffix(".md")))
-    return [cli.new_file("out", name, lambda p: OURS.encode() in p.read_bytes()) for name in names]
+    return [new_file("out", name, lambda p: OURS.encode() in p.read_bytes()) for name in names]
 
 
 def main(argv: list[str] | None = None) -> None:

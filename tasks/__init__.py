@@ -1,1 +1,76 @@
-"""What a network is trained for, one file each."""
+"""What a network is trained for, one file each, and the one table of what `--model NAME` may be.
+
+A row is a name, the network's class and the task's module, as strings that are imported when asked
+for, so that a script loads what it uses and nothing else. A new language model is a file in models/
+and a row here; a new task is a file in tasks/ and a row here; see docs/your-own.md.
+
+A network's class has
+
+    Config       the dataclass of its sizes. A field with the metadata flag=False is no flag of
+                 train.py; with from_data=True the run takes it from the attribute of the same name
+                 of its training data (the labels of a classifier)
+    forward      **batch -> {name: summed loss} for each "…targets" of the batch ("mlm_targets" has
+                 the loss "mlm", plain "targets" the loss "loss"), and perhaps other sums, which are
+                 reported. In evaluation "predicted" may be among them: Data.measure gets it
+    flops_per_token()  of training, for the plan
+
+A task's module has
+
+    Flags        the dataclass of train.py's flags: TrainConfig or FinetuneConfig of tasks/flags.py,
+                 with defaults and fields of its own
+    Data         what becomes batches; see below
+    GOAL         the figure of Data.report or Data.measure of which best.pt has the most, or with
+    LOWER_IS_BETTER = True the least
+    SampleFlags  the dataclass of sample.py's flags
+    sample(model, tokenizer, flags, checkpoint, score)  prints what sample.py says; score(data)
+                 prints the figures of the model on --eval's data. checkpoint: all but the tensors
+    show(model, tokenizer, data, folder) -> [text]  what is printed when a run ends, of its best
+                 model; data are those that validate, folder is the run's, for pictures
+    ask(prompts) -> the flags with which sample.py says more of that kind
+    batch_shapes(flags, config, B, T) -> {argument of forward: shape} of a full micro-batch of
+                 B rows of T tokens, for the plan of memory. Names that end in "keep" are bool,
+                 "weights" are floats, all others ids
+
+Data has
+
+    special_tokens                      those that its tokenizer needs
+    splits(flags, sizes, tokenizer)     (training data, validation data). sizes are the network's
+                                        settings as a dict; tokenizer None: see get_tokenizer
+    batch(i)     a pure function of (seed, split, i) -> {argument of the network's forward: tensor};
+                 a tensor whose name ends in "targets" marks "no target" with -100
+    tokens_per_batch, tokens_per_epoch, n_batches       the last of an evaluation
+    report(sums, counts) -> {name: figure}, "loss" among them; both are sums over an evaluation,
+                 of what forward returns and of targets
+    measure(predicted) -> {name: figure}, optional: what only all predictions together tell;
+                 predicted[i] is the array that the network returned as "predicted" for batch i
+    details() -> text, optional: more about the last evaluation, printed behind --eval's figures
+    tokenizer, fingerprint              the latter a hash of the text and its division
+    prompts      a few inputs as a user would write them, of the text that validates
+    rule, describe()                    for the plan: how the text was divided, how much there is
+"""
+
+import importlib
+from types import ModuleType
+
+TABLE = {
+    "gpt": ("model.GPT", "tasks.text"),
+    "bert": ("bert.BERT", "tasks.masked"),
+    "seq2seq": ("seq2seq.Seq2Seq", "tasks.translation"),
+    # Fine-tuning: a pretrained encoder, or GPT, with labelled data.
+    "classify": ("tasks.classify.Classifier", "tasks.classify"),
+    "tag": ("tasks.tag.Tagger", "tasks.tag"),
+    "answer": ("tasks.answer.Answerer", "tasks.answer"),
+    "similar": ("tasks.similar.Similarity", "tasks.similar"),
+    "complete": ("model.GPT", "tasks.complete"),
+}
+
+
+def network(name: str) -> type:
+    """The class of the network in the row `name`."""
+    module, _, cls = TABLE[name][0].rpartition(".")
+    return getattr(importlib.import_module(module), cls)
+
+
+def task(name: str) -> ModuleType:
+    """The module of the task in the row `name`."""
+    return importlib.import_module(TABLE[name][1])

@@ -14,7 +14,7 @@ import convert
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from chunks import PATTERNS
-from data.masked import SPECIAL
+from data.encoding import SPECIAL
 from data.tokens import END_OF_TEXT
 from engine import checkpoint as checkpoints
 from engine.config import CONFIGS

@@ -19,7 +19,8 @@ from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from chunks import GPT2_PATTERN
 from data import sentences
-from data.masked import SPECIAL, MaskedText, encode_text
+from data.encoding import SPECIAL, encode_text
+from data.masked import MaskedText
 from data.sentences import open_sentences
 from data.tokens import tokenize
 from engine import checkpoint as checkpoints

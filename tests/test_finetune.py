@@ -36,7 +36,7 @@ import fill
 import finetune
 from bpe import Tokenizer
 from data.buckets import pad_rows
-from data.masked import SPECIAL
+from data.encoding import SPECIAL
 from engine.config import resolve
 from engine.evaluation import evaluate
 from engine.processes import Processes

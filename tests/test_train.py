@@ -576,7 +576,7 @@ def run_script(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["--steps=0"], "--steps 0 is out of range"),
         (["--lr=nan"], "--lr nan is out of range"),
         (["--dropout=1.5"], "dropout=1.5 is out of range"),
-        (["--cooldown=2"], "--cooldown 2.0 is out of range: choose 0 to 1"),
+        (["--cooldown=2"], "--cooldown 2.0 is out of range: choose between 0 and 1"),
         (["--beta1=1"], "--beta1 1.0 is out of range: choose 0 or more, but less than 1"),
         (["--tokenizer=gpt2"], "--vocab_size has no effect, because the tokenizer is that of gpt2"),
         (["--optimizer=sgd"], "--optimizer sgd is not known: choose adamw"),

@@ -15,7 +15,7 @@ from typing import Any
 
 from bpe import Tokenizer, byte_characters, unique_keys
 from chunks import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN
-from data.masked import CLS, SEP, SPECIAL
+from data.encoding import CLS, SEP, SPECIAL
 from data.sentencepieces import (
     END_PIECE,
     FILES,

@@ -23,7 +23,7 @@ from data.contexts import (
     read_answer,
     windows,
 )
-from data.masked import CLS, PAD, SEP, encode_text
+from data.encoding import CLS, PAD, SEP, encode_text
 from wordpiece import WordPiece
 
 TEXT = (

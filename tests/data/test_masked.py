@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from data.buckets import evenly, evenly_within, pad_rows
-from data.masked import CLS, MASK, PAD, SEP, MaskedText, Masking
+from data.encoding import CLS, MASK, PAD, SEP
+from data.masked import MaskedText, Masking
 from data.sentence_pairs import NEXT, RANDOM, fit
 from engine.config import MaskedConfig
 from engine.processes import Processes

@@ -15,7 +15,8 @@ import data.text
 import data.wmt
 from bpe import Tokenizer
 from data.download import MULTI30K, Remote, fetch
-from data.parallel import open_pairs, read_lines
+from data.lines import read_lines
+from data.parallel import open_pairs
 from data.tokens import END_OF_TEXT, tokenize
 
 PAIRS = [(f"sentence {i}, ein Satz 😀", f"Satz {i}, une phrase é") for i in range(250)]

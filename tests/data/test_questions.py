@@ -18,7 +18,7 @@ from conftest import shared
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from data.contexts import encode_context, windows
-from data.masked import CLS, PAD, SEP, encode_text
+from data.encoding import CLS, PAD, SEP, encode_text
 from data.questions import Questions
 from engine.config import MaskedConfig
 from engine.evaluation import evaluate

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from data import similar
-from data.masked import CLS, PAD, SEP, SPECIAL
+from data.encoding import CLS, PAD, SEP, SPECIAL
 from data.similar import SimilarPairs
 from data.tables import Row, TableCorpus
 from wordpiece import WordPiece

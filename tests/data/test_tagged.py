@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bpe import Tokenizer
 from data.conll import open_tagged
-from data.masked import CLS, MASK, PAD, SEP, SPECIAL, encode_text
+from data.encoding import CLS, MASK, PAD, SEP, SPECIAL, encode_text
 from data.tagged import TaggedSentences, join_rows, sentence_rows, windows
 from entities import entity_scores
 from wordpiece import UNK, WordPiece

@@ -26,7 +26,8 @@ import convert
 import fill
 import sample
 import train
-from data.masked import MASK, SEP, Masking, encode_text
+from data.encoding import MASK, SEP, encode_text
+from data.masked import Masking
 from data.sentences import open_sentences
 from data.tokens import tokenize, tokenizer_from_json
 from engine import checkpoint as checkpoints

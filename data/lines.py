@@ -1,0 +1,76 @@
+"""Lines of text: of files, and of standard input, where each gets its answer."""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.text import Part, blocks
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    r"""Lines as \n alone divides them: str.splitlines() also cuts at U+2028 or \x85, which occur
+    inside sentences on one side only, and would shift all that follows."""
+    number, offset, rest = 1, 0, b""
+    for block in chain(blocks(Part(path)), [b""]):
+        if not offset and b"\0" in block[: 1 << 16]:
+            raise ValueError(f"{path} is binary (it has zero bytes): give a text file in UTF-8")
+        rest += block
+        end = rest.rfind(b"\n") + 1 if block else len(rest)
+        whole, rest = rest[:end], rest[end:]
+        try:
+            lines = whole.decode("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            number += whole.count(b"\n", 0, error.start)
+            raise ValueError(
+                f"{path} is not UTF-8 in line {number:,} (byte {offset + error.start:,}): convert "
+                "it first (for example with iconv -f latin1 -t utf-8)"
+            ) from error
+        if not lines[-1]:
+            lines.pop()
+        if not offset and lines:
+            lines[0] = lines[0].removeprefix("\ufeff")  # which some editors on Windows write
+        yield from lines
+        number, offset = number + len(lines), offset + end
+
+
+def lines_of(flag: str, path: str) -> list[str]:
+    if not Path(path).is_file():
+        raise ValueError(f"--{flag} {path} is no file here: name a text, one line for each vector")
+    lines = list(read_lines(Path(path)))
+    if not lines:
+        raise ValueError(f"--{flag} {path} is empty: give a text of one line or more")
+    return lines
+
+
+def answer_stdin(
+    answer: Callable[[list[str], tqdm, int], list[str]], batch_size: int, unit: str
+) -> None:
+    """Prints the answer to each line of standard input: at once to somebody who types, else in
+    batches, with a bar. answer(lines, bar, number of the first line) -> texts."""
+    alone, done = sys.stdin.isatty(), 0
+    if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+    quiet = True if alone or sys.stdout.isatty() else None
+    if alone:
+        print(f"type a {unit} and Enter; Ctrl-D ends", file=sys.stderr)
+    with tqdm(unit=unit, disable=quiet) as bar:
+        while lines := list(islice(sys.stdin, 1 if alone else batch_size)):
+            print("\n".join(answer(lines, bar, done + 1)), flush=True)
+            done += len(lines)
+
+
+def new_file(flag: str, name: str, ours: Callable[[Path], bool] = lambda path: False) -> Path:
+    """The path of a file that is to be written. ValueError unless it can be, and either is not
+    there or is, as ours(path) says, what the same command has written before: anything else may be
+    somebody's work, or a pipe that nobody reads."""
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--{flag} {path} is a folder, or lies in none: name a file to write")
+    if os.path.lexists(path) and not (path.is_file() and ours(path)):
+        raise ValueError(f"--{flag} {path} is there already: name another file, or delete it")
+    return path
