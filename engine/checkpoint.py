@@ -1,4 +1,4 @@
-"""The tasks, and the one file that holds a run: saved whole or not at all, loaded strictly.
+"""The one file that holds a run: saved whole or not at all, loaded strictly.
 
 A checkpoint is a dict of tensors and plain values: format, task, model_config, train_config,
 tokenizer (its JSON text) and its hash, data (the corpus's hash), model, optimizer, step, best,
@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from errno import EINVAL
@@ -20,45 +21,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from bert import BERT, BERTConfig, EncoderConfig
-from data.completions import Completions
-from data.labelled import LabelledTexts
-from data.masked import MaskedText
-from data.pairs import Pairs
-from data.questions import Questions
-from data.similar import SimilarPairs
-from data.tagged import TaggedSentences
+import tasks
+from cpu import lay_out_for_decoding
 from data.tokens import AnyTokenizer, tokenizer_from_json
-from data.windows import Windows
-from finetune import (
-    AnswerConfig,
-    Answerer,
-    Classifier,
-    LabelConfig,
-    Similarity,
-    TagConfig,
-    Tagger,
-    adapter_rank,
-    add_adapters,
-    merged_state,
-)
-from model import GPT, GPTConfig
-from seq2seq import Seq2Seq, Seq2SeqConfig
+from finetune import adapter_rank, add_adapters, merged_state
 
 FORMAT = 1
-
-# What `--model NAME` means: the sizes, the model, and the data with its way of making batches.
-TASKS = {
-    "gpt": (GPTConfig, GPT, Windows),
-    "bert": (BERTConfig, BERT, MaskedText),
-    "seq2seq": (Seq2SeqConfig, Seq2Seq, Pairs),
-    # Fine-tuning: a pretrained encoder, or GPT, with labelled data.
-    "classify": (LabelConfig, Classifier, LabelledTexts),
-    "tag": (TagConfig, Tagger, TaggedSentences),
-    "answer": (AnswerConfig, Answerer, Questions),
-    "similar": (EncoderConfig, Similarity, SimilarPairs),
-    "complete": (GPTConfig, GPT, Completions),
-}
 
 KEYS = {
     "task": str,
@@ -180,6 +148,19 @@ def load_newest(latest: Path) -> dict:
             raise error from None
 
 
+def put_previous_in_place(
+    path: Path, reason: str, step: int, main: bool, say: Callable[[str], None]
+) -> None:
+    """previous.pt becomes latest.pt, which `load_newest` could not read for that reason; else the
+    next save would keep the damaged one in its place. The main process renames, all may call."""
+    reason = reason.rpartition(": ")[0]  # without the remedy, for here it is
+    say(f"{reason}; going on from {PREVIOUS}, which is of step {step:,}")
+    if main:
+        with suppress(FileNotFoundError):
+            path.replace(path.with_suffix(".damaged"))
+        path.with_name(PREVIOUS).replace(path)
+
+
 def check_sums(path: Path) -> None:
     """Unreadable unless every part of the archive is what was written. OSError where the system
     does not give it: another time it may."""
@@ -230,10 +211,9 @@ def load(path: Path, whole: bool = True) -> dict:
     wrong = [k for k, kind in KEYS.items() if not isinstance(checkpoint.get(k), kind)]
     if wrong:
         raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type")
-    if checkpoint["task"] not in TASKS:
-        raise ValueError(
-            f"{path} holds the task {checkpoint['task']!r}, known are {', '.join(TASKS)}"
-        )
+    if checkpoint["task"] not in tasks.TABLE:
+        known = ", ".join(tasks.TABLE)
+        raise ValueError(f"{path} holds the task {checkpoint['task']!r}, known are {known}")
     if isinstance(checkpoint.get("parts"), dict):
         import parts  # which takes a second
 
@@ -246,9 +226,9 @@ def restore(
 ) -> tuple[nn.Module, AnyTokenizer]:
     """The model, with its weights, and the tokenizer; strictly: nothing missing, nothing left.
     keep_adapters: those of an unfinished run stay apart, to be trained on, and are not merged."""
-    Config, Model, _ = TASKS[checkpoint["task"]]
+    Model = tasks.network(checkpoint["task"])
     try:
-        model = Model(Config(**checkpoint["model_config"]))
+        model = Model(Model.Config(**checkpoint["model_config"]))
         rank = adapter_rank(checkpoint["model"])
         if rank:
             add_adapters(model, rank)
@@ -262,6 +242,23 @@ def restore(
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit the model that it names: {reason}") from error
     return model, restore_tokenizer(path, checkpoint)
+
+
+def load_model(
+    path: Path,
+    device: torch.device,
+    checkpoint: dict | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, AnyTokenizer, dict]:
+    """(model, tokenizer, checkpoint), ready to write with; the weights are in the model alone.
+    checkpoint: what `load` has read of path, if it has."""
+    checkpoint = checkpoint or load(path)
+    model, tokenizer = restore(path, checkpoint)
+    checkpoint = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
+    model.to(device, dtype).eval()
+    if device.type == "cpu":
+        lay_out_for_decoding(model)
+    return model, tokenizer, checkpoint
 
 
 def restore_tokenizer(path: Path, checkpoint: dict) -> AnyTokenizer:

@@ -51,17 +51,18 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"{argument[:-3]} has no value: put one behind the =")
         return super().parse_known_args(args, namespace)
 
-    def parse(self, argv: list[str], elsewhere: dict[str, str] | None = None) -> dict:
-        """{field: value} of the flags that were given, and only those. elsewhere: {flag: what it
-        is for}, of flags that other parsers of the same script have."""
+    def parse(self, argv: list[str], elsewhere: Callable[[], dict[str, str]] = lambda: {}) -> dict:
+        """{field: value} of the flags that were given, and only those. elsewhere() is {flag: what
+        it is for}, of flags that other parsers of the same script have; it is called for a flag
+        that this one lacks."""
         known = sorted(s for s in self._option_string_actions if s.startswith("--"))
         given, unknown = self.parse_known_args([underscored(a) for a in argv])
         for flag in unknown:
             if not flag.startswith("-"):
                 raise ValueError(f"{flag!r} belongs to no flag: see python {self.prog} --help")
             name = flag.partition("=")[0]
-            if elsewhere and name in elsewhere:
-                raise ValueError(f"{name} is for {elsewhere[name]}: leave it out here")
+            if purpose := elsewhere().get(name):
+                raise ValueError(f"{name} is for {purpose}: leave it out here")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"see python {self.prog} --help"
             raise ValueError(f"there is no flag {name}: {hint}")
@@ -123,8 +124,9 @@ def comments(cls: type) -> dict[str, str]:
     return found
 
 
-def add_flags(parser: Parser, cls: type, title: str) -> None:
-    """One flag for each field of the dataclass, absent from the result unless it is given.
+def add_flags(parser: Parser, cls: type, title: str, values: dict | None = None) -> None:
+    """One flag for each field of the dataclass, absent from the result unless it is given. values:
+    {field: what it will be if it is not given}, for --help; else the default of the dataclass.
 
     The types are str, int, float, bool, `bool | None` (None means: decided by the machine),
     list[str] (the flag may be repeated) and tuple[str, str] (two values behind the flag). A field
@@ -137,6 +139,7 @@ def add_flags(parser: Parser, cls: type, title: str) -> None:
             continue
         kind, flag = types[field.name], f"--{field.name}"
         default = field.default if field.default is not MISSING else field.default_factory()
+        default = (values or {}).get(field.name, default)
         shown = "auto" if default is None else default
         note = f" (default: {shown})" if shown not in ("", [], ()) and shown is not False else ""
         common = {

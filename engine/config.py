@@ -1,81 +1,23 @@
-"""The settings of a run: from flags, a preset and perhaps a checkpoint to one resolved TrainConfig.
+"""The settings of a run: from flags, a preset and perhaps a checkpoint to one resolved config.
 
 A flag given by hand wins over the preset, the preset over the defaults. With --resume and --init
-the model's sizes are the checkpoint's.
+the network's sizes are the checkpoint's.
 """
 
 import math
-import tempfile
-from dataclasses import asdict, dataclass, fields
+import sys
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
-from bert import Encoder
+import torch.nn as nn
+
+import tasks
 from engine import checkpoint as checkpoints
 from engine import cli
 from engine.checkpoint import LATEST, PREVIOUS
 from engine.presets import PRESETS, first_hour
-from engine.processes import multiplies_bf16, pick_device, repeats
-from finetune import LEARNT
+from engine.processes import find_device, is_restarted, multiplies_bf16
 from tasks.flags import FinetuneConfig, TrainConfig
-
-TASKS = checkpoints.TASKS
-
-
-@dataclass
-class MaskedConfig(TrainConfig):
-    """What BERT's data asks beside that."""
-
-    data: str = "pydocs"  # pydocs, wikitext, wikitext103, or a path: .txt, .jsonl, .gz or a folder
-    valid: str = ""  # validation text, as for --data; empty: some of --data's documents
-    layout: str = ""  # lines, prose, paragraphs or wikitext (data/layouts.py); empty: by the text
-    mlm_rate: float = 0.15  # share of the tokens that training asks for; an evaluation: 0.15
-    whole_words: bool = False  # hide all tokens of a word, or none
-    row_length: int = 0  # most tokens of a row, block_size at most; 0: that many
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.row_length < 0:
-            raise ValueError(f"--row_length {self.row_length} is out of range: choose 0 or more")
-        if not 0 < self.mlm_rate < 1:
-            raise ValueError(
-                f"--mlm_rate {self.mlm_rate} is out of range: choose more than 0, but less than 1"
-            )
-
-
-@dataclass
-class PairsConfig(TrainConfig):
-    """What the data of an encoder-decoder asks beside that."""
-
-    data: str = "dates"  # dates, multi30k, wmt14, two files (train.en,train.de), or a .tsv
-    valid: str = ""  # validation pairs in files, as for --data; empty: some of --data are held out
-    languages: str = ""  # from-to, en-de for one; empty: the set's own, or files as they are given
-
-
-@dataclass
-class ClassifyConfig(FinetuneConfig):
-    class_weights: bool = False  # a rare label counts for more: all of them the same in sum
-
-
-@dataclass
-class SimilarPairsConfig(FinetuneConfig):
-    tokens_per_step: int = 8192  # tokens of one optimizer step: as many pairs as fit, all negatives
-    batch_size: int = 1024  # sequences in a micro-batch, at most; a step must be one
-    row_length: int = 64  # most tokens of a text, block_size at most; 0: that many
-
-
-# The flags of each task, beside those of its model.
-CONFIGS = {
-    "gpt": TrainConfig,
-    "bert": MaskedConfig,
-    "seq2seq": PairsConfig,
-    "classify": ClassifyConfig,
-    "tag": FinetuneConfig,
-    "answer": FinetuneConfig,
-    "similar": SimilarPairsConfig,
-    "complete": FinetuneConfig,
-}
-
-FINETUNED = {task for task, Config in CONFIGS.items() if issubclass(Config, FinetuneConfig)}
 
 # What a resumed run may change: how and where it computes, not what.
 FREE_ON_RESUME = {
@@ -83,13 +25,21 @@ FREE_ON_RESUME = {
     *("cache_dir", "data", "valid", "device", "dtype", "compile", "recompute", "timeout", "shard"),
 }
 
-# Of a model's settings, those that no weight's shape depends on: --init may change them.
+# Of a network's settings, those that no weight's shape depends on: --init may change them.
 RATES = {"dropout", "attention_dropout", "label_smoothing"}
+
+DESCRIPTION = """\
+Train a Transformer. Every flag has a default: what is shown is the value of the run that would
+start with the flags beside --help, its preset (see engine/presets.py) or, without one, that of a
+first run on this machine. The flags are those of a task: add --model NAME to see another's; the
+names are """
 
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
-    """Flags -> (config, the model's sizes, the checkpoint to start from or None)."""
-    argv = again(argv)
+    """Flags -> (config, the network's sizes, the checkpoint to start from or None). ValueError for
+    flags that do not go together. --help ends the program."""
+    asks_help = any(argument in ("-h", "--help") for argument in argv)
+    argv = [argument for argument in argv if argument not in ("-h", "--help")]
     given = peek(argv)
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
@@ -97,111 +47,71 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     path = start_from(given)
     load = checkpoints.load_newest if given.get("resume") else checkpoints.load
     checkpoint = load(path) if path else None
-    task = checkpoint["task"] if checkpoint else given.get("model", preset_task(preset))
-    if path:
-        found, task = task, given.get("model", task)
-        if task in TASKS and (found != task if given.get("resume") else kin(task) != kin(found)):
-            raise ValueError(
-                f"--model {task} cannot begin from the {found} of {path}: leave one out"
-            )
-    if task not in TASKS:
-        raise ValueError(f"--model {task} is not known: choose {', '.join(TASKS)}")
+    name = choose_task(given, checkpoint, path)
+    Flags, Config = tasks.task(name).Flags, tasks.network(name).Config
+    finetunes = issubclass(Flags, FinetuneConfig)
 
-    Config, Settings = TASKS[task][0], CONFIGS[task]
-    parser = cli.Parser(
-        "Train a Transformer. Every flag has a default. A preset (see presets.py) replaces some\n"
-        "of the defaults below; without --preset, that of a first run on this machine does.\n"
-        "The flags are those of a task: add --model bert, seq2seq, classify, tag, answer, similar\n"
-        "or complete to see theirs."
-    )
-    cli.add_flags(parser, Settings, "training")
-    cli.add_flags(parser, Config, f"sizes of the model ({task})")
-    every = {name: (TASKS[name][0], CONFIGS[name]) for name in TASKS}
-    given = parser.parse(argv, cli.owners(every, "--model"))
+    parser = cli.Parser("")
+    cli.add_flags(parser, Flags, "")
+    cli.add_flags(parser, Config, "")
+    given |= parser.parse(argv, flags_of_others)
 
     if given.get("resume"):
         base = {**checkpoint["train_config"], "out": str(path.parent), "stop_after": 0}
         refuse_changes(given, {**base, **checkpoint["model_config"]}, FREE_ON_RESUME, path)
     else:
-        device = pick_device(given.get("device", "auto")).type
-        preset = preset or first_hour(task, device, given.get("data", ""))
-        if preset and preset_task(preset) != task:
-            raise ValueError(f"--preset {preset} is for --model {preset_task(preset)}, not {task}")
-        base = {"model": task, "preset": preset, **PRESETS.get(preset, {})}
-        if task in FINETUNED:
-            base["dtype"] = "bf16"
-        if not multiplies_bf16(device):
-            base.pop("dtype", None)  # fp32 is faster then, and on mps what can be trusted
-        tokenizer = path or {**base, **given}.get("tokenizer")
-        ignored = ("vocab_size", "pattern", "tokenizer") if path else ("vocab_size", "pattern")
-        for name in ignored if tokenizer else ():
-            if name in given:
-                raise ValueError(
-                    f"--{name} has no effect, because the tokenizer is that of {tokenizer}: leave "
-                    "it out" + ("" if path else ", or add --tokenizer= to train a new one")
-                )
+        base = recipe(name, given, preset, finetunes)
+        refuse_ignored(given, base, path)
     wanted = {**base, **given}
     if lengths := sorted({"steps", "minutes"} & given.keys()):
         if given.get("epochs"):
             raise ValueError(f"--epochs and --{lengths[0]} both say how long: give one of them")
         wanted["epochs"] = 0.0
-    names = {field.name for field in fields(Settings)}
-    config = Settings(**{k: v for k, v in wanted.items() if k in names})
-    if repeats() and getattr(config, "seeds", 1) > 1:
+    sizes = sizes_of(Config, name, checkpoint)
+    if checkpoint:
+        flags = {field.name for field in fields(Flags)}
+        refuse_changes(given, sizes, {*RATES, *flags}, path)
+        sizes |= {rate: given[rate] for rate in RATES & given.keys()}
+    else:
+        sizes |= {size: wanted[size] for size in sizes.keys() & wanted.keys()}
+    if asks_help:
+        parser = cli.Parser(DESCRIPTION + ", ".join(tasks.TABLE) + ".")
+        cli.add_flags(parser, Flags, "training", wanted)
+        cli.add_flags(parser, Config, f"sizes of the model ({name})", sizes)
+        parser.print_help()
+        sys.exit()
+    names = {field.name for field in fields(Flags)}
+    config = Flags(**{k: v for k, v in wanted.items() if k in names})
+    if is_restarted() and getattr(config, "seeds", 1) > 1:
         raise ValueError(
             f"--seeds {config.seeds} makes several runs, which a command that torchrun or Slurm "
             "repeats does not find again: leave it out"
         )
-    if task in FINETUNED and not (config.data or config.dry_run):
-        raise ValueError(f"--model {task} learns from labelled examples: name them with --data")
-
-    sizes = asdict(Config())
-    if checkpoint:  # perhaps another task's, whose labels are not this one's
-        kept = sizes.keys() - (set() if found == task else LEARNT)
-        sizes |= {k: v for k, v in checkpoint["model_config"].items() if k in kept}
-    if checkpoint:
-        refuse_changes(given, sizes, {*RATES, *names}, path)
-        wanted = {name: given[name] for name in RATES & given.keys()}
-    else:
-        sizes["n_ff"] = 0  # 4 x n_embd, whatever n_embd will be
-    return config, {k: wanted.get(k, v) for k, v in sizes.items()}, checkpoint
-
-
-def kin(task: str) -> type:
-    """Tasks whose models are the same one but for their heads have the same kin."""
-    Model = TASKS[task][1]
-    return Encoder if issubclass(Model, Encoder) else Model
+    if finetunes and not (config.data or config.dry_run):
+        raise ValueError(f"--model {name} learns from labelled examples: name them with --data")
+    return config, sizes, checkpoint
 
 
 def peek(argv: list[str]) -> dict:
-    """The flags that decide which others exist, read before the full parser can be made."""
+    """The flags that decide which others exist, read before the full parser can be made; with
+    --resume where torchrun or Slurm repeats a command whose run has begun."""
     parser = cli.Parser("")
     cli.add_flags(parser, TrainConfig, "")
-    argv = [cli.underscored(a) for a in argv if a not in ("-h", "--help")]
-    return vars(parser.parse_known_args(argv)[0])
-
-
-def preset_task(preset: str) -> str:
-    return PRESETS.get(preset, {}).get("model", "gpt")
-
-
-def again(argv: list[str]) -> list[str]:
-    """The flags; with --resume where torchrun or Slurm repeats them and their run has begun."""
-    if not repeats():
-        return argv
-    given = peek(argv)
+    given = vars(parser.parse_known_args([cli.underscored(a) for a in argv])[0])
+    if not is_restarted():
+        return given
     if not given.get("out"):
         raise ValueError(
             "a command that torchrun (--max-restarts) or Slurm repeats must find its run again: "
             "name the run's folder with --out"
         )
     begun = any((Path(given["out"]) / name).is_file() for name in (LATEST, PREVIOUS))
-    return [*argv, "--resume"] if begun else argv
+    return {**given, "resume": True} if begun else given
 
 
 def start_from(given: dict) -> Path | None:
     """The checkpoint that --resume or --init names."""
-    if given.get("resume") and given.get("init") and not repeats():
+    if given.get("resume") and given.get("init") and not is_restarted():
         raise ValueError("--resume goes on with a run, --init begins a new one: give one of them")
     if not given.get("resume"):
         return Path(given["init"]) if given.get("init") else None
@@ -211,6 +121,86 @@ def start_from(given: dict) -> Path | None:
     if not found:
         raise ValueError("there is no run below out/ to resume: name its folder with --out")
     return max(found, key=lambda p: p.stat().st_mtime).with_name(LATEST)
+
+
+def choose_task(given: dict, checkpoint: dict | None, path: Path | None) -> str:
+    """The name in tasks.TABLE: --model's, the preset's, or the checkpoint's. A run begins from a
+    checkpoint of its own task, or of one whose network is the same but for its head."""
+    asked = given.get("model", "")
+    if asked and asked not in tasks.TABLE:
+        raise ValueError(f"--model {asked} is not known: choose {', '.join(tasks.TABLE)}")
+    if not checkpoint:
+        return asked or preset_task(given.get("preset", ""))
+    found = checkpoint["task"]
+    name = asked or found
+    fits = found == name
+    if not fits and not given.get("resume"):
+        fits = base_of(tasks.network(name)) is base_of(tasks.network(found))
+    if not fits:
+        raise ValueError(f"--model {name} cannot begin from the {found} of {path}: leave one out")
+    return name
+
+
+def base_of(network: type) -> type:
+    """The class right below nn.Module that a network is built on: the same for all its heads."""
+    return network.__mro__[network.__mro__.index(nn.Module) - 1]
+
+
+def preset_task(preset: str) -> str:
+    return PRESETS.get(preset, {}).get("model", TrainConfig.model)
+
+
+def recipe(name: str, given: dict, preset: str, finetunes: bool) -> dict:
+    """{flag: value} of a new run before the flags given by hand: the preset's, or those of a first
+    run on this machine. bf16 is asked for only where the processor multiplies it fast."""
+    device = find_device(given.get("device", "auto"))
+    preset = preset or first_hour(name, device, given.get("data", ""))
+    if preset and preset_task(preset) != name:
+        raise ValueError(f"--preset {preset} is for --model {preset_task(preset)}, not {name}")
+    base = {"model": name, "preset": preset, **PRESETS.get(preset, {})}
+    if finetunes:
+        base["dtype"] = "bf16"
+    if not multiplies_bf16(device):
+        base.pop("dtype", None)  # fp32 is faster then, and on mps what can be trusted
+    return base
+
+
+def refuse_ignored(given: dict, base: dict, path: Path | None) -> None:
+    """ValueError for a flag about a new tokenizer where there is one already."""
+    tokenizer = path or {**base, **given}.get("tokenizer")
+    ignored = ("vocab_size", "pattern", "tokenizer") if path else ("vocab_size", "pattern")
+    for name in ignored if tokenizer else ():
+        if name in given:
+            raise ValueError(
+                f"--{name} has no effect, because the tokenizer is that of {tokenizer}: leave "
+                "it out" + ("" if path else ", or add --tokenizer= to train a new one")
+            )
+
+
+def default_of(field: Field):
+    return field.default if field.default is not MISSING else field.default_factory()
+
+
+def sizes_of(Config: type, name: str, checkpoint: dict | None) -> dict:
+    """{size: value} of a network: the checkpoint's, else the defaults. Of another task's checkpoint
+    without what a run takes from its data, such as labels."""
+    sizes = {field.name: default_of(field) for field in fields(Config)}
+    if checkpoint:
+        own = checkpoint["task"] == name
+        kept = sizes.keys() - (set() if own else set(from_data(Config)))
+        sizes |= {k: v for k, v in checkpoint["model_config"].items() if k in kept}
+    return sizes
+
+
+def from_data(Config: type) -> list[str]:
+    """The settings of a network that a run takes from its data."""
+    return [field.name for field in fields(Config) if field.metadata.get("from_data")]
+
+
+def flags_of_others() -> dict[str, str]:
+    """{flag: the names of --model that have it}, of all tasks."""
+    classes = {n: (tasks.network(n).Config, tasks.task(n).Flags) for n in tasks.TABLE}
+    return cli.owners(classes, "--model")
 
 
 def refuse_changes(given: dict, saved: dict, free: set[str], path: Path) -> None:
@@ -226,33 +216,6 @@ def refuse_changes(given: dict, saved: dict, free: set[str], path: Path) -> None
 def padded(vocab_size: int) -> int:
     """The next multiple of 64: GPUs multiply such matrices faster. Padded ids are never sampled."""
     return math.ceil(vocab_size / 64) * 64
-
-
-def prepare_folder(config: TrainConfig) -> Path:
-    """Makes the folder of the run and tries to write there. Never one that holds another run."""
-    folder, number = Path(config.out or f"out/{config.model}"), 1
-    # What a run that was killed before its first checkpoint has left is in nobody's way.
-    kept = (p for p in folder.iterdir() if not p.match("*.part*")) if folder.is_dir() else ()
-    if config.out and not config.resume and any(kept):
-        if any(folder.glob("*.pt")):
-            raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
-        raise ValueError(
-            f"{folder} is not empty, and a run writes nothing over: choose another --out"
-        )
-    try:
-        while not config.out:  # taken by whoever makes it, also when two runs start at once
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                number += 1
-                folder = Path(f"out/{config.model}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # to hear of it now
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose --out") from error
-    return folder
 
 
 def divide_step(config: TrainConfig, block_size: int, world: int) -> tuple[int, int]:

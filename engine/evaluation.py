@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from types import ModuleType
 
 import torch
 import torch.nn as nn
@@ -62,31 +63,28 @@ def evaluate(
                 into[name] = into.get(name, 0.0) + (float(value) if counted else 0.0)
     model.train(training)
     group.at("adding up the evaluation")
-    total = group.sum([*sums.values(), *counts.values()])
+    total = group.all_reduce([*sums.values(), *counts.values()])
     report = data.report(
         dict(zip(sums, total, strict=False)), dict(zip(counts, total[len(sums) :], strict=True))
     )
     if predicted:
-        every = (
-            (i, group.from_owner(predicted.get(i), i % group.world)) for i in range(data.n_batches)
-        )
-        report |= data.measure({i: tensor.cpu().numpy() for i, tensor in every})
+        every = {}
+        for i in range(data.n_batches):
+            tensor = group.broadcast_tensor(predicted.get(i), i % group.world)
+            every[i] = tensor.cpu().numpy()
+        report |= data.measure(every)
     return report
 
 
-# What a run is after, where it is not the smallest loss: the task's own figure, the higher the
-# better.
-GOALS = {"classify": "accuracy", "tag": "f1", "answer": "f1", "similar": "mrr"}
+def to_minimise(task: ModuleType, report: dict[str, float]) -> float:
+    """What the best checkpoint has the least of, and what is kept of it: the task's goal, with the
+    other sign where more of it is better."""
+    return report[task.GOAL] if task.LOWER_IS_BETTER else -report[task.GOAL]
 
 
-def badness(task: str, report: dict[str, float]) -> float:
-    """What the best checkpoint has the least of, and what is kept of it."""
-    return -report[GOALS[task]] if task in GOALS else report["loss"]
-
-
-def best_figure(task: str, badness: float) -> tuple[str, float]:
-    """("accuracy", 0.88) of a badness of -0.88, ("loss", 1.25) of one of 1.25."""
-    return (GOALS[task], -badness) if task in GOALS else ("loss", badness)
+def goal_of(task: ModuleType, minimised: float) -> tuple[str, float]:
+    """("accuracy", 0.88) where -0.88 is what was minimised, ("loss", 1.25) where 1.25 was."""
+    return task.GOAL, minimised if task.LOWER_IS_BETTER else -minimised
 
 
 def score(model: nn.Module, data, progress: bool = False) -> dict[str, float]:
@@ -100,3 +98,5 @@ def print_scores(model: nn.Module, data, name: str) -> None:
     print(f"{name}: {data.describe()} ({data.rule})", flush=True)
     report = score(model, data, progress=True)
     print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))
+    if hasattr(data, "details"):
+        print(data.details())

@@ -17,7 +17,6 @@ arXiv:2205.14135); what can be divided over processes (ZeRO, Rajbhandari et al. 
 arXiv:1910.02054, section 5; FSDP, Zhao et al. 2023, arXiv:2304.11277).
 """
 
-import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable
@@ -37,11 +36,13 @@ from torch.utils._pytree import tree_leaves
 
 import losses
 import optim
-from engine.config import FINETUNED, TASKS, TrainConfig, divide_step, padded
+import tasks
+from engine.config import divide_step, padded
 from engine.evaluation import loss_name
-from engine.execution import recompute_blocks
+from engine.setup import recompute_blocks
 from finetune import add_adapters, freeze
 from model import MLP, Attention, Block
+from tasks.flags import FinetuneConfig, TrainConfig
 
 
 @dataclass
@@ -156,10 +157,10 @@ def on_gpu(forward: Callable) -> Callable:
 
 def make_model(config: TrainConfig, sizes: dict, device: str = "meta") -> nn.Module:
     """On the meta device, with what `train.Run` does to the model before it trains."""
-    Config, Model, _ = TASKS[config.model]
+    Model = tasks.network(config.model)
     with torch.device("meta"):
-        model = Model(Config(**{**sizes, "vocab_size": padded(sizes["vocab_size"])}))
-    if config.model in FINETUNED:
+        model = Model(Model.Config(**{**sizes, "vocab_size": padded(sizes["vocab_size"])}))
+    if isinstance(config, FinetuneConfig):
         if config.lora_rank:
             add_adapters(model, config.lora_rank)
         if config.freeze:
@@ -191,26 +192,16 @@ def rows_of(config: TrainConfig, block_size: int, batch_size: int) -> tuple[int,
 
 def make_batch(config: TrainConfig, model: nn.Module, B: int, T: int) -> dict[str, Tensor]:
     """{argument of the model's forward: tensor} in the shapes of a full micro-batch with padding,
-    for every argument that the data of the task may give."""
-    task, rows, places = config.model, (B,), (B, T)
-    masked = (max(1, round(getattr(config, "mlm_rate", 0) * B * T)),)
-    shapes = {"tokens": places, "source": places, "segments": places, "keep": places}
-    shapes |= {"source_keep": places, "mlm_positions": masked, "mlm_targets": masked}
-    shapes |= {"start_targets": rows, "end_targets": rows}
-    shapes["targets"] = {"classify": rows, "similar": (B // 2,)}.get(task, places)
-    if getattr(model.config, "nsp", False):
-        shapes["nsp_targets"] = rows
-    elif task == "bert":  # packed text
-        del shapes["segments"], shapes["keep"]
-    if getattr(config, "class_weights", False):
-        shapes["weights"] = rows
-    taken = inspect.signature(model.forward).parameters
-    kinds = {"keep": torch.bool, "source_keep": torch.bool, "weights": torch.float32}
-    return {
-        name: torch.empty(shape, dtype=kinds.get(name, torch.int64))
-        for name, shape in shapes.items()
-        if name in taken
-    }
+    as the task names them."""
+    shapes = tasks.task(config.model).batch_shapes(config, model.config, B, T)
+    return {name: torch.empty(shape, dtype=kind_of(name)) for name, shape in shapes.items()}
+
+
+def kind_of(name: str) -> torch.dtype:
+    """By the name of an argument of forward."""
+    if name.endswith("keep"):
+        return torch.bool
+    return torch.float32 if name.endswith("weights") else torch.int64
 
 
 def plan_memory(

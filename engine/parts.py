@@ -88,7 +88,7 @@ def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -
     folder = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     if group.world > 1:  # only the first one knows which folder the run has got
         name = torch.tensor(list(str(folder).encode())) if group.main else None
-        folder = Path(bytes(group.from_owner(name, 0).tolist()).decode())
+        folder = Path(bytes(group.broadcast_tensor(name, 0).tolist()).decode())
     writer = Writer(folder)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group.patient)
@@ -100,7 +100,7 @@ def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -
     flush_names(folder)
     found = {"folder": folder.name, "tensors": writer.contents} if group.main else {}
     files = {c["file"] for about in found.get("tensors", {}).values() for c in about["chunks"]}
-    if group.first(not all((folder / file).is_file() for file in files)):
+    if group.broadcast(not all((folder / file).is_file() for file in files)):
         raise OSError(
             errno.ENOENT,
             f"{folder} is not on a disk that all machines share, as --shard needs here",

@@ -1,20 +1,19 @@
 """What a run will do, told before it does it: the plan of training; of a dry run, the table of
 parameters, the memory of each process, and the least time of a step."""
 
-import json
 import re
 import time
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from engine.checkpoint import TASKS
-from engine.config import TrainConfig, divide_step
+import tasks
+from engine.config import divide_step
 from engine.memory import Memory, bytes_of, make_model, plan_memory, rows_of
 from engine.processes import precision
 from model import count_parameters
+from tasks.flags import TrainConfig
 
 
 class GPU(NamedTuple):
@@ -48,7 +47,7 @@ def describe(run) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    how = "eager" if run.eager_or_compiled is run.model else "compiled"
+    how = "eager" if run.network is run.model else "compiled"
     if config.shard and group.world > 1:
         how += f", {config.shard} divided into {group.world} parts"
     plan = {
@@ -73,18 +72,17 @@ def describe(run) -> str:
 
 
 def dry_run(config: TrainConfig, sizes: dict) -> None:
-    """The parameters by component, the memory and the time that training needs, the settings; on
-    the meta device, which takes no memory."""
-    Config, Model, _ = TASKS[config.model]
+    """The parameters by component, and the memory and the time that training needs; on the meta
+    device, which takes no memory. The settings are what --help shows beside the same flags."""
+    Model = tasks.network(config.model)
     with torch.device("meta"):
-        model = Model(Config(**sizes))
+        model = Model(Model.Config(**sizes))
     print(f"{'component':<28}{'in one copy':>16}{'copies':>8}{'parameters':>20}")
     for component, count, copies in parameter_table(model):
         print(f"{component:<28}{count:>16,}{copies:>8}{count * copies:>20,}")
     print(f"{'total':<52}{count_parameters(model):>20,}")
     print(f"training takes {model.flops_per_token():.4g} floating-point operations a token")
     print(describe_memory(config, sizes))
-    print(json.dumps({**asdict(config), **asdict(model.config)}, indent=1))
 
 
 def bytes_sent(config: TrainConfig, learns: int, dtype: torch.dtype, accumulate: int) -> float:
@@ -186,13 +184,13 @@ def fit_steps(run) -> None:
         run.step = count + 1  # batches differ in cost: not always the first one
         run.train_step(0.0).read(run.group)
         count, spent = count + 1, time.perf_counter() - start
-        done = bool(run.group.first(count >= 3 and spent >= 0.02 * budget))
+        done = bool(run.group.broadcast(count >= 3 and spent >= 0.02 * budget))
     step_seconds = spent / count
     start = time.perf_counter()
     run.evaluate()
     eval_seconds = time.perf_counter() - start
     left = budget - (time.perf_counter() - run.begin) - eval_seconds
-    steps = int(run.group.first(left // (step_seconds + eval_seconds / interval)))
+    steps = int(run.group.broadcast(left // (step_seconds + eval_seconds / interval)))
     if steps < 1:
         raise ValueError(
             f"--minutes {run.config.minutes:g} is too short: the preparation took "

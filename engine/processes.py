@@ -16,9 +16,7 @@ from torch import Tensor
 
 import cpu
 from engine.watchdog import Watchdog
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "bf16", "fp32")
+from tasks.flags import DEVICES, DTYPES
 
 
 @dataclass
@@ -62,7 +60,7 @@ class Processes:
             yield
         self.watchdog = None
 
-    def sum(self, numbers: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
+    def all_reduce(self, numbers: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
         """Element by element over all processes, which all get the same result. From host to host
         by gloo: NCCL would wait for all that the GPUs have queued."""
         if self.world == 1:
@@ -71,16 +69,16 @@ class Processes:
         dist.all_reduce(total, group=self.patient)
         return total.tolist()
 
-    def first(self, number: float) -> float:
+    def broadcast(self, number: float) -> float:
         """The first process's number, for all."""
-        return self.sum([number if self.main else 0])[0]
+        return self.all_reduce([number if self.main else 0])[0]
 
-    def agree(self, text: str) -> bool:
+    def all_equal(self, text: str) -> bool:
         """Whether all processes have the same text, as far as 52 bits of its hash tell."""
         number = int(hashlib.sha256(text.encode()).hexdigest()[:13], 16)  # exact as a float64
-        return not self.sum([float(number != self.first(number))])[0]
+        return not self.all_reduce([float(number != self.broadcast(number))])[0]
 
-    def from_owner(self, tensor: Tensor | None, owner: int) -> Tensor:
+    def broadcast_tensor(self, tensor: Tensor | None, owner: int) -> Tensor:
         """The tensor that one process has, for all; the others pass None."""
         if self.world == 1:
             return tensor
@@ -89,7 +87,7 @@ class Processes:
         if mine:
             about = [int(not tensor.is_floating_point()), tensor.dim(), *tensor.shape]
             about += [0] * (6 - len(about))
-        integers, n, *sizes = (int(x) for x in self.sum(about))
+        integers, n, *sizes = (int(x) for x in self.all_reduce(about))
         dtype = torch.int64 if integers else torch.float32
         found = torch.empty(sizes[:n], dtype=dtype, device=self.device)
         if mine:
@@ -97,7 +95,7 @@ class Processes:
         dist.broadcast(found, owner)
         return found
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         if self.world > 1:
             try:
                 dist.barrier(group=self.patient)
@@ -113,9 +111,9 @@ def multiplies_bf16(device: str) -> bool:
     return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def pick_device(name: str) -> torch.device:
-    """name is one of DEVICES; auto takes a GPU if there is one. A processor is made ready for its
-    work. Raises ValueError."""
+def find_device(name: str) -> str:
+    """The type of the device: name is one of DEVICES; auto takes a GPU if there is one. ValueError
+    for one that this machine lacks."""
     if name not in DEVICES:
         raise ValueError(f"--device {name} is not known: choose {', '.join(DEVICES)}")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -123,6 +121,12 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise ValueError(f"--device {name} cannot be used: this torch sees none here, try cpu")
+    return name
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of find_device, made ready for its work."""
+    name = find_device(name)
     if name == "cpu":
         cpu.prepare()
     return torch.device(name)
@@ -197,7 +201,7 @@ def fresh(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Stor
     return dist.PrefixStore(agreed, store)
 
 
-def repeats() -> bool:
+def is_restarted() -> bool:
     """Whether this command may have begun before: torchrun (--max-restarts) repeats it, and Slurm
     (--requeue). The same in all processes, which a count of restarts is not on several machines."""
     return any(

@@ -83,7 +83,7 @@ def parallel(model: nn.Module, group: Processes) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids)
 
 
-def silent(model: nn.Module) -> AbstractContextManager:
+def no_sync(model: nn.Module) -> AbstractContextManager:
     """A micro-batch whose gradient need not be exchanged yet. A divided model exchanges it all the
     same: what waits would be a whole gradient, in every process."""
     return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
@@ -155,7 +155,7 @@ class DividedOptimizer:
         self.owned: list[list[Tensor]] = [[] for _ in range(group.world)]  # by each process
         costs = [  # two moments of AdamW, one of Muon
             (p.numel() * (1 if isinstance(one, optim.Muon) else 2), p)
-            for one in several(optimizer).values()
+            for one in optimizers_of(optimizer).values()
             for p in parameters(one)
         ]
         sizes = [0] * group.world
@@ -210,10 +210,10 @@ def holds(optimizer, parameter: Tensor) -> bool:
     return not isinstance(optimizer, DividedOptimizer) or id(parameter) in optimizer.mine
 
 
-def several(optimizer) -> dict[str, torch.optim.Optimizer]:
+def optimizers_of(optimizer) -> dict[str, torch.optim.Optimizer]:
     """Those that an optimizer of any kind consists of, named as `one_by_one` names their states."""
     if isinstance(optimizer, DividedOptimizer):
-        return several(optimizer.optimizer)
+        return optimizers_of(optimizer.optimizer)
     if isinstance(optimizer, Together):
         return {str(i): one for i, one in enumerate(optimizer.optimizers)}
     return {"": optimizer}
@@ -253,10 +253,10 @@ def from_owners(state: dict, group: Processes) -> dict[int, dict[str, Tensor]]:
     """{number of a parameter: its state}, of all processes; on the first one alone."""
     mine, found = state["state"], {}
     places = [(i, k) for g in state["param_groups"] for i in g["params"] for k in MOMENTS]
-    owners = group.sum([(group.rank + 1) * (k in mine.get(i, {})) for i, k in places])
+    owners = group.all_reduce([(group.rank + 1) * (k in mine.get(i, {})) for i, k in places])
     for (i, k), owner in zip(places, owners, strict=True):
         if owner:  # else no step was made yet, or the moment is another optimizer's
-            tensor = group.from_owner(mine.get(i, {}).get(k), int(owner) - 1)
+            tensor = group.broadcast_tensor(mine.get(i, {}).get(k), int(owner) - 1)
             if group.main:
                 found.setdefault(i, {})[k] = tensor.cpu()
     return found
@@ -296,7 +296,7 @@ def load_weights(path: Path, model: nn.Module, state: dict) -> None:
 def load_optimizer(optimizer, state: dict) -> None:
     """The state of a whole optimizer, as every checkpoint has it, into one of any kind; each
     process takes (of a checkpoint in parts: reads) what it holds."""
-    inner, own = several(optimizer), {}
+    inner, own = optimizers_of(optimizer), {}
     for which, one in one_by_one(state).items():
         mine = {i: p for i, p in enumerate(parameters(inner[which])) if holds(optimizer, p)}
         moments = {

@@ -30,7 +30,7 @@ import torch
 
 from data.lines import new_file
 from engine import cli
-from engine.execution import gradients
+from train import gradients
 from engine.memory import Ledger, bytes_of
 from engine.processes import Processes, pick_device
 from lab.turns import take_turns

@@ -14,7 +14,9 @@ from torch import Tensor
 
 import optim
 from bert import BERT, BERTConfig
-from engine.execution import compiled, gradients, update
+from engine.setup import compiled
+from engine.steps import update
+from train import gradients
 from engine.plan import least_seconds
 from engine.processes import Processes
 from lab.peers import hugging_face_encoder, hugging_face_gpt2, hugging_face_marian, peer

@@ -65,7 +65,7 @@ def gradients(task: str, group: Processes) -> dict:
     mine = step_batches(run)[group.rank :: group.world]
     sums, counts = train.gradients(run.forward, mine, group, run.autocast)
     found = {n: p.grad for n, p in run.model.named_parameters()}
-    total = group.sum([float(value) for value in sums.values()])
+    total = group.all_reduce([float(value) for value in sums.values()])
     return {"gradients": found, "sums": dict(zip(sums, total, strict=True)), "counts": counts}
 
 

@@ -281,7 +281,7 @@ group = processes.start("cpu")
 tensors = [torch.arange(n).view(shape) for n, shape in ((0, (0, 3)), (1, ()), (24, (2, 3, 4)))]
 for tensor in (*tensors, torch.randn(5, generator=torch.manual_seed(2)), torch.rand(1, 2, 3, 1)):
     for owner in (0, 1):
-        got = group.from_owner(tensor + owner if group.rank == owner else None, owner)
+        got = group.broadcast_tensor(tensor + owner if group.rank == owner else None, owner)
         assert got.dtype == tensor.dtype and got.shape == tensor.shape
         torch.testing.assert_close(got, tensor + owner, atol=0, rtol=0, equal_nan=True)
 found = {n: reports(group, n) for n in (64, 8)}

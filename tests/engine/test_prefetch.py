@@ -13,7 +13,7 @@ from test_train import losses
 
 import train
 from data.windows import Windows
-from engine import execution
+from engine import steps
 from engine.prefetch import Prefetch
 
 CPU = torch.device("cpu")

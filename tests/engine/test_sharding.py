@@ -419,10 +419,10 @@ def test_other_things_cannot_be_divided(monkeypatch):
 def test_a_micro_batch_is_silent_only_where_that_costs_no_memory():
     """FSDP2 would keep the whole gradient; DDP has it anyway."""
     model = torch.nn.Linear(2, 2)
-    with sharding.silent(model) as found:
+    with sharding.no_sync(model) as found:
         assert found is None
     model.no_sync = lambda: pytest.MonkeyPatch.context()
-    assert sharding.silent(model) is not None
+    assert sharding.no_sync(model) is not None
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Steps that are queued, and read when the next one is (execution.py, train.py): on a GPU the host
+"""Steps that are queued, and read when the next one is (engine/steps.py, train.py): on a GPU the host
 waits for nothing in between. Here the CPU is treated as if it were one: the same must come out."""
 
 import math
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optim
 import train
 from engine import checkpoint as checkpoints
-from engine import execution, plan, sharding
+from engine import steps, plan, sharding
 from engine.config import resolve
 from engine.logs import read_log
 from engine.processes import Processes
@@ -124,7 +124,7 @@ def test_a_stop_reads_what_is_queued_before_it_saves(toy, queuing, monkeypatch):
 
 @pytest.mark.parametrize("later", [False, True])
 def test_a_step_is_read_when_the_next_is_queued(toy, queuing, monkeypatch, later):
-    events, real = [], (train.Run.train_step, execution.Step.read, train.Run.evaluate)
+    events, real = [], (train.Run.train_step, steps.Step.read, train.Run.evaluate)
 
     def train_step(self, *args):
         queued = real[0](self, *args)
@@ -140,7 +140,7 @@ def test_a_step_is_read_when_the_next_is_queued(toy, queuing, monkeypatch, later
         return real[2](self)
 
     monkeypatch.setattr(train.Run, "train_step", train_step)
-    monkeypatch.setattr(execution.Step, "read", read)
+    monkeypatch.setattr(steps.Step, "read", read)
     monkeypatch.setattr(train.Run, "evaluate", evaluate)
     if later:
         queuing()
@@ -156,12 +156,12 @@ def test_a_step_is_read_when_the_next_is_queued(toy, queuing, monkeypatch, later
 def test_measured_steps_are_waited_for(toy, queuing, monkeypatch):
     """--minutes would take the time of queuing for that of a step; and the run begins anew."""
     queuing()
-    steps, reads, real = [], [], (train.Run.train_step, execution.Step.read)
+    steps, reads, real = [], [], (train.Run.train_step, steps.Step.read)
     monkeypatch.setattr(
         train.Run, "train_step", lambda self, *a: steps.append(self.step) or real[0](self, *a)
     )
     monkeypatch.setattr(
-        execution.Step, "read", lambda self, group: reads.append(self.step) or real[1](self, group)
+        steps.Step, "read", lambda self, group: reads.append(self.step) or real[1](self, group)
     )
     run = new_run(*TOY, "--minutes=0.05")
     plan.fit_steps(run)
@@ -197,7 +197,7 @@ class Asked(TorchDispatchMode):
 
 
 def asked_in_a_step(run: train.Run, monkeypatch) -> list[str]:
-    real = execution.count_targets
+    real = steps.count_targets
 
     def count_targets(batch: dict) -> dict:  # batches are the host's own
         asked.of_host_numbers = True
@@ -258,8 +258,8 @@ def test_numbers_of_the_host_are_added_up_without_the_gpu(monkeypatch):
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     group = Processes(0, 2, torch.device("cuda"), patient="gloo's")
-    assert group.sum([1.5, 2]) == [3.0, 4.0]
-    assert group.sum([2**53 + 1], torch.int64) == [2 * (2**53 + 1)]
+    assert group.all_reduce([1.5, 2]) == [3.0, 4.0]
+    assert group.all_reduce([2**53 + 1], torch.int64) == [2 * (2**53 + 1)]
     assert sent == [("cpu", torch.float64, "gloo's"), ("cpu", torch.int64, "gloo's")]
 
 
@@ -310,7 +310,7 @@ def test_a_skipped_step_leaves_no_trace(alone_in_a_group, queuing, name, shard, 
             with_gradient(model, done)
             if not math.isfinite(norm):
                 next(model.parameters()).grad.mul_(math.nan)
-            execution.update(optimizer, torch.tensor(norm))
+            steps.update(optimizer, torch.tensor(norm))
             done += math.isfinite(norm)
         state = optimizer.state_dict()
         found.append({**tensors(state), **model.state_dict()})

@@ -242,12 +242,12 @@ def together(world: int, work) -> list:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_all_notice_one_who_has_something_else(world):
-    assert together(world, lambda group: group.agree("the same")) == [True] * world
+    assert together(world, lambda group: group.all_equal("the same")) == [True] * world
     for odd in range(world if world > 1 else 0):
-        found = together(world, lambda group, odd=odd: group.agree(str(group.rank == odd)))
+        found = together(world, lambda group, odd=odd: group.all_equal(str(group.rank == odd)))
         assert found == [False] * world
     if world > 2:  # more than two opinions, whose mean may be one of them
-        assert together(world, lambda group: group.agree(str(group.rank))) == [False] * world
+        assert together(world, lambda group: group.all_equal(str(group.rank))) == [False] * world
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,25 @@
+"""What a run that has come to its end says of itself."""
+
+import time
+
+import tasks
+from engine.checkpoint import load_model
+from engine.evaluation import goal_of
+from engine.logs import clock, draw_curves
+
+
+def show(run) -> None:
+    """Of a train.Run: its curves, what its best model says, and how to ask for more."""
+    task, rule = tasks.task(run.config.model), "-" * 80
+    seconds = time.perf_counter() - run.begin
+    picture = draw_curves(run.out)
+    goal, figure = goal_of(task, run.best)
+    print(f"{clock(seconds)} minutes, best validation {goal} {figure:.4f}")
+    if picture:
+        print(f"curves: {picture}")
+    path = run.out / "best.pt"
+    model, tokenizer, _ = load_model(path, run.group.device)
+    for block in task.show(model, tokenizer, run.validation, run.out):
+        print(f"{rule}\n{block}")
+    flags = task.ask(run.data.prompts)
+    print(f"{rule}\ngo on with: {run.command('sample.py', '--checkpoint', str(path), *flags)}")

@@ -1,0 +1,220 @@
+"""What a run begins with: its data, its network and optimizer, new or from a checkpoint."""
+
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+
+import tasks
+from bpe import count_merges
+from data.tokens import check_special
+from engine import checkpoint as checkpoints
+from engine import losses, sharding
+from engine.checkpoint import LATEST
+from engine.config import from_data, padded
+from engine.processes import Processes
+from finetune import limit_what_learns, rate_scale, take_weights
+from model import Block
+from tasks.flags import FinetuneConfig, TrainConfig
+
+Say = Callable[[str], None]
+
+
+def origin(config: TrainConfig) -> Path | None:
+    """The checkpoint that a run goes on with, or begins from."""
+    if config.resume:
+        return Path(config.out) / LATEST
+    return Path(config.init) if config.init else None
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def open_data(
+    config: TrainConfig,
+    sizes: dict,
+    checkpoint: dict | None,
+    group: Processes,
+    dtype: torch.dtype,
+    say: Say,
+) -> tuple:
+    """(training data, validation data) of the task, with the checkpoint's tokenizer if there is
+    one. ValueError for data that is not what the checkpoint or another machine has."""
+    Model, Data = tasks.network(config.model), tasks.task(config.model).Data
+    with torch.device("meta"):
+        Model(Model.Config(**sizes))  # impossible sizes are refused before hours of tokenizing
+    tokenizer = None
+    if checkpoint:
+        tokenizer = checkpoints.restore_tokenizer(origin(config), checkpoint)
+    elif config.tokenizer.endswith(".pt"):
+        path = Path(config.tokenizer)
+        tokenizer = checkpoints.restore_tokenizer(path, checkpoints.load(path))
+        check_special(tokenizer, Data.special_tokens, config.tokenizer)
+    elif not config.tokenizer:
+        count_merges(sizes["vocab_size"], len(Data.special_tokens))  # refused where it is too small
+    say(f"preparing {config.data}")
+    # One process of each machine prepares the data, the others find all of it in the cache.
+    if group.local_rank > 0:
+        group.barrier()
+    data, validation = Data.splits(config, sizes, tokenizer)
+    if group.local_rank == 0:
+        group.barrier()
+    step = checkpoint["step"] if config.resume else 0
+    compare_machines(config, {**sizes, "dtype": dtype}, data, step, group)
+    if config.resume and data.fingerprint != checkpoint["data"]:
+        raise ValueError(
+            f"the text of --data {config.data} is not the one that {config.out} was trained on: "
+            "restore it, or begin a new run with --init"
+        )
+    return data, validation
+
+
+def compare_machines(config: TrainConfig, sizes: dict, data, step: int, group: Processes) -> None:
+    """Each machine has its own files and was given its own command: refused where they differ."""
+    paths = {"out", "cache_dir", "data", "valid", "init", "tokenizer"}
+    settings = {k: v for k, v in asdict(config).items() if k not in paths}
+    for what, value in (
+        ("checkpoint to go on with", step),
+        ("flags", {**settings, **sizes}),
+        (f"text in --data {config.data}", data.fingerprint),
+        ("tokenizer", data.tokenizer.hash),
+    ):
+        if not group.all_equal(str(value)):
+            raise ValueError(
+                f"the machines do not have the same {what}: give each the same files and flags"
+            )
+
+
+# ---- network -------------------------------------------------------------------------------------
+
+
+def make_network(
+    config: TrainConfig,
+    sizes: dict,
+    checkpoint: dict | None,
+    data,
+    group: Processes,
+    dtype: torch.dtype,
+    say: Say,
+) -> nn.Module:
+    """The network on the device, ready to be trained: new, or with the checkpoint's weights."""
+    Model, path = tasks.network(config.model), origin(config)
+    torch.manual_seed(config.seed)
+    # What a head must know of the data: its labels, whether its texts are pairs, …
+    sizes = {**sizes, **{name: getattr(data, name) for name in from_data(Model.Config)}}
+    if checkpoint and checkpoint["task"] == config.model:
+        saved = {**checkpoint, "model_config": sizes}
+        model, _ = checkpoints.restore(path, saved, keep_adapters=config.resume)
+    elif checkpoint:
+        model = Model(Model.Config(**sizes))
+        other, _ = checkpoints.restore(path, checkpoint)
+        fresh = take_weights(model, other.state_dict())
+        say(f"from {path}; freshly initialised: {', '.join(fresh) or 'nothing'}")
+    else:
+        vocab_size = padded(data.tokenizer.vocab_size)
+        model = Model(Model.Config(**{**sizes, "vocab_size": vocab_size}))
+    if group.world > 1 and checkpoint and not group.all_equal(digest(model)):
+        raise ValueError(f"the machines do not have the same {path}: give each the same files")
+    if isinstance(config, FinetuneConfig):
+        limit_what_learns(model, config.lora_rank, config.freeze)
+    if config.recompute:
+        recompute_blocks(model)
+    sharding.divide_model(config.shard, group, model, dtype)
+    return model.to(group.device).train()
+
+
+def digest(model: nn.Module) -> str:
+    """Of its weights, on the CPU: another one for other bits."""
+    total = 0
+    for tensor in model.state_dict().values():
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), total)
+    return str(total)
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Every Block forgets its activations and computes them again when the gradient needs them."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+
+
+# ---- optimizer, forward --------------------------------------------------------------------------
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module, group: Processes, dtype: torch.dtype):
+    """optim.make_optimizer with the flags of a run, divided over the processes if they say so."""
+    scale = {}
+    if isinstance(config, FinetuneConfig):
+        scale = {"rate_scale": rate_scale(model, config.layer_decay)}
+    return sharding.make_optimizer(
+        config.shard,
+        group,
+        model,
+        config.optimizer,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        dtype=dtype,
+        **scale,
+    )
+
+
+def restore_training(
+    config: TrainConfig, checkpoint: dict, model: nn.Module, optimizer, group: Processes, say: Say
+) -> None:
+    """What a resumed run needs beside the weights: the optimizer's state; and where tensors lie in
+    parts, the weights too. A damaged latest.pt gives way to the checkpoint before."""
+    path = origin(config)
+    if not checkpoint["optimizer"]:
+        raise ValueError(
+            f"{path} has no optimizer state, as every best.pt: use it with --init, or "
+            "resume from a latest.pt"
+        )
+    if "parts" in checkpoint:
+        sharding.load_weights(path, model, checkpoint["model"])
+    sharding.load_optimizer(optimizer, checkpoint["optimizer"])
+    if reason := checkpoint.get("instead"):
+        checkpoints.put_previous_in_place(path, reason, checkpoint["step"], group.main, say)
+
+
+def autocast_for(device: torch.device, dtype: torch.dtype) -> Callable:
+    """The context in which a network computes: products in bf16 where dtype says so."""
+    enabled = dtype == torch.bfloat16
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def wants_compiler(config: TrainConfig, device: torch.device) -> bool:
+    """--compile, which unless it is given is on for CUDA on Linux."""
+    if config.compile is not None:
+        return config.compile
+    return device.type == "cuda" and sys.platform == "linux"
+
+
+def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn.Module:
+    """The compiled model, tried on batches; the model as it is, and one line, where that fails."""
+    try:
+        losses.use_compiler(next(model.parameters()).device)
+        shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
+        # A graph for each length of a batch would be compiled, until torch gives up.
+        fast = torch.compile(model, dynamic=True if len(shapes) > 1 else None)
+        for batch in batches:
+            with autocast():
+                sums = fast(**batch)
+            sum(sums.values()).backward()
+        with torch.no_grad(), autocast():  # evaluation compiles a graph of its own
+            fast.eval()(**batches[0])
+    except Exception as error:  # compilers fail in ways that cannot be listed
+        reason = str(error).strip().partition("\n")[0][:120]
+        print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it")
+        losses.use_compiler(None)
+        fast = model
+    fast.train()
+    model.zero_grad(set_to_none=True)
+    return fast

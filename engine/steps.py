@@ -1,0 +1,118 @@
+"""Optimizer steps that nobody waits for: the update decided on the device, the numbers read later.
+
+A GPU works on a queue, and idles where the host asks for a number before it queues more. So nothing
+here asks: whether to skip a step is decided on the device, and its losses are read when the next
+step is queued.
+"""
+
+import math
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from engine.logs import RunLog
+from engine.processes import Processes
+from engine.sharding import optimizers_of
+from tasks.flags import TrainConfig
+
+QUEUING = {"cuda"}  # devices that work while the host goes on; a test makes the CPU one of them
+MOST_SKIPPED = 5  # steps in a row whose gradient is not finite
+
+
+def update(optimizer, norm: Tensor) -> None:
+    """optimizer.step(), but all stays as it is where the gradient's norm is not finite.
+
+    torch's Adam and AdamW, fused, decide that on the device, by the attribute that GradScaler sets.
+    For others, Muon that is, the host waits for the norm, once a step.
+    """
+    each = optimizers_of(optimizer).values()
+    adams = all(isinstance(one, torch.optim.Adam | torch.optim.AdamW) for one in each)
+    if adams and norm.device.type in QUEUING:
+        for one in each:
+            one.found_inf = norm.isfinite().logical_not().float()
+        optimizer.step()
+    elif math.isfinite(norm):
+        optimizer.step()
+
+
+class Step:
+    """The numbers of an optimizer step, number `step` from 0: a GPU may still work on them.
+
+    It copies them to the host as soon as they are there, so that reading them waits for nothing
+    that was queued behind.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        lr: float,
+        sums: dict[str, Tensor],
+        counts: dict[str, float],
+        norm: Tensor,
+    ):
+        self.step, self.lr, self.counts, self.copied = step, lr, counts, None
+        self.sums = {name: to_host(value) for name, value in sums.items()}
+        self.norm = to_host(norm)
+        if norm.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def read(self, group: Processes) -> dict:
+        """A record for the log, of all processes, each of which calls it."""
+        group.at("reading losses", self.step)
+        if self.copied:
+            self.copied.synchronize()
+        sums, counts = [float(value) for value in self.sums.values()], self.counts
+        total = dict(zip(self.sums, group.all_reduce(sums), strict=True))
+        # Beside the losses: mlm_accuracy is told for each of the "mlm_targets", the nll of seq2seq,
+        # which has none of its own, for each of the "targets".
+        mean = {
+            n: s / max(counts.get(n.partition("_")[0], counts.get("loss", 0)), 1)
+            for n, s in total.items()
+        }
+        record = {"step": self.step + 1, "split": "train", **mean}
+        record["loss"] = sum(mean[n] for n in counts)
+        return {**record, "lr": self.lr, "grad_norm": float(self.norm)}
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """From CUDA into pinned memory, in its turn; from other devices at once."""
+    return tensor.to("cpu", non_blocking=tensor.is_cuda)
+
+
+class Steps:
+    """The steps that are queued and not yet read. Reading logs them, and counts those that were
+    skipped because the norm of their gradient was not finite: `skipped` in all, and in a row."""
+
+    def __init__(self, config: TrainConfig, group: Processes, skipped: int = 0):
+        self.config, self.group, self.skipped = config, group, skipped
+        self.queue: deque[Step] = deque()
+        self.in_a_row = 0
+
+    def add(self, step: Step, log: RunLog | None) -> None:
+        """While a GPU works on a step, the host reads the numbers of the one before."""
+        self.queue.append(step)
+        self.read(log, leave=int(self.group.device.type in QUEUING))
+
+    def read(self, log: RunLog | None, leave: int = 0) -> None:
+        """Waits for all queued steps but the last `leave` of them. ValueError after MOST_SKIPPED
+        steps in a row that were skipped."""
+        while len(self.queue) > leave:
+            record = self.queue.popleft().read(self.group)
+            step, config = record["step"], self.config
+            # The same in every process: the norm is that of the averaged gradient.
+            bad = not math.isfinite(record["grad_norm"])
+            self.skipped += bad
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            if log:
+                write = step % config.log_interval == 0 or step == config.steps
+                log.train({**record, "skipped": self.skipped}, write=write)
+                if bad:
+                    log.say(f"step {step:,} skipped: its gradient is not finite")
+            if self.in_a_row == MOST_SKIPPED:
+                raise ValueError(
+                    f"{MOST_SKIPPED} steps in a row, up to {step:,}, had gradients that are not "
+                    f"finite: lower --lr (now {config.lr:g}) or use --dtype fp32; what "
+                    f"{config.out} holds is from before them"
+                )
