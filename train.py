@@ -125,15 +125,19 @@ class Run:
             )
             self.step, self.best = checkpoint["step"], checkpoint["best"]
         self.steps = Steps(config, group, checkpoint["skipped"] if config.resume else 0)
-        # Without DDP and gradients, `network` evaluates; `forward` is the same behind DDP.
-        self.autocast = setup.autocast_for(group.device, self.dtype)
+        self.prepare_forward()
+
+    def prepare_forward(self) -> None:
+        """`network`, compiled or not, evaluates; `forward`, the same behind DDP, trains."""
+        device = self.group.device
+        self.autocast = setup.autocast_for(device, self.dtype)
         self.network = self.model
-        if setup.wants_compiler(config, group.device):
+        if setup.wants_compiler(self.config, device):
             self.say("compiling the model; that takes a minute")
             # If they have unlike shapes, with padding or without, the compiler allows for any.
-            batches = [to_device(self.data.batch(i), group.device) for i in range(8)]
+            batches = [to_device(self.data.batch(i), device) for i in range(8)]
             self.network = setup.compiled(self.model, batches, self.autocast)
-        self.forward = sharding.parallel(self.network, group)
+        self.forward = sharding.parallel(self.network, self.group)
 
     def new_optimizer(self):
         return setup.make_optimizer(self.config, self.model, self.group, self.dtype)

@@ -21,6 +21,7 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from reprlib import repr as short
 
 LARGEST = 2**63 - 1  # what an int64 holds, of torch and in files
@@ -35,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(
+            prog=program(),
             description=description,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,6 +69,12 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else f"see python {self.prog} --help"
             raise ValueError(f"there is no flag {name}: {hint}")
         return vars(given)
+
+
+def program() -> str:
+    """How this script was started, behind "python": train.py, or -m lab.bench."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"-m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def underscored(argument: str) -> str:

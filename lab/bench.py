@@ -27,15 +27,11 @@ from lab.training import bench_bert, bench_optim, bench_seq2seq, bench_train
 from lab.turns import BenchConfig
 
 BENCHES = {
-    "bpe": bench_bpe,
-    "encode": bench_encode,
-    "corpus": bench_corpus,
-    "optim": bench_optim,
-    "train": bench_train,
-    "bert": bench_bert,
-    "seq2seq": bench_seq2seq,
-    "sample": bench_sample,
-    "translate": bench_translate,
+    bench.__name__.removeprefix("bench_"): bench
+    for bench in (
+        *(bench_bpe, bench_encode, bench_corpus, bench_optim, bench_train, bench_bert),
+        *(bench_seq2seq, bench_sample, bench_translate),
+    )
 }
 TOKENIZERS = ("bpe", "encode", "corpus")  # which no GPU makes faster
 

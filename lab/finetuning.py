@@ -30,9 +30,9 @@ from engine import cli
 from engine.checkpoint import TASKS
 from engine.config import CONFIGS, divide_step
 from engine.evaluation import score
+from engine.hub.peers import hugging_face_encoder, peer
 from engine.processes import Processes
 from finetune import LEARNT, label_sums, span_sums, take_weights
-from lab.peers import hugging_face_encoder, peer
 from train import gradients
 
 

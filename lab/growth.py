@@ -30,12 +30,12 @@ import torch
 
 from data.lines import new_file
 from engine import cli
-from train import gradients
 from engine.memory import Ledger, bytes_of
 from engine.processes import Processes, pick_device
 from lab.turns import take_turns
 from losses import CHUNK
 from model import GPT, LONG, GPTConfig
+from train import gradients
 
 
 @dataclass

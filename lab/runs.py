@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import train
-from engine import cli
+from engine import cli, saving
 from engine.logs import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,9 +85,9 @@ def scaling(config: BenchConfig, folder: Path) -> dict:
     return {"one": one, "two": two, "ratio": two / one, "all": list(rates.values())}
 
 
-def saving(config: BenchConfig, folder: Path) -> dict:
+def time_saves(config: BenchConfig, folder: Path) -> dict:
     """The share of the default run's time that goes into its checkpoints."""
-    real, spent = train.Run.save, []
+    real, spent = saving.save, []
 
     def timed(run, name: str) -> bool:
         start = time.perf_counter()
@@ -95,14 +95,14 @@ def saving(config: BenchConfig, folder: Path) -> dict:
         spent.append(time.perf_counter() - start)
         return done
 
-    train.Run.save = timed
+    saving.save = timed
     start = time.perf_counter()
     try:
         small = [*SMALL, "--steps=20", "--eval_interval=10"] if config.small else []
         with redirect_stdout(sys.stderr):
             train.main([f"--out={folder / 'saving'}", "--device=cpu", *small])
     finally:
-        train.Run.save = real
+        saving.save = real
     whole = time.perf_counter() - start
     return {"saves": len(spent), "seconds": sum(spent), "of": whole, "share": sum(spent) / whole}
 
@@ -126,7 +126,7 @@ def resuming(config: BenchConfig, folder: Path) -> dict:
     return {"seconds": statistics.median(found), "all": found, "bytes": size}
 
 
-BENCHES = {"scaling": scaling, "saving": saving, "resuming": resuming}
+BENCHES = {"scaling": scaling, "saving": time_saves, "resuming": resuming}
 SENTENCES = {
     "scaling": "two processes {two:,.0f} tokens/s, one {one:,.0f}: {ratio:.2f} x",
     "saving": "{saves} files saved in {seconds:.2f} s of {of:.1f} s: {share:.2%}",

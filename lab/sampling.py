@@ -20,7 +20,7 @@ from data.pairs import pad, start_and_end
 from data.text import open_corpus
 from data.tokens import END_OF_TEXT
 from engine.graphs import GPTSteps, StaticAdvance
-from lab.peers import hugging_face_gpt2, hugging_face_marian, peer
+from engine.hub.peers import hugging_face_gpt2, hugging_face_marian, peer
 from lab.turns import BenchConfig, peer_turns, show, take_turns
 from model import GPT, GPTConfig
 from sample import Pick, SampleConfig, generate, load_model

@@ -28,7 +28,7 @@ from bpe import Tokenizer
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, SHAKESPEARE, fetch
 from data.text import Corpus, Part, open_corpus
 from data.tokens import tokenize
-from lab.peers import peer
+from engine.hub.peers import peer
 from lab.turns import show, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]

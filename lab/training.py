@@ -14,15 +14,15 @@ from torch import Tensor
 
 import optim
 from bert import BERT, BERTConfig
-from engine.setup import compiled
-from engine.steps import update
-from train import gradients
+from engine.hub.peers import hugging_face_encoder, hugging_face_gpt2, hugging_face_marian, peer
 from engine.plan import least_seconds
 from engine.processes import Processes
-from lab.peers import hugging_face_encoder, hugging_face_gpt2, hugging_face_marian, peer
+from engine.setup import compiled
+from engine.steps import update
 from lab.turns import BenchConfig, peer_turns, show, take_turns
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
+from train import gradients
 
 THEIRS = "Hugging Face"
 

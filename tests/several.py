@@ -96,7 +96,9 @@ def main() -> None:
             told = {"error": str(error)}
         else:
             run = runs.pop()
-            states = [s for o in sharding.optimizers_of(run.optimizer).values() for s in o.state.values()]
+            states = [
+                s for o in sharding.optimizers_of(run.optimizer).values() for s in o.state.values()
+            ]
             moments = [tensor for state in states for tensor in state.values()]
             told = {"weights": held(run.model.parameters()), "moments": held(moments)}
         with Path(f"told-{group.rank}.jsonl").open("a", encoding="utf-8") as file:

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bert import BERT, BERTConfig, init_bert
 from engine.hub.mapping import rows, to_ours
+from engine.hub.peers import hugging_face_encoder
 from engine.plan import parameter_table
 from engine.presets import PRESETS
-from lab.peers import hugging_face_encoder
 from model import count_parameters
 
 SMALL = BERTConfig(

@@ -9,9 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
+from engine.hub import peers
 from engine.plan import parameter_table
 from engine.presets import PRESETS
-from lab import peers
 from model import (
     GPT,
     Attention,

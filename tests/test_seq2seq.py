@@ -10,9 +10,9 @@ from conftest import peer
 
 from decoding import write
 from engine.hub.mapping import to_ours
+from engine.hub.peers import hugging_face_marian
 from engine.plan import parameter_table
 from engine.presets import PRESETS
-from lab.peers import hugging_face_marian
 from model import attend, causal_mask, count_parameters
 from optim import make_optimizer
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids

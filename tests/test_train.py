@@ -25,9 +25,9 @@ from bpe import Tokenizer
 from data.masked import MaskedText
 from engine import checkpoint as checkpoints
 from engine.config import MaskedConfig, TrainConfig, divide_step, prepare_folder, resolve
-from engine.setup import compiled, recompute_blocks
 from engine.logs import read_log
 from engine.processes import Processes
+from engine.setup import compiled, recompute_blocks
 from model import GPT, GPTConfig
 
 ALL_TASKS = pytest.mark.parametrize(

@@ -364,18 +364,18 @@ def gradients(model, *args):
         hook.remove()
 
 train.gradients = gradients
-train.Run.show = lambda self: None
-real_fit = train.Run.fit
+train.closing.show = lambda run: None
+real_fit = train.fit
 
-def fit(self):
-    done = real_fit(self)
+def fit(run):
+    done = real_fit(run)
     with torch.no_grad():
-        total = sum(p.double().sum() for p in self.model.parameters())
-    line = f"rank {self.group.rank} skipped {self.skipped} sum {float(total):.17g}\\n"
+        total = sum(p.double().sum() for p in run.model.parameters())
+    line = f"rank {run.group.rank} skipped {run.steps.skipped} sum {float(total):.17g}\\n"
     os.write(1, line.encode())  # in one piece
     return done
 
-train.Run.fit = fit
+train.fit = fit
 train.main(sys.argv[1:])
 """,
         encoding="utf-8",

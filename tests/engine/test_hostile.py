@@ -235,7 +235,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         fill(work)
         patch.setattr(urllib.request.OpenerDirector, "open", no_network)
         # A run is not to last, nor is a measurement; what they say at the end is.
-        patch.setattr(train, "compiled", lambda model, *_: model)
+        patch.setattr("engine.setup.compiled", lambda model, *_: model)
         patch.setattr(bench_sampling, "peer", lambda name: None)
         words = SimpleNamespace(pieces=lambda split: [("to be or not to be " * 99, True)])
         patch.setattr(bench_sampling, "open_corpus", lambda data, cache: words)

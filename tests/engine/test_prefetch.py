@@ -13,7 +13,6 @@ from test_train import losses
 
 import train
 from data.windows import Windows
-from engine import steps
 from engine.prefetch import Prefetch
 
 CPU = torch.device("cpu")
@@ -136,12 +135,12 @@ def test_an_error_is_raised_as_itself_for_who_asks_for_its_batch():
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(train.Run, "show", lambda self: None)
+    monkeypatch.setattr("engine.closing.show", lambda run: None)
 
 
 @pytest.fixture
 def queuing(monkeypatch):
-    monkeypatch.setattr(execution, "QUEUING", {"cpu"})
+    monkeypatch.setattr("engine.steps.QUEUING", {"cpu"})
 
 
 def test_a_run_asks_for_each_batch_once_and_its_thread_ends(toy, queuing, monkeypatch):

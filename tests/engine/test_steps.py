@@ -1,5 +1,5 @@
-"""Steps that are queued, and read when the next one is (engine/steps.py, train.py): on a GPU the host
-waits for nothing in between. Here the CPU is treated as if it were one: the same must come out."""
+"""Steps that are queued, and read when the next one is (engine/steps.py): on a GPU the host waits
+for nothing in between. Here the CPU is treated as if it were one: the same must come out."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optim
 import train
 from engine import checkpoint as checkpoints
-from engine import steps, plan, sharding
+from engine import plan, sharding, steps
 from engine.config import resolve
 from engine.logs import read_log
 from engine.processes import Processes
@@ -28,8 +28,8 @@ ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA dev
 @pytest.fixture
 def queuing(monkeypatch):
     """A switch: from then on the CPU is a device that works while the host goes on."""
-    monkeypatch.setattr(train.Run, "show", lambda self: None)
-    return lambda: monkeypatch.setattr(execution, "QUEUING", {"cpu"})
+    monkeypatch.setattr("engine.closing.show", lambda run: None)
+    return lambda: monkeypatch.setattr("engine.steps.QUEUING", {"cpu"})
 
 
 def records(folder: str) -> list[dict]:
@@ -156,17 +156,17 @@ def test_a_step_is_read_when_the_next_is_queued(toy, queuing, monkeypatch, later
 def test_measured_steps_are_waited_for(toy, queuing, monkeypatch):
     """--minutes would take the time of queuing for that of a step; and the run begins anew."""
     queuing()
-    steps, reads, real = [], [], (train.Run.train_step, steps.Step.read)
+    taken, reads, real = [], [], (train.Run.train_step, steps.Step.read)
     monkeypatch.setattr(
-        train.Run, "train_step", lambda self, *a: steps.append(self.step) or real[0](self, *a)
+        train.Run, "train_step", lambda self, *a: taken.append(self.step) or real[0](self, *a)
     )
     monkeypatch.setattr(
         steps.Step, "read", lambda self, group: reads.append(self.step) or real[1](self, group)
     )
     run = new_run(*TOY, "--minutes=0.05")
     plan.fit_steps(run)
-    assert reads == steps and len(steps) >= 4
-    assert run.step == run.skipped == 0 and not run.queued
+    assert reads == taken and len(taken) >= 4
+    assert run.step == run.steps.skipped == 0 and not run.steps.queue
     assert all(torch.equal(v, run.data.batch(0)[k]) for k, v in run.batch(0).items())
     run.batch.close()
 
@@ -197,7 +197,7 @@ class Asked(TorchDispatchMode):
 
 
 def asked_in_a_step(run: train.Run, monkeypatch) -> list[str]:
-    real = steps.count_targets
+    real = train.count_targets
 
     def count_targets(batch: dict) -> dict:  # batches are the host's own
         asked.of_host_numbers = True
@@ -211,7 +211,7 @@ def asked_in_a_step(run: train.Run, monkeypatch) -> list[str]:
         asked.of_host_numbers = False
         return found
 
-    monkeypatch.setattr(execution, "count_targets", count_targets)
+    monkeypatch.setattr(train, "count_targets", count_targets)
     monkeypatch.setattr(run, "batch", batch)
     for step in range(3):
         run.step = step
@@ -352,7 +352,7 @@ def test_no_step_waits_for_the_gpu(toy_pairs, no_waiting, task, compiled):
 @ON_A_GPU
 @pytest.mark.parametrize("task", ["gpt", "bert", "seq2seq"])
 def test_a_gpu_logs_what_a_cpu_does(toy_pairs, monkeypatch, task):
-    monkeypatch.setattr(train.Run, "show", lambda self: None)
+    monkeypatch.setattr("engine.closing.show", lambda run: None)
     flags = [*TOYS[task], "--steps=9", "--eval_interval=4", "--dtype=fp32", "--optimizer=adamw"]
     for device in ("cpu", "cuda"):
         with monkeypatch.context() as patch:

@@ -8,9 +8,9 @@ from conftest import peer
 from finetuning import FILES, batch_of, flags, losses_in, model_of, write_files
 
 import train
+from engine.hub.peers import hugging_face_encoder
 from lab import finetuning as bench_finetune
 from lab.finetuning import Theirs, random_batches
-from lab.peers import hugging_face_encoder
 
 
 @pytest.mark.parametrize("task", ["classify", "tag", "answer"])
