@@ -37,9 +37,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpe import Tokenizer
-from chunks import PATTERNS
+from bpe import PATTERNS, Tokenizer
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
+from data.gpt2_files import read_gpt2_files
 from data.shuffle import Feistel, shuffled
 from data.text import Corpus, open_corpus
 from data.tokens import END_OF_TEXT, AnyTokenizer, TokenFile, load_tokenizer, tokenize
@@ -200,7 +200,7 @@ def get_tokenizer(
     if config.tokenizer:
         if config.tokenizer == "gpt2":
             files = fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache)
-            tokenizer = Tokenizer.from_gpt2_files(*files)
+            tokenizer = read_gpt2_files(*files)
         elif Path(config.tokenizer).is_file():
             tokenizer = load_tokenizer(Path(config.tokenizer))
         else:

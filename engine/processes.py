@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cpu
+from engine import splitting
 from engine.watchdog import Watchdog
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -114,8 +115,8 @@ def multiplies_bf16(device: str) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """name is one of DEVICES; auto takes a GPU if there is one. A processor is made ready for its
-    work. Raises ValueError."""
+    """name is one of DEVICES; auto takes a GPU if there is one. The faster ways of
+    splitting text are installed, and a processor is made ready for its work. Raises ValueError."""
     if name not in DEVICES:
         raise ValueError(f"--device {name} is not known: choose {', '.join(DEVICES)}")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -123,6 +124,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise ValueError(f"--device {name} cannot be used: this torch sees none here, try cpu")
+    splitting.install()
     if name == "cpu":
         cpu.prepare()
     return torch.device(name)
