@@ -151,7 +151,7 @@ def learn_merges(chunks: dict[str, int], n_merges: int, progress: bool = False) 
 
     # A token that starts at p can only grow, so a pair enters the list of its places once per
     # place, in rising order. Places are never taken out, only found out of date when visited.
-    places: dict[tuple[int, int], list[int]] = defaultdict(list)
+    places: dict[Pair, list[int]] = defaultdict(list)
     for p, pair in enumerate(pairwise(ids), 1):
         places[pair].append(numbers[p])
     count = {pair: sum([weight[p] for p in at]) for pair, at in places.items() if min(pair) >= 0}
@@ -270,11 +270,28 @@ class Tokenizer:
         allowed_special names the special tokens whose text becomes their id ("all": all of them);
         the text of the others is encoded as ordinary text. ValueError for an unknown name.
         """
-        return encode_special(text, allowed_special, self.special_tokens, self._encode_rust)
+        return self._encode_parts(text, allowed_special, self._encode_rust)
 
     def encode_python(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """The same ids as encode(), without tiktoken: what to read to see how it works."""
-        return encode_special(text, allowed_special, self.special_tokens, self._encode_chunks)
+        return self._encode_parts(text, allowed_special, self._encode_chunks)
+
+    def _encode_parts(self, text: str, allowed: Collection[str], ordinary: Callable) -> list[int]:
+        """The allowed special tokens become their ids, `ordinary` encodes what is between them."""
+        if isinstance(allowed, str):
+            allowed = self.special_tokens if allowed == "all" else [allowed]
+        for name in allowed:
+            if name not in self.special_tokens:
+                known = f"this tokenizer has {list(self.special_tokens)}"
+                raise ValueError(f"allowed_special: {name!r} is unknown, {known}")
+        if not allowed:
+            return ordinary(text)
+        # The longest first: of "<|a|>" and "<|a|>b", the first must not hide the second.
+        names = sorted(allowed, key=len, reverse=True)
+        ids = []
+        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
+            ids += [self.special_tokens[part]] if i % 2 else ordinary(part)
+        return ids
 
     def encode_batch(
         self, texts: Iterable[str], allowed_special: Collection[str] = ()
@@ -504,30 +521,6 @@ def count_merges(vocab_size: int, n_special: int) -> int:
             f"choose at least {256 + n_special}"
         )
     return n_merges
-
-
-def encode_special(
-    text: str,
-    allowed: Collection[str],
-    special_tokens: dict[str, int],
-    ordinary: Callable[[str], list[int]],
-) -> list[int]:
-    """Ids of `text`: the allowed special tokens (a collection of names, or "all") become their
-    ids, `ordinary` encodes what is between them. ValueError for a name that is none of them."""
-    if isinstance(allowed, str):
-        allowed = special_tokens if allowed == "all" else [allowed]
-    for name in allowed:
-        if name not in special_tokens:
-            known = list(special_tokens)
-            raise ValueError(f"allowed_special: {name!r} is unknown, this tokenizer has {known}")
-    if not allowed:
-        return ordinary(text)
-    # The longest first: of "<|a|>" and "<|a|>b", the first must not hide the second.
-    names = sorted(allowed, key=len, reverse=True)
-    ids = []
-    for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
-        ids += [special_tokens[part]] if i % 2 else ordinary(part)
-    return ids
 
 
 def beyond_ascii(text: str) -> set[str]:

@@ -17,6 +17,9 @@ highest score raises the likelihood of the text the most for each time it occurs
     join        s ##p -> sp, then b ##a -> ba, then of equal scores (1/3) the lower pair of ids:
                 p ##i -> pi, and sp ##i, now 1/(1·1), -> spi
 
+The slow and obvious learning is naive_learn(), which tests compare with the fast learn().
+`python wordpiece.py` shows both and how words are cut.
+
 Left out: the text before tokenization (decode() cannot restore spaces and accents), dropout, and
 accents that stay where capitals go (strip_accents apart from lowercase).
 
@@ -115,11 +118,11 @@ def _chunks(text: str) -> list[str]:
 # ---- learning the pieces: slow and obvious, then fast --------------------------------------------
 
 
-def naive_learn(words: dict[str, int], room: int, min_frequency: int) -> list[str]:
+def naive_learn(words: dict[str, int], limit: int, min_frequency: int) -> list[str]:
     """What learn() gives, from exact fractions of counts that are made anew for each piece."""
     rows = {word: [word[0], *(INSIDE + c for c in word[1:])] for word in words}
     pieces = sorted({piece for row in rows.values() for piece in row})
-    while len(pieces) < room:
+    while len(pieces) < limit:
         count, together = Counter(), Counter()
         for word, row in rows.items():
             for piece in row:
@@ -140,9 +143,9 @@ def naive_learn(words: dict[str, int], room: int, min_frequency: int) -> list[st
 
 
 def learn(
-    words: dict[str, int], room: int, min_frequency: int, progress: bool = False
+    words: dict[str, int], limit: int, min_frequency: int, progress: bool = False
 ) -> list[str]:
-    """At most `room` pieces for these words and their counts, in the order learnt: characters
+    """At most `limit` pieces for these words and their counts, in the order learnt: characters
     first. ValueError if those alone are too many. naive_learn gives the same, slowly.
 
     A join visits only the words with its pair. But it makes both of its pieces rarer, and so
@@ -150,10 +153,10 @@ def learn(
     """
     spelled = [[word[0], *(INSIDE + c for c in word[1:])] for word in words]
     pieces = sorted({piece for row in spelled for piece in row})
-    if len(pieces) > room:
+    if len(pieces) > limit:
         raise ValueError(
-            f"vocab_size leaves room for {max(room, 0)} pieces, but the texts have {len(pieces)} "
-            f"different characters: choose a vocab_size {len(pieces) - room} higher"
+            f"vocab_size leaves room for {max(limit, 0)} pieces, but the texts have {len(pieces)} "
+            f"different characters: choose a vocab_size {len(pieces) - limit} higher"
         )
     id_of = {piece: i for i, piece in enumerate(pieces)}
     rows, weight = [[id_of[p] for p in row] for row in spelled], [*words.values()]
@@ -181,8 +184,8 @@ def learn(
         add(row, 1)
     heap: list[tuple[float, Pair]] = []
     most = -1  # entries, of which some are out of date, before the heap is made anew
-    bar = tqdm(total=room, initial=len(pieces), desc="pieces", disable=None if progress else True)
-    while len(pieces) < room:
+    bar = tqdm(total=limit, initial=len(pieces), desc="pieces", disable=None if progress else True)
+    while len(pieces) < limit:
         if len(heap) > most:
             heap = [(-score(pair), pair) for pair, n in together.items() if n >= min_frequency]
             heapify(heap)
@@ -284,8 +287,8 @@ class WordPiece:
             for word in split_words(chunk, lowercase):
                 if len(word) <= LONGEST_WORD:
                     words[word] += n
-        room = vocab_size - len(special_tokens)
-        return cls([*special_tokens, *learn(words, room, min_frequency, progress)], lowercase)
+        n_pieces = vocab_size - len(special_tokens)
+        return cls([*special_tokens, *learn(words, n_pieces, min_frequency, progress)], lowercase)
 
     def words(self, text: str) -> list[str]:
         """The words that encode() cuts into pieces."""
@@ -302,10 +305,8 @@ class WordPiece:
             allowed = self.special_tokens if allowed == "all" else [allowed]
         for name in allowed:
             if name not in self.special_tokens:
-                known = list(self.special_tokens)
-                raise ValueError(
-                    f"allowed_special: {name!r} is unknown, this tokenizer has {known}"
-                )
+                known = f"this tokenizer has {list(self.special_tokens)}"
+                raise ValueError(f"allowed_special: {name!r} is unknown, {known}")
         if not allowed:
             return self._encode(text)
         ids = []
