@@ -15,6 +15,14 @@ Worked example: learn three merges from the text "banana bandana", chunks "banan
     ban ana | _ ban d ana                               14 bytes have become 6 tokens:
                                                         [257, 258, 32, 257, 100, 258]
 
+The file begins with all of this in its slow and obvious form (the three `naive` functions); then
+come fast learning and the Tokenizer, which tests compare with it. `python bpe.py` shows an example.
+
+Not everything here is what a training run executes. encode() lets tiktoken's core, in Rust, do what
+encode_python() spells out with the same result: to have a run use the readable path, let
+Tokenizer._rust_can_split return False. And make_splitter and count_chunks are names to which faster
+functions may be assigned when a program starts.
+
 Two special cases need no code of their own: CHAR_PATTERN makes each character its own chunk, which
 gives one token per character; and a vocabulary of 256 plus the special tokens is plain bytes.
 
@@ -33,11 +41,12 @@ import operator
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from heapq import heapify, heappop, heappush
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +55,159 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from chunks import GPT2_PATTERN, Splitter, beyond_ascii
-from merges import count_chunks, learn_merges
-
+# The splits of GPT-2 and GPT-4, equal to tiktoken's. `++` never gives back what it took, and
+# `\s+(?!\S)` leaves the last space of a run to the word behind it.
+GPT2_PATTERN = r"'(?:[dmst]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+GPT4_PATTERN = (
+    r"'(?i:[dmst]|ll|re|ve)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+CHAR_PATTERN = r"(?s:.)"
+PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "char": CHAR_PATTERN}
 END_OF_TEXT = "<|endoftext|>"  # the special token between documents
 FORMAT = 1  # of the JSON file
 LONG_RUN = 200_000  # white-space characters; see Tokenizer._rust_can_split
 CACHED_CHUNKS = 1 << 16  # chunks whose ids the Python path remembers
+
+Pair = tuple[int, int]
+
+
+# ---- the slow and obvious form -------------------------------------------------------------------
+
+
+def naive_learn_merges(
+    texts: Iterable[str], n_merges: int, pattern: str = GPT2_PATTERN
+) -> list[Pair]:
+    """The pairs of ids that become the tokens 256, 257, …: counts all pairs anew for each merge."""
+    chunks = [chunk for text in texts for chunk in regex.findall(pattern, text)]
+    rows = [list(chunk.encode("utf-8", "surrogatepass")) for chunk in chunks]
+    merges: list[Pair] = []
+    while len(merges) < n_merges:
+        counts = Counter(pair for row in rows for pair in pairwise(row))
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        rows = [naive_merge(row, best, 256 + len(merges)) for row in rows]
+        merges.append(best)
+    return merges
+
+
+def naive_merge(ids: list[int], pair: Pair, new: int) -> list[int]:
+    """The ids with `new` in place of each occurrence of the pair, from the left."""
+    out: list[int] = []
+    for i in ids:
+        if out and (out[-1], i) == pair:
+            out[-1] = new
+        else:
+            out.append(i)
+    return out
+
+
+def naive_encode(text: str, merges: list[Pair], pattern: str = GPT2_PATTERN) -> list[int]:
+    """Applies each merge, in the order learnt, to each chunk."""
+    out = []
+    for chunk in regex.findall(pattern, text):
+        ids = list(chunk.encode("utf-8", "surrogatepass"))
+        for i, pair in enumerate(merges):
+            ids = naive_merge(ids, pair, 256 + i)
+        out += ids
+    return out
+
+
+# ---- learning, fast ------------------------------------------------------------------------------
+
+
+def plain_splitter(pattern: str) -> Callable[[str], list[str]]:
+    """The function that cuts a text into its chunks."""
+    return regex.compile(pattern).findall
+
+
+def plain_count_chunks(texts: Iterable[str], pattern: str) -> Counter[str]:
+    """How often each chunk occurs. No chunk spans two texts; only distinct chunks are kept."""
+    return Counter(chain.from_iterable(map(make_splitter(pattern), texts)))
+
+
+# Two names to which a program may assign something faster, once, when it starts. A splitter must be
+# picklable: a Tokenizer keeps its own, also when it is sent to a worker process.
+make_splitter = plain_splitter  # or one that uses `re`, which is three times as fast
+count_chunks = plain_count_chunks  # or one that counts on all cores
+
+
+def learn_merges(chunks: dict[str, int], n_merges: int, progress: bool = False) -> list[bytes]:
+    """The bytes of each new token, in the order learnt; fewer than n_merges if pairs run out.
+
+    All chunks lie end to end in flat lists, each a linked list of tokens, so that a merge costs
+    time only where its pair occurs: `ids[p]` is the token that starts at p, or -1 where none does
+    (inside a token, and between chunks); `following` and `before` lead to its neighbours.
+    """
+    ids, weight = [-1], [0]
+    for chunk, n in chunks.items():
+        data = chunk.encode("utf-8", "surrogatepass")
+        ids += [*data, -1]
+        weight += [n] * (len(data) + 1)
+    # Each number is one object in all of the lists: 64 bytes a place less than with ranges.
+    numbers = list(range(-1, len(ids) + 1))
+    following, before = numbers[2:], numbers[: len(ids)]
+
+    # A token that starts at p can only grow, so a pair enters the list of its places once per
+    # place, in rising order. Places are never taken out, only found out of date when visited.
+    places: dict[Pair, list[int]] = defaultdict(list)
+    for p, pair in enumerate(pairwise(ids), 1):
+        places[pair].append(numbers[p])
+    count = {pair: sum([weight[p] for p in at]) for pair, at in places.items() if min(pair) >= 0}
+
+    # Lazy heap, one entry per pair: once a pair exists its count can only fall, so an entry out of
+    # date is still an upper bound, and goes back with the right count when it comes up.
+    heap = [(-n, pair) for pair, n in count.items()]
+    heapify(heap)
+    tokens = [bytes([i]) for i in range(256)]
+    bar = tqdm(total=n_merges, desc="merges", disable=None if progress else True)
+    while heap and len(tokens) < 256 + n_merges:
+        n, pair = heappop(heap)
+        if -n != count[pair]:
+            if count[pair]:
+                heappush(heap, (-count[pair], pair))
+            else:
+                del count[pair], places[pair]
+            continue
+        a, b = pair
+        new = len(tokens)
+        tokens.append(tokens[a] + tokens[b])
+        left_places: dict[int, list[int]] = defaultdict(list)  # token before -> where it starts
+        right_places: dict[int, list[int]] = defaultdict(list)  # token behind -> where `new` starts
+        left_count: dict[int, int] = defaultdict(int)
+        right_count: dict[int, int] = defaultdict(int)
+        for p in places.pop(pair):
+            q = following[p]
+            if ids[p] != a or ids[q] != b:
+                continue
+            left, right = before[p], following[q]
+            x, y, n = ids[left], ids[right], weight[p]
+            left_places[x].append(left)
+            left_count[x] += n
+            right_places[y].append(p)
+            right_count[y] += n
+            ids[p], ids[q] = new, -1
+            following[p], before[right] = right, p
+        # x+a has become x+new, and b+y new+y: what the new pair gains, the old one loses. The
+        # right side goes first: in "abab", new+a comes with the first ab and goes with the second.
+        for y, n in right_count.items():
+            if y >= 0:
+                places[new, y], count[new, y] = right_places[y], n
+                count[b, y] -= n
+                heappush(heap, (-n, (new, y)))
+        for x, n in left_count.items():
+            if x >= 0:
+                places[x, new], count[x, new] = left_places[x], n
+                count[x, a] -= n
+                heappush(heap, (-n, (x, new)))
+        del count[pair]
+        bar.update()
+    bar.close()
+    return tokens[256:]
+
+
+# ---- encoding and decoding -----------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -74,7 +229,7 @@ class Tokenizer:
         self.bytes_of = {i: token for token, i in ranks.items()}
         self.bytes_of |= {i: text.encode("utf-8") for text, i in special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1  # cl100k_base, for one, has unused ids below this
-        self._split = Splitter(pattern)
+        self._split = make_splitter(pattern)
         self._cache: dict[str, list[int]] = {}
 
     @classmethod
@@ -115,11 +270,28 @@ class Tokenizer:
         allowed_special names the special tokens whose text becomes their id ("all": all of them);
         the text of the others is encoded as ordinary text. ValueError for an unknown name.
         """
-        return encode_special(text, allowed_special, self.special_tokens, self._encode_rust)
+        return self._encode_parts(text, allowed_special, self._encode_rust)
 
     def encode_python(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """The same ids as encode(), without tiktoken: what to read to see how it works."""
-        return encode_special(text, allowed_special, self.special_tokens, self._encode_chunks)
+        return self._encode_parts(text, allowed_special, self._encode_chunks)
+
+    def _encode_parts(self, text: str, allowed: Collection[str], ordinary: Callable) -> list[int]:
+        """The allowed special tokens become their ids, `ordinary` encodes what is between them."""
+        if isinstance(allowed, str):
+            allowed = self.special_tokens if allowed == "all" else [allowed]
+        for name in allowed:
+            if name not in self.special_tokens:
+                known = f"this tokenizer has {list(self.special_tokens)}"
+                raise ValueError(f"allowed_special: {name!r} is unknown, {known}")
+        if not allowed:
+            return ordinary(text)
+        # The longest first: of "<|a|>" and "<|a|>b", the first must not hide the second.
+        names = sorted(allowed, key=len, reverse=True)
+        ids = []
+        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
+            ids += [self.special_tokens[part]] if i % 2 else ordinary(part)
+        return ids
 
     def encode_batch(
         self, texts: Iterable[str], allowed_special: Collection[str] = ()
@@ -339,25 +511,6 @@ class Tokenizer:
         ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
         return cls(dict(ranks), encoding._pat_str, dict(special_tokens))
 
-    @classmethod
-    def from_gpt2_files(cls, vocab_bpe: str | Path, encoder_json: str | Path) -> Tokenizer:
-        """GPT-2's own two files, checked against each other. The ids are tiktoken's.
-
-        vocab.bpe lists the merges in order, encoder.json the ids; both in `byte_characters`.
-        """
-        byte_of = byte_characters()
-        try:
-            lines = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:]  # a version first
-            names = [*byte_of, *(line.replace(" ", "") for line in lines if line)]
-            ranks = {bytes([byte_of[c] for c in name]): i for i, name in enumerate(names)}
-            ids = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
-        except (KeyError, ValueError) as e:
-            raise ValueError(f"{vocab_bpe}, {encoder_json}: not GPT-2's files ({e!r})") from None
-        special_tokens = {END_OF_TEXT: len(names)}
-        if ids != {name: i for i, name in enumerate(names)} | special_tokens:
-            raise ValueError(f"{vocab_bpe} and {encoder_json} do not belong together: ids differ")
-        return cls(ranks, GPT2_PATTERN, special_tokens)
-
 
 def count_merges(vocab_size: int, n_special: int) -> int:
     """How many a vocabulary has room for; ValueError if it has none for bytes and special ones."""
@@ -370,38 +523,10 @@ def count_merges(vocab_size: int, n_special: int) -> int:
     return n_merges
 
 
-def encode_special(
-    text: str,
-    allowed: Collection[str],
-    special_tokens: dict[str, int],
-    ordinary: Callable[[str], list[int]],
-) -> list[int]:
-    """Ids of `text`: the allowed special tokens (a collection of names, or "all") become their
-    ids, `ordinary` encodes what is between them. ValueError for a name that is none of them."""
-    if isinstance(allowed, str):
-        allowed = special_tokens if allowed == "all" else [allowed]
-    for name in allowed:
-        if name not in special_tokens:
-            known = list(special_tokens)
-            raise ValueError(f"allowed_special: {name!r} is unknown, this tokenizer has {known}")
-    if not allowed:
-        return ordinary(text)
-    # The longest first: of "<|a|>" and "<|a|>b", the first must not hide the second.
-    names = sorted(allowed, key=len, reverse=True)
-    ids = []
-    for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
-        ids += [special_tokens[part]] if i % 2 else ordinary(part)
-    return ids
-
-
-def byte_characters() -> dict[str, int]:
-    """The characters in which GPT-2's files, and Hugging Face's, write bytes -> the bytes, in the
-    order of their ids: one that is printable in Latin-1 is itself, the others are U+0100 and up."""
-    byte_of = {chr(b): b for b in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]}
-    n_printable = len(byte_of)
-    for b in sorted(set(range(256)) - set(byte_of.values())):
-        byte_of[chr(256 + len(byte_of) - n_printable)] = b
-    return byte_of
+def beyond_ascii(text: str) -> set[str]:
+    """The characters of the text that are not ASCII, at eight times the speed of set(text)."""
+    data = text.encode("utf-8", "surrogatepass").translate(None, bytes(range(128)))
+    return set(data.decode("utf-8", "surrogatepass"))
 
 
 def _by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:
@@ -437,3 +562,18 @@ def _check_state(ranks: Any, pattern: Any, special_tokens: Any) -> None:
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing or b"" in ranks:
         raise ValueError(f"{len(missing)} of the 256 bytes are no tokens, or the empty string is")
+
+
+if __name__ == "__main__":
+    text = "the cat sat on the mat, the rat sat on the cat, and that was that"
+    merges = naive_learn_merges([text], 12)
+    tokenizer = Tokenizer.train([text], 256 + 12, special_tokens=())
+    ranks = tokenizer.ranks
+    assert merges == [(ranks[a], ranks[b]) for a, b in tokenizer.merges()]
+    for i, (a, b) in enumerate(tokenizer.merges(), 256):
+        print(f"merge {a.decode()!r:>6} + {b.decode()!r:<6} -> {i} {(a + b).decode()!r}")
+    for word in (" the", " that", " chat", " naïve"):
+        ids = tokenizer.encode(word)
+        print(f"{word!r:>9} = {' '.join([str(tokenizer.bytes_of[i])[1:] for i in ids]):<40} {ids}")
+        assert ids == tokenizer.encode_python(word) == naive_encode(word, merges)
+    print("The slow and obvious form gives the same merges and the same ids.")

@@ -17,6 +17,9 @@ highest score raises the likelihood of the text the most for each time it occurs
     join        s ##p -> sp, then b ##a -> ba, then of equal scores (1/3) the lower pair of ids:
                 p ##i -> pi, and sp ##i, now 1/(1·1), -> spi
 
+The slow and obvious learning is naive_learn(), which tests compare with the fast learn().
+`python wordpiece.py` shows both and how words are cut.
+
 Left out: the text before tokenization (decode() cannot restore spaces and accents), dropout, and
 accents that stay where capitals go (strip_accents apart from lowercase).
 
@@ -30,11 +33,15 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import os
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
+from fractions import Fraction
 from functools import cached_property, lru_cache
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -42,11 +49,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bpe import encode_special, unique_keys
-from data.download import replacing
-from pieces import INSIDE, learn
-
+Pair = tuple[int, int]
 FORMAT = 1  # of the JSON text
+INSIDE = "##"  # before a piece that does not begin a word
 UNK = "[UNK]"
 SPECIAL = ("[PAD]", UNK, "[CLS]", "[SEP]", "[MASK]")
 LONGEST_WORD = 100  # characters; a longer word is [UNK]
@@ -108,6 +113,116 @@ def _apart(c: str) -> str:
 def _chunks(text: str) -> list[str]:
     """Cuts where white space is for certain: no rule above looks across a space."""
     return text.replace("\n", " ").split(" ")
+
+
+# ---- learning the pieces: slow and obvious, then fast --------------------------------------------
+
+
+def naive_learn(words: dict[str, int], limit: int, min_frequency: int) -> list[str]:
+    """What learn() gives, from exact fractions of counts that are made anew for each piece."""
+    rows = {word: [word[0], *(INSIDE + c for c in word[1:])] for word in words}
+    pieces = sorted({piece for row in rows.values() for piece in row})
+    while len(pieces) < limit:
+        count, together = Counter(), Counter()
+        for word, row in rows.items():
+            for piece in row:
+                count[piece] += words[word]
+            for pair in pairwise(row):
+                together[pair] += words[word]
+        scores = {
+            (a, b): Fraction(n, count[a] * count[b])
+            for (a, b), n in together.items()
+            if n >= min_frequency
+        }
+        if not scores:
+            break
+        a, b = min(scores, key=lambda pair: (-scores[pair], *map(pieces.index, pair)))
+        pieces.append(a + b.removeprefix(INSIDE))
+        rows = {word: join(row, (a, b), pieces[-1]) for word, row in rows.items()}
+    return pieces
+
+
+def learn(
+    words: dict[str, int], limit: int, min_frequency: int, progress: bool = False
+) -> list[str]:
+    """At most `limit` pieces for these words and their counts, in the order learnt: characters
+    first. ValueError if those alone are too many. naive_learn gives the same, slowly.
+
+    A join visits only the words with its pair. But it makes both of its pieces rarer, and so
+    raises the score of every pair they are in: the heap gets all of those again.
+    """
+    spelled = [[word[0], *(INSIDE + c for c in word[1:])] for word in words]
+    pieces = sorted({piece for row in spelled for piece in row})
+    if len(pieces) > limit:
+        raise ValueError(
+            f"vocab_size leaves room for {max(limit, 0)} pieces, but the texts have {len(pieces)} "
+            f"different characters: choose a vocab_size {len(pieces) - limit} higher"
+        )
+    id_of = {piece: i for i, piece in enumerate(pieces)}
+    rows, weight = [[id_of[p] for p in row] for row in spelled], [*words.values()]
+    count: Counter[int] = Counter()  # of pieces
+    together: Counter[Pair] = Counter()  # of pairs
+    places: dict[Pair, set[int]] = {}  # the rows that have, or had, a pair
+    pairs_of: dict[int, set[Pair]] = defaultdict(set)  # the pairs that a piece is in
+
+    def add(row: int, sign: int) -> None:
+        n = sign * weight[row]
+        for piece in rows[row]:
+            count[piece] += n
+        for pair in pairwise(rows[row]):
+            together[pair] += n
+            if pair not in places:
+                places[pair] = set()
+                pairs_of[pair[0]].add(pair)
+                pairs_of[pair[1]].add(pair)
+            places[pair].add(row)
+
+    def score(pair: Pair) -> float:
+        return together[pair] / (count[pair[0]] * count[pair[1]])
+
+    for row in range(len(rows)):
+        add(row, 1)
+    heap: list[tuple[float, Pair]] = []
+    most = -1  # entries, of which some are out of date, before the heap is made anew
+    bar = tqdm(total=limit, initial=len(pieces), desc="pieces", disable=None if progress else True)
+    while len(pieces) < limit:
+        if len(heap) > most:
+            heap = [(-score(pair), pair) for pair, n in together.items() if n >= min_frequency]
+            heapify(heap)
+            most = 4 * len(heap) + 1000
+        if not heap:
+            break
+        found, pair = heappop(heap)
+        if together[pair] < min_frequency or -found != score(pair):
+            continue  # out of date: its present score is in the heap too
+        a, b = pair
+        new = len(pieces)
+        pieces.append(pieces[a] + pieces[b].removeprefix(INSIDE))
+        for row in places.pop(pair):
+            add(row, -1)
+            rows[row] = join(rows[row], pair, new)
+            add(row, 1)
+        for other in pairs_of[a] | pairs_of[b] | pairs_of[new]:
+            if together[other] >= min_frequency:
+                heappush(heap, (-score(other), other))
+            else:  # counts of pairs never rise
+                del together[other]
+                for piece in other:
+                    pairs_of[piece].discard(other)
+        bar.update()
+    bar.close()
+    return pieces
+
+
+def join(row: list[int], pair: Pair, new: int) -> list[int]:
+    """The row with `new` for each occurrence of the pair, from the left."""
+    out: list[int] = []
+    for piece in row:
+        if out and (out[-1], piece) == pair:
+            out[-1] = new
+        else:
+            out.append(piece)
+    return out
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
@@ -172,8 +287,8 @@ class WordPiece:
             for word in split_words(chunk, lowercase):
                 if len(word) <= LONGEST_WORD:
                     words[word] += n
-        room = vocab_size - len(special_tokens)
-        return cls([*special_tokens, *learn(words, room, min_frequency, progress)], lowercase)
+        n_pieces = vocab_size - len(special_tokens)
+        return cls([*special_tokens, *learn(words, n_pieces, min_frequency, progress)], lowercase)
 
     def words(self, text: str) -> list[str]:
         """The words that encode() cuts into pieces."""
@@ -185,7 +300,19 @@ class WordPiece:
         allowed_special names the special tokens whose text becomes their id ("all": all of them);
         the text of the others is encoded as ordinary text. ValueError for an unknown name.
         """
-        return encode_special(text, allowed_special, self.special_tokens, self._encode)
+        allowed = allowed_special
+        if isinstance(allowed, str):
+            allowed = self.special_tokens if allowed == "all" else [allowed]
+        for name in allowed:
+            if name not in self.special_tokens:
+                known = f"this tokenizer has {list(self.special_tokens)}"
+                raise ValueError(f"allowed_special: {name!r} is unknown, {known}")
+        if not allowed:
+            return self._encode(text)
+        ids = []
+        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, allowed))})", text)):
+            ids += [self.special_tokens[part]] if i % 2 else self._encode(part)
+        return ids
 
     def encode_numpy(self, text: str) -> np.ndarray:
         """Ids of `text`, special tokens not allowed, as a uint32 array."""
@@ -269,7 +396,7 @@ class WordPiece:
     def from_json(cls, text: str) -> WordPiece:
         """ValueError, in one sentence, for everything that to_json() cannot have written."""
         try:
-            state = json.loads(text, object_pairs_hook=unique_keys)
+            state = json.loads(text, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"not a tokenizer: no JSON ({e})") from None
         keys = ("format", "type", "lowercase", "tokens")
@@ -280,8 +407,13 @@ class WordPiece:
     def save(self, path: str | Path) -> None:
         """BERT's vocab.txt: a token a line. It does not say whether the tokenizer is lowercase.
         Writes beside `path`, then renames: an interruption leaves the old file whole."""
-        with replacing(Path(path)) as file:
-            file.write("".join(f"{token}\n" for token in self.tokens).encode("utf-8"))
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            temporary.write_bytes("".join(f"{token}\n" for token in self.tokens).encode("utf-8"))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def from_vocab(cls, path: str | Path, *, lowercase: bool) -> WordPiece:
@@ -295,99 +427,11 @@ class WordPiece:
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
 
-    def to_tokenizer_json(self) -> dict[str, Any]:
-        """The content of Hugging Face's tokenizer.json. There, names of special tokens in a text
-        become their ids: encode(text, "all") is what gives the same. Where the vocabulary has
-        them, texts are framed: [CLS] A [SEP], and with a second one B [SEP] in segment 1."""
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        added = sorted(self.special_tokens.items(), key=operator.itemgetter(1))
-        frame = [name for name in ("[CLS]", "[SEP]") if name in self.ids]
-        cls, sep, end = (
-            {"SpecialToken": {"id": name, "type_id": segment}}
-            for name, segment in (("[CLS]", 0), ("[SEP]", 0), ("[SEP]", 1))
-        )
-        a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-        template = {
-            "type": "TemplateProcessing",
-            "single": [cls, a, sep],
-            "pair": [cls, a, sep, b, end],
-            "special_tokens": {t: {"id": t, "ids": [self.ids[t]], "tokens": [t]} for t in frame},
-        }
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": i, "content": t, **plain, "special": True} for t, i in added],
-            "normalizer": {
-                "type": "BertNormalizer",
-                "clean_text": True,
-                "handle_chinese_chars": True,
-                "strip_accents": None,  # as lowercase says
-                "lowercase": self.lowercase,
-            },
-            "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "post_processor": template if len(frame) == 2 else None,
-            "decoder": {"type": "WordPiece", "prefix": INSIDE, "cleanup": True},
-            "model": {
-                "type": "WordPiece",
-                "unk_token": UNK,
-                "continuing_subword_prefix": INSIDE,
-                "max_input_chars_per_word": LONGEST_WORD,
-                "vocab": dict(self.ids),
-            },
-        }
 
-    @classmethod
-    def from_tokenizer_json(cls, content: dict[str, Any]) -> WordPiece:
-        """The tokenizer that a parsed tokenizer.json describes. ValueError, in one sentence, for
-        every setting that to_tokenizer_json() would not have written, but for those that change
-        no id: truncation, padding, how the decoder cleans up, and which special tokens are listed.
-        """
-        if not isinstance(content, dict):
-            raise ValueError(f"tokenizer.json: {short(content)} is no object with settings")
-        content = dict(content, truncation=None, padding=None)
-        for key in ("model", "normalizer"):
-            if not isinstance(content.get(key), dict):
-                raise ValueError(f"tokenizer.json: {key} is {short(content.get(key))}, no settings")
-        model, normalizer = content["model"], content["normalizer"]
-        vocab, lowercase = model.get("vocab"), normalizer.get("lowercase")
-        if not isinstance(vocab, dict) or any(type(i) is not int for i in vocab.values()):
-            raise ValueError("tokenizer.json: model.vocab is no mapping of tokens to ids")
-        tokens = sorted(vocab, key=vocab.get)
-        if any(vocab[token] != i for i, token in enumerate(tokens)):
-            raise ValueError(f"tokenizer.json: the ids of {len(vocab)} tokens do not count from 0")
-        new = cls(tokens, lowercase)
-        ours = new.to_tokenizer_json()
-        content["model"] = {"type": "WordPiece", **model}  # files of 2020 leave the type out
-        if normalizer.get("strip_accents") is lowercase:
-            content["normalizer"] = {**normalizer, "strip_accents": None}
-        sep, cls_ = ([name, new.ids.get(name)] for name in ("[SEP]", "[CLS]"))
-        # The second is how files of 2020 write our template.
-        if content.get("post_processor") in (
-            None,
-            {"type": "BertProcessing", "sep": sep, "cls": cls_},
-        ):
-            content["post_processor"] = ours["post_processor"]
-        if content.get("decoder") in (None, {**ours["decoder"], "cleanup": False}):
-            content["decoder"] = ours["decoder"]
-        if isinstance(content.get("added_tokens"), list):
-            for entry in content["added_tokens"]:
-                if entry not in ours["added_tokens"]:
-                    raise ValueError(
-                        f"tokenizer.json: added token {short(entry)} is none of BERT's, or set up "
-                        "otherwise: only those of BERT are known here"
-                    )
-            content["added_tokens"] = ours["added_tokens"]
-        _check_same("tokenizer.json", content, ours)
-        return new
-
-
-def _check_same(where: str, found: Any, ours: Any) -> None:
-    if isinstance(found, dict) and isinstance(ours, dict):
-        for key in sorted(found.keys() | ours.keys()):  # a missing key is as good as null
-            _check_same(f"{where}: {key}", found.get(key), ours.get(key))
-    elif type(found) is not type(ours) or found != ours:
-        raise ValueError(f"{where} is {short(found)}, but only {short(ours)} is known here")
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
 
 
 def _check_state(tokens: Any, lowercase: Any) -> None:
@@ -405,3 +449,16 @@ def _check_state(tokens: Any, lowercase: Any) -> None:
         raise ValueError(f"token {short(twice)} occurs {n} times: each needs one id")
     if UNK not in tokens:
         raise ValueError(f"the {len(tokens)} tokens have no {UNK}, which unknown words need")
+
+
+if __name__ == "__main__":
+    text = "pit pits spit bat bats tap taps"
+    tokenizer = WordPiece.train([text], 24, min_frequency=1)
+    pieces = tokenizer.tokens[len(SPECIAL) :]
+    assert pieces == naive_learn(Counter(text.split()), len(pieces), 1)
+    letters = [piece for piece in pieces if len(piece.removeprefix(INSIDE)) == 1]
+    print("letters:", *letters, "| joined, in this order:", *pieces[len(letters) :])
+    for word in tokenizer.words("Bats spat: TÁPAS, pitta cat"):
+        ids = tokenizer.encode(word)
+        print(f"{word:>6} = {' '.join([tokenizer.tokens[i] for i in ids]):<16} {ids}")
+    print("The slow and obvious learning gives the same pieces.")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 from tqdm import tqdm
 
-from bpe import END_OF_TEXT, Tokenizer
-from chunks import PATTERNS
+from bpe import END_OF_TEXT, PATTERNS, Tokenizer
 from data.cores import batched, on_all_cores
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
+from data.gpt2_files import read_gpt2_files
 from data.shards import Origin, TokenFile, open_shards, write_shards
 from data.text import Corpus
 
@@ -156,7 +156,7 @@ def get_tokenizer(
     if config.tokenizer:
         if config.tokenizer == "gpt2":
             files = fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache)
-            tokenizer = Tokenizer.from_gpt2_files(*files)
+            tokenizer = read_gpt2_files(*files)
         elif Path(config.tokenizer).is_file():
             tokenizer = load_tokenizer(Path(config.tokenizer))
         else:

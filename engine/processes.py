@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cpu
+from engine import splitting
 from engine.watchdog import Watchdog
 from tasks.flags import DEVICES, DTYPES
 
@@ -127,6 +128,7 @@ def find_device(name: str) -> str:
 def pick_device(name: str) -> torch.device:
     """The device of find_device, made ready for its work."""
     name = find_device(name)
+    splitting.install()
     if name == "cpu":
         cpu.prepare()
     return torch.device(name)

@@ -26,8 +26,10 @@ import torch
 
 from bpe import Tokenizer
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, SHAKESPEARE, fetch
+from data.gpt2_files import read_gpt2_files
 from data.text import Corpus, Part, open_corpus
 from data.tokens import tokenize
+from engine import splitting
 from engine.hub.peers import peer
 from lab.turns import show, take_turns
 
@@ -206,7 +208,7 @@ def bench_encode(config: BenchConfig, device: torch.device) -> list[dict]:
     }
     try:
         cache = Path(config.cache_dir)
-        gpt2 = Tokenizer.from_gpt2_files(fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache))
+        gpt2 = read_gpt2_files(fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache))
     except ValueError as error:
         print(f"(no GPT-2 vocabulary to compare with: {error})")
     else:
@@ -264,4 +266,5 @@ def written_corpus(folder: Path, texts: list[str], in_lines: bool) -> Corpus:
 
 
 if __name__ == "__main__":  # as bench_memory() calls it
+    splitting.install()
     TRAINERS[sys.argv[1]]((text for _, text in plenty(int(sys.argv[2]))), VOCABULARY)

@@ -12,8 +12,7 @@ from conftest import peer
 
 import convert
 from bert import BERT, BERTConfig
-from bpe import Tokenizer
-from chunks import PATTERNS
+from bpe import PATTERNS, Tokenizer
 from data.encoding import SPECIAL
 from data.tokens import END_OF_TEXT
 from engine import checkpoint as checkpoints

@@ -8,8 +8,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bpe
-import merges
-from bpe import Tokenizer
-from chunks import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, PATTERNS
-from data import cores
+from bpe import (
+    CHAR_PATTERN,
+    GPT2_PATTERN,
+    GPT4_PATTERN,
+    PATTERNS,
+    Tokenizer,
+    naive_encode,
+    naive_learn_merges,
+)
 from data.download import GPT2_MERGES, GPT2_VOCABULARY
+from data.gpt2_files import read_gpt2_files
 
 ALPHABETS = {
     "few": "ab",
@@ -55,44 +59,6 @@ def random_text(rng: random.Random, alphabet: str, n: int) -> str:
     return text[:n]
 
 
-def naive_train(texts: list[str], n_merges: int, pattern: str) -> list[tuple[int, int]]:
-    """Counts all pairs anew for each merge."""
-    pieces = [chunk for text in texts for chunk in regex.findall(pattern, text)]
-    chunks = [list(piece.encode("utf-8", "surrogatepass")) for piece in pieces]
-    merges = []
-    while len(merges) < n_merges:
-        counts = Counter(pair for chunk in chunks for pair in pairwise(chunk))
-        if not counts:
-            break
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        chunks = [naive_merge(chunk, best, 256 + len(merges)) for chunk in chunks]
-        merges.append(best)
-    return merges
-
-
-def naive_merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    out, i = [], 0
-    while i < len(ids):
-        if tuple(ids[i : i + 2]) == pair:
-            out.append(new)
-            i += 2
-        else:
-            out.append(ids[i])
-            i += 1
-    return out
-
-
-def naive_encode(text: str, merges: list[tuple[int, int]], pattern: str) -> list[int]:
-    """Applies each merge in order to each chunk: by pairs of ids, not by ranks of bytes."""
-    out = []
-    for chunk in regex.findall(pattern, text):
-        ids = list(chunk.encode("utf-8", "surrogatepass"))
-        for i, pair in enumerate(merges):
-            ids = naive_merge(ids, pair, 256 + i)
-        out += ids
-    return out
-
-
 def merges_as_ids(tok: Tokenizer) -> list[tuple[int, int]]:
     return [(tok.ranks[a], tok.ranks[b]) for a, b in tok.merges()]
 
@@ -106,7 +72,7 @@ def tok() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def gpt2() -> Tokenizer:
-    return Tokenizer.from_gpt2_files(*gpt2_files())
+    return read_gpt2_files(*gpt2_files())
 
 
 # ---- training
@@ -126,7 +92,7 @@ def test_training_and_encoding_equal_the_naive_versions(alphabet, pattern):
     for n in (0, 1, 7, 37, 300):
         texts = [random_text(rng, ALPHABETS[alphabet], n), random_text(rng, ALPHABETS[alphabet], n)]
         n_merges = rng.randrange(120)
-        expected = naive_train(texts, n_merges, pattern)
+        expected = naive_learn_merges(texts, n_merges, pattern)
         tok = Tokenizer.train(texts, 256 + n_merges, pattern, special_tokens=())
         assert merges_as_ids(tok) == expected
         assert tok.vocab_size == 256 + len(expected)
@@ -142,7 +108,7 @@ def test_overlapping_pairs(texts, n_merges):
     """In "aaaa" and "abab" a merge changes the count of the pairs that it has itself made."""
     pattern = r"(?s:.+)"
     tok = Tokenizer.train(texts, 256 + n_merges, pattern, special_tokens=())
-    assert merges_as_ids(tok) == naive_train(texts, n_merges, pattern)
+    assert merges_as_ids(tok) == naive_learn_merges(texts, n_merges, pattern)
 
 
 def test_ties_go_to_the_lowest_pair_of_ids():
@@ -176,52 +142,6 @@ def test_special_text_in_the_training_text_is_text():
     tok = Tokenizer.train(["<|endoftext|>" * 9], 300, r"(?s:.+)")
     assert b"<|endoftext|>" in tok.ranks
     assert tok.encode("<|endoftext|>") == [tok.ranks[b"<|endoftext|>"]]
-
-
-def test_worker_processes_count_the_same(monkeypatch):
-    rng = random.Random(1)
-    texts = [random_text(rng, ALPHABETS["mixed"], 5000) for _ in range(20)]
-    expected = Counter(chunk for text in texts for chunk in regex.findall(GPT2_PATTERN, text))
-    monkeypatch.setattr(cores, "BATCH", 9_000)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    started = []
-
-    class Pool(cores.ProcessPoolExecutor):
-        def __init__(self, workers, **options):
-            started.append(workers)
-            super().__init__(workers, **options)
-
-    monkeypatch.setattr(cores, "ProcessPoolExecutor", Pool)
-    assert merges.count_chunks(iter(texts), GPT2_PATTERN) == expected
-    assert started == [2]
-
-
-def test_workers_that_die_lose_nothing(tmp_path):
-    """Spawned children of a script without a main guard die at once; its counts must be whole."""
-    script = tmp_path / "unguarded.py"
-    script.write_text(
-        f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "import bpe, merges\nfrom data import cores\n"
-        "multiprocessing.set_start_method('spawn', force=True)\n"
-        "cores.BATCH, cores.os.cpu_count = 1000, lambda: 2\n"
-        "print(merges.count_chunks(['word ' * 300] * 99, bpe.GPT2_PATTERN)[' word'])\n",
-        encoding="utf-8",
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == [str(99 * 299)]
-
-
-def test_an_error_in_the_texts_is_not_swallowed(monkeypatch):
-    """An OSError while reading must not pass for a worker that cannot be started."""
-
-    def texts():
-        yield from ["some words " * 200] * 9
-        raise OSError("disk")
-
-    monkeypatch.setattr(cores, "BATCH", 1000)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(OSError, match="disk"):
-        merges.count_chunks(texts(), GPT2_PATTERN)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +247,17 @@ def test_long_runs_of_white_space_do_not_reach_rust(tok, monkeypatch):
     for before in range(50):
         assert not tok._rust_can_split("x" * before + " " * 101 + "x" * 51)
     assert tok._rust_can_split("x " * 500)
+
+
+def test_a_run_can_be_made_to_use_the_readable_path(tok, monkeypatch):
+    """As the head of bpe.py says."""
+    monkeypatch.setattr(Tokenizer, "_rust_can_split", lambda self, text: False)
+    readable = Tokenizer(tok.ranks, tok.pattern, tok.special_tokens)
+    assert readable.encode(ENGLISH) == readable.encode_numpy(ENGLISH).tolist()
+    assert "_rust" not in vars(readable)
+    monkeypatch.undo()
+    assert readable.encode(ENGLISH) == readable.encode_python(ENGLISH)
+    assert "_rust" in vars(readable)
 
 
 def test_batch(tok):
@@ -551,9 +482,9 @@ def test_gpt2_files_that_do_not_belong_together_are_refused(tmp_path):
     swapped = tmp_path / "vocab.bpe"
     swapped.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ValueError, match="do not belong together"):
-        Tokenizer.from_gpt2_files(swapped, ids)
+        read_gpt2_files(swapped, ids)
     with pytest.raises(ValueError, match="not GPT-2's files"):
-        Tokenizer.from_gpt2_files(ids, vocab)
+        read_gpt2_files(ids, vocab)
 
 
 def test_merges_refuses_a_vocabulary_that_is_not_bpe():
@@ -562,3 +493,21 @@ def test_merges_refuses_a_vocabulary_that_is_not_bpe():
     with pytest.raises(ValueError, match="not a pair"):
         tok.merges()
     assert tok.encode("abc abc") == tok.encode_python("abc abc")
+
+
+# ---- the file by itself
+
+
+def test_the_file_alone_runs(tmp_path):
+    shutil.copy(ROOT / "bpe.py", tmp_path)
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "bpe.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=alone, capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["merge", "'a'", "+", "'t'", "->", "256", "'at'"]
+    assert [line.split()[0] for line in lines[:12]] == ["merge"] * 12
+    assert "' chat' = ' c' 'h' 'at'" in lines[14]
+    assert lines[-1] == "The slow and obvious form gives the same merges and the same ids."

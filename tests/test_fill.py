@@ -16,8 +16,7 @@ import torch.nn.functional as F
 import fill as fill_file
 import sample
 from bert import BERT, BERTConfig
-from bpe import Tokenizer
-from chunks import GPT2_PATTERN
+from bpe import GPT2_PATTERN, Tokenizer
 from data import sentences
 from data.encoding import SPECIAL, encode_text
 from data.masked import MaskedText

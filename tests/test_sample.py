@@ -13,8 +13,7 @@ from conftest import ROOT, TOY
 
 import sample
 import train
-from bpe import Tokenizer
-from chunks import GPT2_PATTERN
+from bpe import GPT2_PATTERN, Tokenizer
 from data.tokens import END_OF_TEXT
 from model import GPT, GPTConfig
 from sample import SampleConfig, TextStream, choose, complete, context_start, distribution, generate

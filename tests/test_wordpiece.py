@@ -2,24 +2,26 @@
 
 import functools
 import json
+import os
 import pydoc_data.topics
 import random
+import shutil
+import subprocess
+import sys
 import unicodedata
 from collections import Counter
-from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import peer
+from conftest import ROOT, peer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wordpiece
-from pieces import learn
-from wordpiece import SPECIAL, WordPiece, split_words
+from engine.hub.wordpiece_json import wordpiece_to_json
+from wordpiece import SPECIAL, WordPiece, join, learn, naive_learn, split_words
 
 ENGLISH = "".join(pydoc_data.topics.topics[name] for name in ("strings", "with", "lambda", "if"))
 # Runs of what the rules tell apart, with neighbours of the same script to make words of.
@@ -47,35 +49,6 @@ def tokenizer(lowercase: bool) -> WordPiece:
 
 TOKENIZERS = {lowercase: tokenizer(lowercase) for lowercase in (True, False)}
 both = pytest.mark.parametrize("lowercase", [True, False], ids=["uncased", "cased"])
-
-
-def naive_learn(words: dict[str, int], room: int, min_frequency: int) -> list[str]:
-    """Counts everything anew for each piece, and compares scores as exact fractions."""
-    rows = [([word[0], *(f"##{c}" for c in word[1:])], n) for word, n in words.items()]
-    pieces = sorted({piece for row, _ in rows for piece in row})
-    while len(pieces) < room:
-        count, together = Counter(), Counter()
-        for row, n in rows:
-            for piece in row:
-                count[piece] += n
-            for pair in pairwise(row):
-                together[pair] += n
-        scores = {
-            (a, b): Fraction(n, count[a] * count[b])
-            for (a, b), n in together.items()
-            if n >= min_frequency
-        }
-        if not scores:
-            break
-        a, b = min(scores, key=lambda pair: (-scores[pair], *map(pieces.index, pair)))
-        pieces.append(a + b[2:])
-        for row, _ in rows:
-            i = 0
-            while i < len(row) - 1:
-                if row[i : i + 2] == [a, b]:
-                    row[i : i + 2] = [pieces[-1]]
-                i += 1
-    return pieces
 
 
 def naive_pieces(tok: WordPiece, word: str) -> list[str]:
@@ -120,7 +93,7 @@ def test_words(text, uncased, cased):
 @functools.cache
 def rust(lowercase: bool, special: bool = True):
     """Our tokenizer.json as the tokenizers library reads it, with or without its added tokens."""
-    content = TOKENIZERS[lowercase].to_tokenizer_json()
+    content = wordpiece_to_json(TOKENIZERS[lowercase])
     if not special:
         content["added_tokens"] = []
         content["post_processor"] = None
@@ -353,6 +326,10 @@ def test_training_equals_the_naive_version_where_scores_fall(seed):
     assert learn(words, 120, most) == naive_learn(words, 120, most)
 
 
+def test_a_join_goes_from_the_left():
+    assert join([1, 1, 1, 2, 1, 1], (1, 1), 3) == [3, 1, 2, 3]
+
+
 def test_rebuilding_the_heap_changes_nothing():
     """Thousands of out-of-date entries, so that the heap is made anew on the way."""
     rng = random.Random(0)
@@ -484,124 +461,18 @@ def test_tokens_that_no_file_can_hold_are_refused(token):
         WordPiece("[UNK]")
 
 
-# ---- tokenizer.json
+# ---- the file by itself
 
 
-@both
-def test_there_and_back_through_the_tokenizers_library(lowercase):
-    tok = TOKENIZERS[lowercase]
-    theirs = json.loads(rust(lowercase).to_str())
-    assert theirs == tok.to_tokenizer_json()
-    back = WordPiece.from_tokenizer_json(theirs)
-    assert (back.tokens, back.lowercase, back.hash) == (tok.tokens, lowercase, tok.hash)
-
-
-def test_the_template_frames_one_text_or_two():
-    pair = rust(True).encode("the", "string if")
-    tok = TOKENIZERS[True]
-    a, b = tok.encode("the"), tok.encode("string if")
-    cls, sep = tok.ids["[CLS]"], tok.ids["[SEP]"]
-    assert pair.ids == [cls, *a, sep, *b, sep]
-    assert pair.type_ids == [0] * (len(a) + 2) + [1] * (len(b) + 1)
-    assert rust(True).encode("the").ids == [cls, *a, sep]
-
-
-def test_without_cls_and_sep_there_is_no_template():
-    tok = WordPiece(["[UNK]", "a", "[SEP]"])
-    theirs = peer("tokenizers").Tokenizer.from_str(json.dumps(tok.to_tokenizer_json()))
-    assert theirs.encode("a [SEP] b").ids == [1, 2, 0]
-    assert WordPiece.from_tokenizer_json(json.loads(theirs.to_str())).hash == tok.hash
-
-
-def small() -> dict:
-    return WordPiece(["[UNK]", "a", "[CLS]", "[SEP]"]).to_tokenizer_json()
-
-
-HARMLESS = {
-    "truncation": lambda t: t.update(truncation={"max_length": 128, "stride": 0}),
-    "padding": lambda t: t.update(padding={"strategy": {"Fixed": 128}, "pad_id": 0}),
-    "no template": lambda t: t.update(post_processor=None),
-    "no decoder": lambda t: t.pop("decoder"),
-    "no clean-up": lambda t: t["decoder"].update(cleanup=False),
-    "accents said": lambda t: t["normalizer"].update(strip_accents=True),
-    "model of 2020": lambda t: t["model"].pop("type"),
-    "template of 2020": lambda t: t.update(
-        post_processor={"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]}
-    ),
-    "fewer listed": lambda t: t["added_tokens"].pop(),
-    "key order": lambda t: t["model"].update(vocab=dict(reversed(t["model"]["vocab"].items()))),
-}
-
-
-@pytest.mark.parametrize("name", HARMLESS)
-def test_settings_that_change_no_id_are_accepted(name):
-    content = small()
-    HARMLESS[name](content)
-    before = json.dumps(content)
-    assert WordPiece.from_tokenizer_json(content).tokens == ["[UNK]", "a", "[CLS]", "[SEP]"]
-    assert json.dumps(content) == before
-
-
-FOREIGN = {
-    "version": (lambda t: t.update(version="2.0"), "version is '2.0'.*'1.0'"),
-    "surplus": (lambda t: t.update(surprise=1), "surprise is 1"),
-    "no model": (lambda t: t.pop("model"), "model is None"),
-    "model list": (lambda t: t.update(model=[1]), "model is"),
-    "bpe": (lambda t: t["model"].update(type="BPE"), "model: type is 'BPE'"),
-    "unk": (lambda t: t["model"].update(unk_token="<unk>"), "unk_token is '<unk>'"),
-    "no unk": (lambda t: t["model"].pop("unk_token"), "unk_token is None"),
-    "prefix": (lambda t: t["model"].update(continuing_subword_prefix="@@"), "'@@'"),
-    "longest": (lambda t: t["model"].update(max_input_chars_per_word=200), "200.*100"),
-    "longest float": (lambda t: t["model"].update(max_input_chars_per_word=100.0), "100.0"),
-    "model surplus": (lambda t: t["model"].update(dropout=0.1), "dropout is 0.1"),
-    "vocab list": (lambda t: t["model"].update(vocab=["a"]), "no mapping"),
-    "id text": (lambda t: t["model"]["vocab"].update(a="1"), "no mapping"),
-    "id bool": (lambda t: t["model"]["vocab"].update(a=True), "no mapping"),
-    "id twice": (lambda t: t["model"]["vocab"].update(b=1), "ids of 5 tokens do not count"),
-    "id gap": (lambda t: t["model"]["vocab"].update(b=10**12), "ids of 5 tokens do not count"),
-    "id negative": (lambda t: t["model"]["vocab"].update(b=-1), "ids of 5 tokens do not count"),
-    "no [UNK]": (lambda t: t["model"].update(vocab={"a": 0}), r"no \[UNK\]"),
-    "empty token": (lambda t: t["model"]["vocab"].update({"": 4}), "token 4"),
-    "no normalizer": (lambda t: t.update(normalizer=None), "normalizer is None"),
-    "normalizer": (lambda t: t["normalizer"].update(type="NFC"), "type is 'NFC'"),
-    "lowercase": (lambda t: t["normalizer"].update(lowercase=1), "lowercase=1"),
-    "clean": (lambda t: t["normalizer"].update(clean_text=False), "clean_text is False"),
-    "chinese": (
-        lambda t: t["normalizer"].update(handle_chinese_chars=False),
-        "handle_chinese_chars is False",
-    ),
-    "accents": (lambda t: t["normalizer"].update(strip_accents=False), "strip_accents is False"),
-    "split": (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "'Whitespace'"),
-    "no split": (lambda t: t.pop("pre_tokenizer"), "pre_tokenizer is None"),
-    "template": (lambda t: t["post_processor"]["single"].pop(), "single is"),
-    "template ids": (
-        lambda t: t.update(
-            post_processor={"type": "BertProcessing", "sep": ["[SEP]", 2], "cls": ["[CLS]", 2]}
-        ),
-        "post_processor",
-    ),
-    "decoder": (lambda t: t["decoder"].update(prefix="@"), "decoder: prefix is '@'"),
-    "added": (lambda t: t["added_tokens"][0].update(content="<s>"), "added token .* none of BERT"),
-    "added id": (lambda t: t["added_tokens"][0].update(id=9), "added token .* none of BERT"),
-    "added strips": (
-        lambda t: t["added_tokens"][0].update(lstrip=True),
-        "added token .* none of BERT",
-    ),
-    "added none": (lambda t: t.pop("added_tokens"), "added_tokens is None"),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_settings_are_refused_in_one_sentence(name):
-    change, message = FOREIGN[name]
-    content = small()
-    change(content)
-    with pytest.raises(ValueError, match=message) as e:
-        WordPiece.from_tokenizer_json(content)
-    assert "\n" not in str(e.value) and len(str(e.value)) < 300
-
-
-@pytest.mark.parametrize("content", [None, [], "text", {}, {"model": {}}])
-def test_what_is_no_tokenizer_json_is_refused(content):
-    with pytest.raises(ValueError, match=r"^tokenizer\.json"):
-        WordPiece.from_tokenizer_json(content)
+def test_the_file_alone_runs(tmp_path):
+    shutil.copy(ROOT / "wordpiece.py", tmp_path)
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "wordpiece.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=alone, capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("letters: ##a ##i ##p ##s ##t b p s t | joined, in this order: pi ")
+    assert lines[4].split() == ["tapas", "=", "tap", "##a", "##s", "[19,", "5,", "8]"]
+    assert lines[-1] == "The slow and obvious learning gives the same pieces."

@@ -13,9 +13,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bpe import Tokenizer, byte_characters, unique_keys
-from chunks import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN
+from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, Tokenizer, unique_keys
 from data.encoding import CLS, SEP, SPECIAL
+from data.gpt2_files import byte_characters
 from data.sentencepieces import (
     END_PIECE,
     FILES,
@@ -25,6 +25,7 @@ from data.sentencepieces import (
     SentencePieces,
 )
 from data.tokens import END_OF_TEXT, AnyTokenizer
+from engine.hub.wordpiece_json import wordpiece_from_json, wordpiece_to_json
 from wordpiece import UNK, WordPiece
 
 # vocab.txt is BERT's, *.spm are Marian's.
@@ -113,7 +114,7 @@ def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
     Their tokenizer finds the names of special tokens in every text, ours where they are allowed.
     """
     if isinstance(tokenizer, WordPiece):
-        return tokenizer.to_tokenizer_json()
+        return wordpiece_to_json(tokenizer)
     if tokenizer.pattern not in SPLITS:
         raise ValueError(
             f"the pattern {tokenizer.pattern!r} has no known wording in tokenizer.json"
@@ -170,7 +171,7 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         state = read_json(path)
         if is_wordpiece(state):
             try:
-                tokenizer = WordPiece.from_tokenizer_json(state)
+                tokenizer = wordpiece_from_json(state)
             except ValueError as error:
                 raise ValueError(f"{path.parent}: {error}") from None
         else:

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample
-from bpe import Tokenizer
-from chunks import GPT2_PATTERN, PATTERNS
+from bpe import GPT2_PATTERN, PATTERNS, Tokenizer
 from data.completions import Completions, encode_prompt, split_space
 from data.tables import Row, TableCorpus
 from data.tokens import END_OF_TEXT

@@ -15,8 +15,7 @@ from conftest import shared
 
 import data.text
 import data.tokens
-from bpe import Tokenizer
-from chunks import GPT2_PATTERN, GPT4_PATTERN
+from bpe import GPT2_PATTERN, GPT4_PATTERN, Tokenizer
 from data.download import SHAKESPEARE, Remote, fetch
 from data.shards import Origin, open_shards
 from data.text import Part, open_corpus, text_pieces

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data.pairs
-from bpe import Tokenizer
 from data.buckets import cut, find
+from data.gpt2_files import read_gpt2_files
 from data.pairs import Pairs, pad
 from data.parallel import open_pairs
 from data.tokens import tokenize
@@ -315,7 +315,7 @@ def test_padding_of_real_sentences_is_little(folder):
     """Multi30k with GPT-2's vocabulary: unsorted batches of 64 would be half padding."""
     names = [str(shared(f"multi30k/train.{language}.gz")) for language in ("en", "de")]
     corpus = open_pairs(",".join(names), folder)
-    tokenizer = Tokenizer.from_gpt2_files(*gpt2_files())
+    tokenizer = read_gpt2_files(*gpt2_files())
     file = tokenize(corpus, "train", tokenizer, folder)
     train = Pairs(file, corpus, "train", tokenizer, block_size=128, batch_size=32)
     real = cells = rows = 0

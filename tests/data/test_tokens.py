@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import peer
 
-from bpe import END_OF_TEXT, Tokenizer
+from bpe import END_OF_TEXT, Tokenizer, learn_merges
 from data import cores
 from data.text import open_corpus
 from data.tokens import numbered, tokenize
 from lab import tokenizing as bench_tokenizers
 from lab.tokenizing import plenty, run_measured, source_files, written_corpus
-from merges import learn_merges
 from wordpiece import WordPiece
 
 WORDS = [

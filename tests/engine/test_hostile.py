@@ -36,7 +36,7 @@ import convert
 import optim
 import sample
 import train
-from chunks import PATTERNS
+from bpe import PATTERNS
 from data.layouts import LAYOUTS
 from engine import checkpoint as checkpoints
 from engine import cli

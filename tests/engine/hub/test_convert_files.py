@@ -25,8 +25,8 @@ from converting import (
 import convert
 import sample
 import train
-from bpe import Tokenizer, byte_characters
-from chunks import GPT2_PATTERN
+from bpe import GPT2_PATTERN, Tokenizer
+from data.gpt2_files import byte_characters
 from data.tokens import END_OF_TEXT
 from engine.hub import tokenizer_files
 from engine.hub.tokenizer_files import tokenizer_json

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import convert
 from bert import BERT, BERTConfig
-from bpe import Tokenizer
-from chunks import GPT2_PATTERN
+from bpe import GPT2_PATTERN, Tokenizer
+from data.gpt2_files import read_gpt2_files
 from data.tokens import END_OF_TEXT
 from engine.hub.mapping import their_settings
 from engine.hub.tokenizer_files import from_tokenizer_json, read_tokenizer, tokenizer_json
@@ -114,7 +114,7 @@ def test_gpt2s_own_tokenizer_in_the_files_of_the_hub(tmp_path):
     """vocab.json and merges.txt, and the tokenizer.json that tokenizers makes of them."""
     library = peer("tokenizers")
     merges, vocabulary = gpt2_files()
-    want = Tokenizer.from_gpt2_files(merges, vocabulary)
+    want = read_gpt2_files(merges, vocabulary)
     folder = tmp_path / "there"
     folder.mkdir()
     shutil.copy(vocabulary, folder / "vocab.json")

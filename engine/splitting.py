@@ -1,36 +1,33 @@
-r"""Cutting text into the chunks that byte-pair encoding never merges across, three times as fast.
+r"""Splitting text for byte-pair encoding three times as fast, and counting chunks on all cores.
 
-The patterns are those of GPT-2 and GPT-4. They ask for letters (\p{L}) and numbers (\p{N}), which
-the standard library's `re` does not know and the package `regex` does, at a third of `re`'s speed.
-But a class of characters can be written as ranges, short ones for text in ASCII, and then `re` does
-the same work: 35 MB/s of Python source instead of 12 (25 MB/s where there are other characters).
+bpe.py asks the package `regex` for letters (\p{L}) and numbers (\p{N}), which the standard
+library's `re` does not know, at a third of `re`'s speed. But a class of characters can be written
+as ranges, short ones for text in ASCII, and then `re` does the same work: 35 MB/s of Python source
+instead of 12 (25 MB/s where there are other characters).
+
+install() assigns both to their places in bpe.py. Worker processes need no install(): a Tokenizer
+carries its splitter with it.
 
 Left out: the same for other patterns; those of imported tokenizers stay with `regex`.
 
-The package `regex` decides what is right: tests/test_chunks.py holds both against each other.
+bpe.py decides what is right: tests/engine/test_splitting.py compares both with the plain functions.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from itertools import chain
 
-import regex
+import bpe
+from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, beyond_ascii
+from data.cores import batched, on_all_cores
 
-# The splits of GPT-2 and GPT-4, equal to tiktoken's. `++` never gives back what it took, and
-# `\s+(?!\S)` leaves the last space of a run to the word behind it.
-GPT2_PATTERN = r"'(?:[dmst]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-GPT4_PATTERN = (
-    r"'(?i:[dmst]|ll|re|ve)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
-CHAR_PATTERN = r"(?s:.)"
-PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "char": CHAR_PATTERN}
-
-# The same for `re`, with L for the letters, N for the numbers and S for the white space. Nothing is
-# possessive, which Python 3.10 lacks: giving characters back would help none of these to match.
+# The patterns for `re`, with L for the letters, N for the numbers, S for the white space. Nothing
+# is possessive, which Python 3.10 lacks: giving characters back would help none of these to match.
 TRANSLATED = {
     GPT2_PATTERN: r"'(?:[dmst]|ll|re|ve)| ?[L]+| ?[N]+| ?[^SLN]+|[S]+(?![^S])|[S]",
     GPT4_PATTERN: r"'(?i:[dmst]|ll|re|ve)|[^\r\nLN]?[L]+|[N]{1,3}| ?[^SLN]+[\r\n]*"
@@ -40,12 +37,29 @@ TRANSLATED = {
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
+def install() -> None:
+    """Lets bpe.py use what is here."""
+    bpe.make_splitter, bpe.count_chunks = Splitter, count_chunks
+
+
+def count_chunks(texts: Iterable[str], pattern: str) -> Counter[str]:
+    """bpe.plain_count_chunks(texts, pattern), on all cores."""
+    counts: Counter[str] = Counter()
+    for found in on_all_cores(partial(_count_batch, Splitter(pattern)), batched(texts, len)):
+        counts.update(found)
+    return counts
+
+
+def _count_batch(split: Splitter, texts: list[str]) -> Counter[str]:
+    return Counter(chain.from_iterable(map(split, texts)))
+
+
 class Splitter:
     """splitter(text) is regex.findall(pattern, text), for every str."""
 
     def __init__(self, pattern: str):
         self.pattern = pattern
-        self._findall = regex.compile(pattern).findall
+        self._findall = bpe.plain_splitter(pattern)
 
     def __call__(self, text: str) -> list[str]:
         if self.pattern == CHAR_PATTERN:
@@ -66,12 +80,6 @@ def ranges_hold(text: str) -> bool:
         if kind == "Cn" or (c > "\uffff" and kind[0] in "LN"):
             return False
     return True
-
-
-def beyond_ascii(text: str) -> set[str]:
-    """The characters of the text that are not ASCII, at eight times the speed of set(text)."""
-    data = text.encode("utf-8", "surrogatepass").translate(None, bytes(range(128)))
-    return set(data.decode("utf-8", "surrogatepass"))
 
 
 @lru_cache

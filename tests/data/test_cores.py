@@ -1,4 +1,4 @@
-"""chunks.py against the package `regex`, cores.py against map(), and both where it goes wrong."""
+"""cores.py against map(), and where it goes wrong."""
 
 import multiprocessing
 import os
@@ -10,59 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import regex
 from conftest import ROOT
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
-import chunks
-from chunks import PATTERNS, Splitter, ranges_hold
 from data import cores
 from data.cores import batched, on_all_cores
-
-# What patterns treat in different ways: letters and numbers of all kinds, marks, white space that
-# only one engine takes for such, what matches 's only without case, what is beyond U+FFFF.
-AWKWARD = "ab9_ \n\r\t'sSrRLlDm!=\x1c\x1f\x85\xa0²Ⅷ①é的٣ſK😀𝐀𝟘\u0345\u0301\ud800\u3000\u200b\u0378"
-
-
-@pytest.mark.parametrize("pattern", [*PATTERNS.values(), r"\w+|\W"])
-@settings(deadline=None, max_examples=200)
-@example(text="1234567é12345")
-@example(text="1234567 12345")
-@given(text=st.text(AWKWARD, max_size=20) | st.text("a1' \n\r\t", max_size=20) | st.text())
-def test_chunks_are_those_of_regex(pattern, text):
-    assert Splitter(pattern)(text) == regex.findall(pattern, text)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS.values())
-def test_every_character_in_many_places(pattern):
-    """Of those that the ranges hold: one that they do not would send its whole text to `regex`.
-    In ASCII by themselves, too, where the ranges are others."""
-    split = Splitter(pattern)
-    held = [c for c in map(chr, range(0x20000)) if ranges_hold(c)]
-    assert len(held) > 60_000
-    around = [f"a{c}a {c}1{c}\n{c}  {c}='{c}" for c in held]
-    for part in (
-        around[:64],
-        around[64:128],
-        *(around[i : i + 999] for i in range(0, 99_999, 999)),
-    ):
-        text = "".join(part)
-        assert split(text) == regex.findall(pattern, text)
-
-
-def test_what_the_ranges_cannot_hold():
-    assert ranges_hold("aé的😀٣²\ud800 \u0301")  # astral symbols are in no range, and need none
-    assert not any(map(ranges_hold, ("a𝐀", "a𝟘", "a\u0378")))  # a letter, a number, nothing yet
-
-
-@pytest.mark.parametrize("text", ["=_" * 500_000, " " * 1_000_000 + "x", "\n é" * 99_999])
-@pytest.mark.parametrize("name", ["gpt2", "gpt4"])
-def test_a_million_characters_of_a_kind(name, text):
-    """Backtracking over a long run would take hours, or gigabytes."""
-    split = Splitter(PATTERNS[name])(text)
-    assert "".join(split) == text
-    assert split[:3] == regex.findall(PATTERNS[name], text)[:3]
 
 
 def test_batches_have_about_as_many_characters_as_they_should(monkeypatch):
@@ -163,8 +114,3 @@ def alive(process: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state.split()[0] != "Z"
-
-
-def test_no_pattern_is_translated_by_guesswork():
-    assert set(chunks.TRANSLATED) < set(PATTERNS.values())
-    assert Splitter(r"\p{L}+|(?s:.)")("ab!é") == ["ab", "!", "é"]
