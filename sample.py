@@ -3,15 +3,15 @@
     python sample.py --prompt "def "              the newest checkpoint below out/
     python sample.py --checkpoint out/gpt/best.pt --prompt "A" --prompt "Once upon" --num_samples 2
 
-Told in small steps: tokens -> logits (`generate`, with a key-value cache), logits -> distribution
--> token (`decoding.py`), tokens -> text (`TextStream`). What is said here of GPT's continuations,
+Told in small steps: tokens -> logits -> distribution -> token (`decoding.py`), tokens -> text
+(`TextStream`). What is said here of GPT's continuations,
 `translate.py` says of translations, `fill.py` of masked words and embeddings.
 """
 
 import codecs
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,22 +21,21 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import decoding
 import fill
 import predict
 import translate
 from bpe import Tokenizer
-from caches import context_start
-from cpu import lay_out_for_decoding
 from data import completions
 from data.completions import split_space
 from data.text import NAMES, open_corpus, whole
 from data.tokens import END_OF_TEXT, tokenize
 from data.windows import Windows
-from decoding import choose, distribution
+from decoding import choose, distribution, generate
 from engine import checkpoint as checkpoints
 from engine import cli
+from engine.cpu import lay_out_for_decoding
 from engine.evaluation import print_scores
-from engine.graphs import GPTSteps, write_rows
 from engine.processes import pick_device, precision
 from fill import FillConfig
 from predict import AskConfig, PredictConfig, SimilarConfig
@@ -72,61 +71,6 @@ class SampleConfig:
             "batch_size": (1, 2**20),
         }
         cli.check_ranges(self, limits)
-
-
-# ---- tokens -> logits -> tokens ------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    prompts: list[list[int]],
-    pick: Callable[[Tensor, list[int]], Tensor],
-    max_new_tokens: int,
-    *,
-    use_cache: bool = True,
-    steps: GPTSteps | None = None,
-) -> Iterator[list[int | None]]:
-    """Yields, for each step, the new token of every row, None for a row that has none.
-
-    `pick` takes (B, V) logits and the rows that want a token, and returns (B,) tokens. Prompts may
-    differ in length: the shortest is read at once, and the longer ones go on reading their own
-    tokens while the shorter ones already write. So all rows share positions, no padding is needed,
-    and each row is what it would be alone. The caller may stop at any time. use_cache=False reads
-    the whole context anew for every token; it is the oracle in the tests. `steps` decode on a GPU,
-    and `pick` is then a Pick.
-    """
-    if not prompts or min(map(len, prompts)) == 0:
-        raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
-    device, block_size = next(model.parameters()).device, model.config.block_size
-    # What no row will look at again is not read: 100,000 tokens beside a short prompt took minutes.
-    prompts = [prompt[context_start(len(prompt), block_size) :] for prompt in prompts]
-    lengths = [len(p) for p in prompts]
-    shortest, longest = min(lengths), max(lengths)
-    tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    if steps is not None:
-        yield from write_rows(steps, tokens, lengths, max_new_tokens, pick)
-        return
-    tokens, caches, cache_start = tokens.to(device), None, -1
-    for n in range(shortest, longest + max_new_tokens):
-        start = context_start(n, block_size)
-        if not use_cache:
-            x = model.features(tokens[:, start:n])
-        elif caches is None or start != cache_start:  # prefill, at first and after each drop
-            caches, cache_start = model.make_caches(), start
-            x = model.features(tokens[:, start:n], caches=caches)
-        else:  # decode one token
-            x = model.features(tokens[:, n - 1 : n], caches=caches)
-        writing = [r for r, k in enumerate(lengths) if k <= n < k + max_new_tokens]
-        if writing:
-            picked = pick(model.head(x[:, -1]).float(), writing)
-            tokens[writing, n] = picked[writing].to(device)
-            step: list[int | None] = [None] * len(prompts)
-            for r in writing:
-                step[r] = int(picked[r])
-            yield step
 
 
 # ---- tokens -> text ------------------------------------------------------------------------------
@@ -247,11 +191,10 @@ def complete(
     encoded = [encode(tokenizer, p) for p in prompts for _ in range(config.num_samples)]
     streams = [TextStream(tokenizer, config.stop) for _ in encoded]
     pick, rows = Pick(tokenizer, config, [lead for _, lead in encoded]), [ids for ids, _ in encoded]
-    # A graph pays where a step's kernels take longer to be launched than to run.
-    steps, weight = None, model.token_embedding.weight
-    if weight.is_cuda:
+    steps = None
+    if decoding.text_steps:
         longest = max(map(len, rows)) + config.max_new_tokens
-        steps = GPTSteps(model, len(rows), longest, pick.choose)
+        steps = decoding.text_steps(model, len(rows), longest, pick.choose)
     # A space that was taken off the prompt comes back with the first token: do not show it twice.
     strip = [bool(lead) for _, lead in encoded]
     for step in generate(model, rows, pick, config.max_new_tokens, steps=steps):

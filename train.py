@@ -51,7 +51,8 @@ from engine.execution import Step, compiled, digest, gradients, recompute_blocks
 from engine.logs import RunLog, clock, draw_curves
 from engine.prefetch import Prefetch
 from engine.processes import Interruption, Processes, precision
-from finetune import LEARNT, limit_what_learns, rate_scale, take_weights
+from finetune import limit_what_learns, rate_scale, take_weights
+from heads import LEARNT
 
 # ---- the run -------------------------------------------------------------------------------------
 

@@ -30,7 +30,8 @@ from data.similar import SimilarPairs
 from data.tagged import TaggedSentences
 from data.tokens import AnyTokenizer, tokenizer_from_json
 from data.windows import Windows
-from finetune import (
+from finetune import adapter_rank, add_adapters, merged_state
+from heads import (
     AnswerConfig,
     Answerer,
     Classifier,
@@ -38,9 +39,6 @@ from finetune import (
     Similarity,
     TagConfig,
     Tagger,
-    adapter_rank,
-    add_adapters,
-    merged_state,
 )
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig

@@ -16,7 +16,7 @@ from engine import cli
 from engine.checkpoint import LATEST, PREVIOUS
 from engine.presets import PRESETS, first_hour
 from engine.processes import DTYPES, multiplies_bf16, pick_device, repeats
-from finetune import LEARNT
+from heads import LEARNT
 
 TASKS = checkpoints.TASKS
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-import losses
+from engine import losses
 from engine.evaluation import count_targets, to_device
 from engine.processes import Processes
 from engine.sharding import several, silent

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import cpu
+from engine import cpu, kernels
 from engine.watchdog import Watchdog
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -115,7 +115,7 @@ def multiplies_bf16(device: str) -> bool:
 
 def pick_device(name: str) -> torch.device:
     """name is one of DEVICES; auto takes a GPU if there is one. A processor is made ready for its
-    work. Raises ValueError."""
+    work, and what computes fastest on the device is installed (`kernels.py`). Raises ValueError."""
     if name not in DEVICES:
         raise ValueError(f"--device {name} is not known: choose {', '.join(DEVICES)}")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -125,7 +125,9 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used: this torch sees none here, try cpu")
     if name == "cpu":
         cpu.prepare()
-    return torch.device(name)
+    device = torch.device(name)
+    kernels.install(device)
+    return device
 
 
 def precision(dtype: str, device: torch.device) -> torch.dtype:

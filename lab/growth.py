@@ -29,12 +29,13 @@ import numpy as np
 import torch
 
 from engine import cli
+from engine.cpu import LONG
 from engine.execution import gradients
+from engine.losses import CHUNK
 from engine.memory import Ledger, bytes_of
 from engine.processes import Processes, pick_device
 from lab.turns import take_turns
-from losses import CHUNK
-from model import GPT, LONG, GPTConfig
+from model import GPT, GPTConfig
 
 
 @dataclass
