@@ -6,7 +6,9 @@ whether the second part of the input follows the first in its document (next-sen
 NSP). Which words, which pairs: `data/masked.py` and `data/sentence_pairs.py`.
 
 Left out on purpose: the variants of RoBERTa, ALBERT and ELECTRA, except what is a setting here
-(`nsp`, `pre_ln`, and the masking rate of the data). Heads of other tasks are in `finetune.py`.
+(`nsp`, `pre_ln`, and the masking rate of the data). Heads of other tasks are in `heads.py`.
+
+The file needs torch and `model.py`; `python bert.py` learns to fill in a letter of a sentence.
 
 Papers: BERT (Devlin et al. 2019, arXiv:1810.04805); GELU (Hendrycks and Gimpel, arXiv:1606.08415);
 without NSP: RoBERTa (Liu et al. 2019, arXiv:1907.11692); pre-LN, no dropout, no NSP in short
@@ -21,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses import linear_cross_entropy
+import model
 from model import Block, Dropout, check_sizes, count_parameters, initialise, padding_mask
 
 SEGMENTS = 2  # the two parts of the input
@@ -53,7 +55,9 @@ class BERTConfig(EncoderConfig):
 
 class Encoder(nn.Module):
     """What every model of this family has: embeddings and blocks. What is made of the features is
-    the business of heads, here those of pretraining, in `finetune.py` those of other tasks."""
+    the business of heads, here those of pretraining, in `heads.py` those of other tasks."""
+
+    Config = EncoderConfig
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -104,6 +108,8 @@ class BERT(Encoder):
     """The encoder, the MLM head, whose output matrix is the embedding, and with config.nsp the
     pooler and the NSP head."""
 
+    Config = BERTConfig
+
     def __init__(self, config: BERTConfig):
         super().__init__(config)
         C = config.n_embd
@@ -138,7 +144,7 @@ class BERT(Encoder):
             return self.mlm_logits(features), self.nsp_logits(features)
         if mlm_targets is not None:
             chosen = features.flatten(0, 1).index_select(0, mlm_positions)
-            sums["mlm"], _, sums["mlm_accuracy"] = linear_cross_entropy(
+            sums["mlm"], _, sums["mlm_accuracy"] = model.cross_entropy(
                 self.mlm_features(chosen),
                 self.token_embedding.weight,
                 mlm_targets,
@@ -181,3 +187,28 @@ def init_bert(model: Encoder) -> None:
     every LayerNorm                    weight    1
     """
     initialise(model, lambda name, weight: nn.init.trunc_normal_(weight, 0, 0.02, -0.04, 0.04))
+
+
+if __name__ == "__main__":  # learn a sentence that has holes, then fill in others
+    torch.manual_seed(1)
+    text = "every position sees all others, those before it and those behind it"
+    letters = ["_", *sorted(set(text))]  # 0 is the mask
+    B, T, tokens = 8, len(text), torch.tensor([letters.index(c) for c in text])
+    bert = BERT(BERTConfig(len(letters), T, 2, 4, 64, dropout=0, attention_dropout=0, nsp=False))
+    optimizer = torch.optim.AdamW(bert.parameters(), lr=2e-3)
+    for step in range(61):
+        places = torch.randperm(B * T)[: B * T // 4]  # a quarter of the letters of eight copies
+        targets = tokens.repeat(B)[places]
+        holes = tokens.repeat(B).index_fill(0, places, 0).view(B, T)
+        sums = bert(holes, mlm_positions=places, mlm_targets=targets)
+        optimizer.zero_grad()
+        (sums["mlm"] / len(places)).backward()
+        optimizer.step()
+        if step % 10 == 0:
+            loss, right = sums["mlm"].item() / len(places), sums["mlm_accuracy"] / len(places)
+            print(f"step {step:2}   loss {loss:.3f}   right {right:4.0%}")
+    holes = tokens.clone()
+    holes[2::3] = 0
+    filled = torch.where(holes == 0, bert(holes[None])[0][0].argmax(-1), holes)
+    for row in (holes, filled):
+        print("".join(letters[i] for i in row.tolist()))

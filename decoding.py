@@ -1,6 +1,7 @@
 """Logits -> tokens: drawn from a distribution, the likeliest each time, or by beam search.
 
-Nothing here knows the model. `write` and `beam_search` ask it through one function,
+`generate` continues a text with any causal language model. `write` and `beam_search`, which write
+the other half of a pair, know even less of a model: they ask it through one function,
 
     advance(tokens, rows, sentences) -> (N, V) logits of what comes next
 
@@ -9,20 +10,31 @@ the sentences of the call before are still being written; each has the same numb
 rows. The first call has one row for each sentence, and the start token in it. A start token that
 is not the end token too is never written.
 
+Left out: penalties for repetition, diverse beams, speculative decoding. The file needs torch alone;
+`python decoding.py` shows one distribution at several settings.
+
 Nucleus sampling: Holtzman et al. 2020 (arXiv:1904.09751); min-p: Nguyen et al. 2024
 (arXiv:2407.01082). Beam search with the length penalty of Wu et al. 2016 (arXiv:1609.08144),
 section 7: a hypothesis of L tokens scores log-probability / ((5 + L) / 6)^α, α >= 0.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 Advance = Callable[[Tensor, Tensor, list[int]], Tensor]
 RANKED = 1024  # the likeliest tokens, which are ranked first for top_p
+
+# Two places for faster steps, which `engine/kernels.py` fills once, at the start, on a GPU; None
+# decodes with caches that grow. What stands there gives the same tokens (engine/graphs.py):
+#   text_steps(model, rows, size, choose) -> an object for the `steps` of `generate`
+#   pair_steps(model, beam, vocab_size) -> a function (source, keep, target_len) -> Advance
+text_steps: Callable | None = None
+pair_steps: Callable | None = None
 
 
 # ---- logits -> distribution -> token -------------------------------------------------------------
@@ -68,6 +80,76 @@ def choose(probabilities: Tensor, u: Tensor) -> Tensor:
     cumulated = probabilities.double().cumsum(-1)
     target = u[:, None].to(cumulated) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, target, right=True)[:, 0]
+
+
+# ---- continuing a text ---------------------------------------------------------------------------
+
+
+def context_start(n: int, block_size: int) -> int:
+    """Where the context of the model begins when there are n tokens.
+
+    At 0 while they fit. When they no longer do, half a block is dropped at once: positions are
+    learned, so dropping one token moves all others, and the cache would be worthless at each step.
+    """
+    if n <= block_size:
+        return 0
+    half = max(1, block_size // 2)
+    return -(-(n - block_size) // half) * half
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: list[list[int]],
+    pick: Callable[[Tensor, list[int]], Tensor],
+    max_new_tokens: int,
+    *,
+    use_cache: bool = True,
+    steps=None,
+) -> Iterator[list[int | None]]:
+    """Yields, for each step, the new token of every row, None for a row that has none.
+
+    `pick` takes (B, V) logits and the rows that want a token, and returns (B,) tokens. Prompts may
+    differ in length: the shortest is read at once, and the longer ones go on reading their own
+    tokens while the shorter ones already write. So all rows share positions, no padding is needed,
+    and each row is what it would be alone. The caller may stop at any time. use_cache=False reads
+    the whole context anew for every token; it is the oracle in the tests. `steps` are made by
+    `text_steps`, which see; `pick` must be what their `write` needs.
+
+    Of the model it needs features(tokens, caches=None) -> (B, T, C), head(features) -> logits,
+    make_caches(), and config.block_size.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    # What no row will look at again is not read: 100,000 tokens beside a short prompt took minutes.
+    prompts = [prompt[context_start(len(prompt), block_size) :] for prompt in prompts]
+    lengths = [len(p) for p in prompts]
+    shortest, longest = min(lengths), max(lengths)
+    tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    if steps is not None:
+        yield from steps.write(tokens, lengths, max_new_tokens, pick)
+        return
+    tokens, caches, cache_start = tokens.to(device), None, -1
+    for n in range(shortest, longest + max_new_tokens):
+        start = context_start(n, block_size)
+        if not use_cache:
+            x = model.features(tokens[:, start:n])
+        elif caches is None or start != cache_start:  # prefill, at first and after each drop
+            caches, cache_start = model.make_caches(), start
+            x = model.features(tokens[:, start:n], caches=caches)
+        else:  # decode one token
+            x = model.features(tokens[:, n - 1 : n], caches=caches)
+        writing = [r for r, k in enumerate(lengths) if k <= n < k + max_new_tokens]
+        if writing:
+            picked = pick(model.head(x[:, -1]).float(), writing)
+            tokens[writing, n] = picked[writing].to(device)
+            step: list[int | None] = [None] * len(prompts)
+            for r in writing:
+                step[r] = int(picked[r])
+            yield step
 
 
 # ---- a whole sequence ----------------------------------------------------------------------------
@@ -184,3 +266,19 @@ def beam_search(
         rows = torch.tensor([[r for _, r, _ in flat], [t for _, _, t in flat]], dtype=torch.long)
         rows, tokens = rows.to(device)
     return best
+
+
+if __name__ == "__main__":  # what each setting makes of one distribution, and draws from it
+    torch.manual_seed(1)
+    words = ["mat", "sofa", "floor", "bed", "roof", "moon", "idea", "of"]
+    logits = torch.tensor([[3.0, 2.3, 2.0, 1.6, 0.8, -0.5, -1.5, -3.0]])
+    settings = [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.9}]
+    columns = [distribution(logits, **each) for each in settings]
+    names = [" ".join(f"{k} {v}" for k, v in each.items()) or "as it is" for each in settings]
+    print("The cat sat on the ...\n", " " * 5, *(f"{name:>15}" for name in names))
+    for i, word in enumerate(words):
+        print(f"{word:>6}", *(f"{f'{p[0, i]:.1%}' if p[0, i] else '-':>15}" for p in columns))
+    print("\nTen draws of each, all with the same ten uniform numbers:\n")
+    u = torch.rand(10)
+    for name, p in zip(names, columns, strict=True):
+        print(f"{name:>15}: ", *(words[i] for i in choose(p.expand(10, -1), u).tolist()))

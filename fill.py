@@ -30,7 +30,7 @@ from data.sentences import NAMES, open_sentences
 from data.tokens import AnyTokenizer, tokenize
 from engine import cli
 from engine.evaluation import print_scores
-from finetune import mean_pooled
+from heads import mean_pooled
 from wordpiece import WordPiece
 
 POOLINGS = ("mean", "cls")

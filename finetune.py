@@ -1,174 +1,25 @@
-"""A pretrained encoder with the head of a task: classification, tagging, answers, similarity; and
-what helps when little is trained on: frozen layers, smaller rates below, low-rank adapters.
+"""What fine-tuning does to any network: weights of another task, frozen layers, smaller rates
+below, low-rank adapters.
 
-Each head is the one of Devlin et al. 2019 (arXiv:1810.04805, section 4), and of Hugging Face's
-classes: one matrix behind the pooler, the features of each position, or both ends of a span. The
-data of each is in data/: `labelled.py`, `conll.py`, `squad.py`, `similar.py`. Fine-tuning a GPT
-needs no other model, only other data: `completions.py`.
+Nothing here knows a model's class. It goes by names: embeddings have "embedding" in theirs, blocks
+are `blocks.0`, `blocks.1`, …, and heads begin as HEADS says. An attention is whatever module has
+linear layers `q` and `v`. The file needs torch alone; `python finetune.py` adapts a small network.
 
 Left out: prompts that are learnt (prefix tuning), adapters of other shapes, several tasks at once.
 
-Papers: embeddings by contrast within a batch (Henderson et al. 2017, arXiv:1705.00652; Reimers and
-Gurevych 2019, arXiv:1908.10084); smaller rates in lower layers (Howard and Ruder 2018,
-arXiv:1801.06146); low-rank adapters (Hu et al. 2021, arXiv:2106.09685). Axes as in `model.py`; k
-counts labels.
+Papers: smaller rates in lower layers (Howard and Ruder 2018, arXiv:1801.06146); low-rank adapters
+(Hu et al. 2021, arXiv:2106.09685).
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-from bert import Encoder, EncoderConfig, init_bert
-from model import Attention
-
-# ---- heads ---------------------------------------------------------------------------------------
-
-
-# Settings without a flag: a run takes them from its data.
-LEARNT = ("labels", "pairs", "may_abstain")
-
-
-@dataclass
-class TagConfig(EncoderConfig):
-    labels: tuple[str, ...] = field(default=(), metadata={"flag": False})  # a label's place: its id
-
-
-@dataclass
-class LabelConfig(TagConfig):
-    pairs: bool = field(default=False, metadata={"flag": False})  # a label is for two texts
-
-
-@dataclass
-class AnswerConfig(EncoderConfig):
-    may_abstain: bool = field(default=False, metadata={"flag": False})  # some have no answer
-
-
-class Classifier(Encoder):
-    """One of the labels for a text, or for a pair of texts: a matrix behind the pooled [CLS]."""
-
-    def __init__(self, config: LabelConfig):
-        super().__init__(config)
-        self.pooler = nn.Linear(config.n_embd, config.n_embd)
-        self.head = nn.Linear(config.n_embd, max(1, len(config.labels)))
-        init_bert(self)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        segments: Tensor | None = None,
-        keep: Tensor | None = None,
-        targets: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor]:
-        """tokens (B, T) -> logits (B, k); or, given targets (B,), {"loss": summed loss, each times
-        its row's weight, "accuracy": number right}, and in evaluation "predicted" (B,)."""
-        features = self.features(tokens, segments, keep)
-        logits = self.head(self.dropout(self.pooled(features)))
-        if targets is None:
-            return logits
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        if weights is not None:
-            losses = losses * weights
-        return label_sums(losses.sum(), logits, targets, self.training)
-
-
-def label_sums(loss: Tensor, logits: Tensor, targets: Tensor, training: bool) -> dict[str, Tensor]:
-    predicted = logits.argmax(-1)
-    sums = {"loss": loss, "accuracy": (predicted == targets).sum()}
-    return sums if training else {**sums, "predicted": predicted}
-
-
-class Tagger(Encoder):
-    """One of the labels for each position."""
-
-    def __init__(self, config: TagConfig):
-        super().__init__(config)
-        self.head = nn.Linear(config.n_embd, max(1, len(config.labels)))
-        init_bert(self)
-
-    def forward(
-        self, tokens: Tensor, keep: Tensor | None = None, targets: Tensor | None = None
-    ) -> Tensor | dict[str, Tensor]:
-        """tokens (B, T) -> logits (B, T, k); or, given targets (B, T), {"loss": summed,
-        "accuracy": number right}, and in evaluation "predicted" (B, T)."""
-        logits = self.head(self.dropout(self.features(tokens, keep=keep)))
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        return label_sums(loss, logits, targets, self.training)
-
-
-class Answerer(Encoder):
-    """Where in the second part the answer to the first begins and ends; [CLS]: nowhere."""
-
-    def __init__(self, config: AnswerConfig):
-        super().__init__(config)
-        self.head = nn.Linear(config.n_embd, 2)
-        init_bert(self)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        segments: Tensor | None = None,
-        keep: Tensor | None = None,
-        start_targets: Tensor | None = None,
-        end_targets: Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor]:
-        """tokens (B, T) -> logits (B, 2, T) of the first and the last token, -inf at padding; or,
-        given both targets (B,), {"start": summed loss, "end": summed loss}, and in evaluation
-        "predicted", the logits."""
-        logits = self.head(self.features(tokens, segments, keep)).mT
-        if keep is not None:
-            logits = logits.masked_fill(~keep[:, None], -torch.inf)
-        if start_targets is None:
-            return logits
-        return span_sums(logits.float(), start_targets, end_targets, self.training)
-
-
-def span_sums(logits: Tensor, starts: Tensor, ends: Tensor, training: bool) -> dict[str, Tensor]:
-    named = zip(("start", "end"), logits.unbind(1), (starts, ends), strict=True)
-    sums = {name: F.cross_entropy(x, y, reduction="sum") for name, x, y in named}
-    return sums if training else {**sums, "predicted": logits}
-
-
-class Similarity(Encoder):
-    """An embedding for each text, the mean of its features; trained so that a text is nearer to
-    its own partner than to those of the other rows."""
-
-    TEMPERATURE = 0.05  # of the cosines
-
-    def __init__(self, config: EncoderConfig):
-        super().__init__(config)
-        init_bert(self)
-
-    def forward(
-        self, tokens: Tensor, keep: Tensor | None = None, targets: Tensor | None = None
-    ) -> Tensor | dict[str, Tensor]:
-        """tokens (N, T) -> embeddings (N, C); or, given targets (B,) and N = 2B, row targets[j] of
-        the second half being the partner of row j of the first, {"loss": summed, "accuracy":
-        number of rows that are nearest to their own}, and in evaluation "predicted" (2B, C)."""
-        embeddings = mean_pooled(self.features(tokens, keep=keep), keep)
-        if targets is None:
-            return embeddings
-        a, b = F.normalize(embeddings.float(), dim=-1).chunk(2)
-        scores = a @ b.T / self.TEMPERATURE
-        loss = F.cross_entropy(scores, targets, reduction="sum")
-        sums = {"loss": loss, "accuracy": (scores.argmax(-1) == targets).sum()}
-        return sums if self.training else {**sums, "predicted": embeddings}
-
-
-def mean_pooled(features: Tensor, keep: Tensor | None) -> Tensor:
-    """(B, T, C), (B, T) -> (B, C): the mean over all positions that are no padding."""
-    if keep is None:
-        return features.mean(1)
-    return (features * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
-
 
 HEADS = ("pooler.", "head.", "mlm_", "nsp_head.")  # how names begin that are no encoder's
 
@@ -238,12 +89,12 @@ class LoRA(nn.Module):
 
 
 def add_adapters(model: nn.Module, rank: int) -> None:
-    """Queries and values of each self-attention learn by LoRA alone, as in the paper; of all other
-    parameters only the heads learn."""
+    """Queries and values of each attention, a module with linear layers `q` and `v`, learn by LoRA
+    alone, as in the paper; of all other parameters only the heads learn."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(HEADS))
     for module in list(model.modules()):
-        if isinstance(module, Attention):
+        if all(isinstance(getattr(module, name, None), nn.Linear) for name in "qv"):
             module.q, module.v = LoRA(module.q, rank), LoRA(module.v, rank)
 
 
@@ -269,3 +120,36 @@ def limit_what_learns(model: nn.Module, lora_rank: int, frozen: str) -> None:
         add_adapters(model, lora_rank)
     if frozen:
         freeze(model, frozen)
+
+
+if __name__ == "__main__":  # adapt a frozen network to a task, then merge the adapters
+    torch.manual_seed(1)
+    net = nn.ModuleDict({"embedding": nn.Embedding(100, 64), "head": nn.Linear(64, 2)})
+    layers = [nn.ModuleDict({name: nn.Linear(64, 64) for name in "qkv"}) for _ in range(4)]
+    net["blocks"] = nn.ModuleList(layers)
+
+    def logits(net: nn.ModuleDict, tokens: Tensor) -> Tensor:
+        x = net["embedding"](tokens)
+        for block in net["blocks"]:  # attention with a single head
+            x = x + F.scaled_dot_product_attention(*(block[name](x) for name in "qkv"))
+        return net["head"](x.mean(1))
+
+    fresh = copy.deepcopy(net)
+    add_adapters(net, rank=4)
+    learning = [p for p in net.parameters() if p.requires_grad]
+    every = sum(p.numel() for p in net.parameters())
+    print(f"{sum(p.numel() for p in learning):,} of {every:,} parameters learn")
+    tokens = torch.randint(100, (256, 12))
+    targets = (tokens < 5).any(1).long()  # the task: is one of five rare words in the text?
+    optimizer = torch.optim.AdamW(learning, lr=1e-3)
+    for step in range(31):
+        loss = F.cross_entropy(logits(net, tokens), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0:
+            print(f"step {step:2}   loss {loss.item():.3f}")
+    fresh.load_state_dict(merged_state(net.state_dict()))  # a network without adapters
+    with torch.no_grad():
+        difference = (logits(fresh, tokens) - logits(net, tokens)).abs().max()
+    print(f"merged into ordinary weights, no logit differs by more than {difference:.0e}")

@@ -1,8 +1,9 @@
 """What the three Transformer families share, and GPT.
 
-From the bottom up: masks, scaled dot-product attention, the MLP, the residual block, then GPT, the
-causal decoder that is built from them; the key-value cache is in `caches.py`. BERT and the
-encoder-decoder import the first four and write only what is their own.
+From the bottom up: masks, the key-value cache, three functions that a machine may have in a faster
+form, scaled dot-product attention, the MLP, the residual block, then GPT, the causal decoder built
+from them. BERT and the encoder-decoder import these parts and write only what is their own. The
+file needs torch and nothing else: copy it. `python model.py` teaches a small GPT a verse by heart.
 
 Left out on purpose: rotary positions, RMSNorm, gated MLPs, grouped heads. A variant that needs
 them writes its own block, in its own file, from `Attention` and `MLP`.
@@ -19,16 +20,11 @@ V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-from caches import KVCache, StaticCache
-from cpu import multiply_by_mkl
-from losses import linear_cross_entropy
 
 # ---- masks: bool tensors that broadcast to (B, H, T, S), True = may look -------------------------
 
@@ -72,48 +68,108 @@ def prefix_mask(prefix_len: Tensor, T: int) -> Tensor:
     return causal_mask(T, T, prefix_len.device) | in_prefix[:, None, None, :]
 
 
-class AdditiveMask(NamedTuple):
-    """A mask as the numbers that are added to the scores: 0 = may look, -inf = may not.
+# A tensor is a bool mask, the only str is "causal", and None lets every query look at every key. A
+# callable (q, k, v, dropout) attends by itself: the place for biases (ALiBi, T5) or sparse windows.
+Mask = Tensor | str | Callable[..., Tensor] | None
 
-    Torch makes it of a bool mask, in every layer anew; a captured step (`graphs.py`) makes it once.
-    It has a type of its own because a 0/1 tensor must never be taken for one. Each query must see
-    something, and the numbers have the type of the queries.
+# ---- the key-value cache -------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for one attention layer.
+
+    It is made outside the model and passed in, so the model itself has no state. Memory for all
+    `max_len` positions is taken at the first append, in the dtype of the keys: growing by
+    concatenation would copy everything at every token.
     """
 
-    scores: Tensor
+    def __init__(self, max_len: int):
+        self.max_len = max_len
+        self.length = 0
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, H, T, D) keys and values; returns all so far, (B, H, length, D) each.
+
+        Raises ValueError when the positions would exceed max_len.
+        """
+        B, H, T, D = k.shape
+        if self.length + T > self.max_len:
+            raise ValueError(
+                f"the cache holds {self.max_len} positions, {self.length} are used and {T} more "
+                "were given: make a longer cache or start a new one"
+            )
+        if self.k is None:
+            self.k, self.v = (x.new_empty(B, H, self.max_len, D) for x in (k, v))
+        self.k[:, :, self.length : self.length + T] = k
+        self.v[:, :, self.length : self.length + T] = v
+        self.length += T
+        return self.filled()
+
+    def select(self, rows: Tensor) -> None:
+        """Row i continues what row rows[i] has seen; rows may be repeated or left out."""
+        if self.length == 0:
+            return
+        k, v = (x[:, :, : self.length].index_select(0, rows) for x in (self.k, self.v))
+        if len(rows) > len(self.k):
+            shape = (len(rows), *self.k.shape[1:])
+            self.k, self.v = self.k.new_empty(shape), self.v.new_empty(shape)
+        self.k, self.v = self.k[: len(rows)], self.v[: len(rows)]
+        self.k[:, :, : self.length], self.v[:, :, : self.length] = k, v
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the positions seen so far, (B, H, length, D) each."""
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
-Mask = Tensor | str | AdditiveMask | None  # a str is "causal"; None: all may look at all
+# ---- three functions that may be replaced --------------------------------------------------------
+# The plain forms below are the definition, and all that a copy of this file needs. Where a machine
+# has a faster form with the same result, `engine/kernels.py` assigns it to one of these names once,
+# before a run begins; every model calls what the names stand for.
+
+
+def plain_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    bias: Tensor | None = None,
+    accuracy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the logits features · weightᵀ + bias, summed over all targets.
+
+    features (..., C), weight (V, C), targets (...), bias (V,) -> (summed smoothed loss, summed
+    negative log-likelihood, number of targets that have the highest logit, of equal ones the first;
+    0 unless `accuracy` is asked for). Targets of -100 do not count. Only the loss has a gradient.
+    smoothing ε makes the target distribution (1 - ε) · one-hot + ε / V (Szegedy et al. 2016,
+    arXiv:1512.00567, section 7).
+    """
+    logits, targets = F.linear(features, weight, bias).flatten(0, -2).float(), targets.flatten()
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    logits = logits.detach()
+    nll = F.cross_entropy(logits, targets, reduction="sum")
+    right = logits.argmax(-1) == targets if accuracy else torch.zeros_like(targets)
+    return loss, nll, right.sum()
+
+
+attention_kernel = F.scaled_dot_product_attention  # (q, k, v, mask, dropout_p, is_causal)
+dropout_kernel = F.dropout  # (x, p)
+cross_entropy = plain_cross_entropy  # the faster one never holds all the logits
 
 # ---- attention, MLP, block -----------------------------------------------------------------------
 
 
-def drop(x: Tensor, p: float) -> Tensor:
-    """Zeroes each element with probability p, and scales up the others.
-
-    torch's kernel for CPUs draws a random float for each element; 16 random bits do, and a layer
-    of 0.5M elements takes 1.0 ms instead of 5.7. p is thereby rounded to a multiple of 1 / 65,536.
-    """
-    if p == 0:
-        return x
-    if not x.is_cpu:
-        return F.dropout(x, p)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    uniform = words.view(torch.int16)[: x.numel()].view(x.shape)  # -32,768 to 32,767
-    dropped = min(round(p * 65536), 65535)
-    keep = uniform >= dropped - 32768
-    return (x * keep.to(x.dtype)).mul_(65536 / (65536 - dropped))
-
-
 class Dropout(nn.Module):
-    """`drop`, while training."""
+    """`dropout_kernel`, while training: zeroes each element with probability p, and scales up the
+    others by 1 / (1 - p)."""
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p) if self.training else x
+        return dropout_kernel(x, self.p) if self.training and self.p else x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
@@ -125,55 +181,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tenso
     that may look at nothing yields zeros (softmax of an empty set would be NaN).
     """
     T, S = q.size(2), k.size(2)
-    kernel = on_cpu if q.is_cpu else F.scaled_dot_product_attention
     if isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f'mask={mask!r} is not known: pass None, "causal" or a bool tensor')
         if T == S:
-            return kernel(q, k, v, is_causal=True, dropout_p=dropout)
+            return attention_kernel(q, k, v, is_causal=True, dropout_p=dropout)
         # A single new position sees all that is cached: no mask, and so the fast path.
         mask = None if T == 1 else causal_mask(T, S, q.device)
-        return kernel(q, k, v, mask, dropout_p=dropout)
-    if mask is None or isinstance(mask, AdditiveMask):
-        return kernel(q, k, v, None if mask is None else mask.scores, dropout_p=dropout)
+        return attention_kernel(q, k, v, mask, dropout_p=dropout)
+    if mask is None:
+        return attention_kernel(q, k, v, dropout_p=dropout)
+    if not isinstance(mask, Tensor):
+        return mask(q, k, v, dropout)
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask is {mask.dtype}, but must be torch.bool with True = may look")
     blind = ~mask.any(-1, keepdim=True)
     # Blind rows look at everything and are zeroed afterwards: their gradient stays finite too.
-    return kernel(q, k, v, mask | blind, dropout_p=dropout).masked_fill(blind, 0.0)
-
-
-LONG = 2**20  # scores of a head: from here on they are not held, but computed twice
-
-
-def on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-) -> Tensor:
-    """As torch's scaled_dot_product_attention, whose kernel for CPUs multiplies tiles too small for
-    oneDNN (see `cpu.py`): there, 16 sequences of 128 tokens take 24 ms, forward and backward, and
-    the formula written out takes 5. Without a gradient it is the faster one if MKL multiplies.
-
-    In bf16 it is slower than in fp32: the one query of a decoding step takes 616 us at 1,000 cached
-    positions instead of 105, in which type a cache therefore holds them.
-    """
-    dtype, learns = q.dtype, torch.is_grad_enabled() and q.requires_grad
-    if dtype == torch.bfloat16 and (learns or k.dtype != dtype):
-        with torch.autocast("cpu", enabled=False):
-            return on_cpu(q.float(), k.float(), v.float(), mask, dropout_p, is_causal).to(dtype)
-    if learns and (q.size(2) * k.size(2) < LONG or dropout_p):
-        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)
-        if is_causal:
-            mask = causal_mask(q.size(2), k.size(2))
-        if mask is not None:
-            scores = scores.masked_fill_(~mask, -torch.inf)
-        return drop(scores.softmax(-1), dropout_p) @ v
-    with multiply_by_mkl():
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+    y = attention_kernel(q, k, v, mask | blind, dropout_p=dropout)
+    return y.masked_fill(blind, 0.0)
 
 
 class Attention(nn.Module):
@@ -209,7 +234,7 @@ class Attention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask = None,
-        cache: KVCache | StaticCache | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """x (B, T, C) attends to itself, or to memory (B, S, C) when that is given.
 
@@ -276,8 +301,8 @@ class Block(nn.Module):
         x: Tensor,
         mask: Mask = None,
         memory: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        cache: KVCache | StaticCache | None = None,
+        memory_mask: Mask = None,
+        cache: KVCache | None = None,
         memory_cache: KVCache | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C); memory (B, S, C) is what cross-attention looks at."""
@@ -338,6 +363,8 @@ class GPT(nn.Module):
     """The causal decoder of GPT-2 and GPT-3 (of GPT-1 with pre_ln=False): learned positions, tied
     input and output embeddings."""
 
+    Config = GPTConfig
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -359,7 +386,7 @@ class GPT(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
-        mask: Tensor | str | None = "causal",
+        mask: Mask = "causal",
         caches: list[KVCache] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """tokens (B, T) -> logits (B, T, V), or, given targets (B, T), {"loss": summed loss}.
@@ -369,12 +396,12 @@ class GPT(nn.Module):
         features = self.features(tokens, mask, caches)
         if targets is None:
             return self.head(features)
-        return {"loss": linear_cross_entropy(features, self.token_embedding.weight, targets)[0]}
+        return {"loss": cross_entropy(features, self.token_embedding.weight, targets)[0]}
 
     def features(
         self,
         tokens: Tensor,
-        mask: Tensor | str | None = "causal",
+        mask: Mask = "causal",
         caches: list[KVCache] | None = None,
     ) -> Tensor:
         """tokens (B, T) -> (B, T, C), what the head turns into logits.
@@ -446,3 +473,26 @@ def initialise(model: nn.Module, matrix: Callable[[str, Tensor], None]) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+if __name__ == "__main__":  # learn a verse by heart, then say it from its first word
+    torch.manual_seed(1)
+    text = "Tyger Tyger, burning bright,\nIn the forests of the night;\nWhat immortal hand or eye"
+    letters = sorted(set(text))
+    tokens = torch.tensor([[letters.index(c) for c in text]])
+    gpt = GPT(GPTConfig(len(letters), block_size=len(text), n_layer=2, n_head=4, n_embd=64))
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=3e-3)
+    for step in range(61):
+        loss = gpt(tokens[:, :-1], tokens[:, 1:])["loss"] / (len(text) - 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0:
+            print(f"step {step:2}   loss {loss.item():.3f}")
+    caches, said = gpt.make_caches(), tokens[:, :5]
+    new = said
+    with torch.no_grad():
+        while said.size(1) < len(text):
+            new = gpt(new, caches=caches)[:, -1:].argmax(-1)  # only the new token is read
+            said = torch.cat([said, new], 1)
+    print("\n" + "".join(letters[i] for i in said[0].tolist()))

@@ -5,7 +5,8 @@ kernel, which does the same in one pass over memory (tests/test_optim.py proves 
 `python -m lab.bench` times them). Muon has no fused kernel to borrow: ours is the one that trains.
 Schedules are pure functions of the step: nothing to save, nothing to restore.
 
-Left out: second-order methods, 8-bit states, schedules that watch the loss.
+Left out: second-order methods, 8-bit states, schedules that watch the loss. The file needs torch
+alone; `python optim.py` draws the schedules, and shows what Muon makes of a gradient.
 
 Papers: Adam (Kingma and Ba 2015, arXiv:1412.6980); decoupled weight decay and warm restarts
 (Loshchilov and Hutter, arXiv:1711.05101 and arXiv:1608.03983); Muon (Jordan et al. 2024,
@@ -293,3 +294,18 @@ def schedule(
     if name == "linear":
         return cooldown(step, steps, cooldown_steps, floor)
     return 1.0
+
+
+if __name__ == "__main__":  # the schedules in characters, and what Muon makes of a gradient
+    for name in SCHEDULES:
+        phases = {"steps": 64, "warmup_steps": 8, "cooldown_steps": 16, "floor": 0.1}
+        factors = [schedule(name, step, **phases) for step in range(64)]
+        print(f"{name:>12} |" + "".join(" .:-=+*#%@"[round(9 * x)] for x in factors) + "|")
+    torch.manual_seed(1)
+    inputs = torch.randn(256, 8) * torch.logspace(0, -2, 8)  # some directions hardly show
+    gradient = (inputs.T @ torch.randn(256, 8)) / 256
+    update = orthogonalize(gradient)
+    print("\nMuon moves equally far in all directions, also where the gradient hardly shows one:")
+    for name, matrix in (("gradient", gradient), ("its update", update)):
+        values = torch.linalg.svdvals(matrix).tolist()
+        print(f"  singular values of {name:<10}", *(f"{value:7.4f}" for value in values))

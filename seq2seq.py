@@ -7,6 +7,7 @@ output projection.
 
 Left out on purpose: learned or relative positions, separate vocabularies, layers of different
 sizes. Writing with the model (greedy, beam, sampling) is in `decoding.py` and `translate.py`.
+The file needs torch and `model.py`; `python seq2seq.py` learns to write digits in reverse.
 
 Papers: Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762); one matrix for three:
 Press and Wolf 2017 (arXiv:1608.05859); label smoothing: Szegedy et al. 2016 (arXiv:1512.00567).
@@ -20,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses import linear_cross_entropy
+import model
 from model import Block, Dropout, KVCache, check_sizes, count_parameters, initialise, padding_mask
 
 # The paper has relu; Marian's models on the hub have silu (swish) or one of the others.
@@ -68,6 +69,8 @@ def sinusoids(T: int, C: int) -> Tensor:
 class Seq2Seq(nn.Module):
     """Encoder, decoder, and the one matrix that they share with the output."""
 
+    Config = Seq2SeqConfig
+
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.config = config
@@ -104,7 +107,7 @@ class Seq2Seq(nn.Module):
         if targets is None:
             return self.head(features)
         weight, smoothing = self.token_embedding.weight, self.config.label_smoothing
-        loss, nll, _ = linear_cross_entropy(features, weight, targets, smoothing, self.output_bias)
+        loss, nll, _ = model.cross_entropy(features, weight, targets, smoothing, self.output_bias)
         return {"loss": loss, "nll": nll}
 
     def embed(self, tokens: Tensor, past: int = 0) -> Tensor:
@@ -176,3 +179,28 @@ def init_seq2seq(model: Seq2Seq) -> None:
             nn.init.xavier_uniform_(weight)
 
     initialise(model, matrix)
+
+
+if __name__ == "__main__":  # learn to write six digits in reverse
+    torch.manual_seed(1)
+    START, sizes = 10, {"n_layer": 1, "n_head": 4, "n_embd": 64, "dropout": 0.0}
+    reverser = Seq2Seq(Seq2SeqConfig(vocab_size=11, block_size=6, label_smoothing=0.0, **sizes))
+    optimizer = torch.optim.AdamW(reverser.parameters(), lr=2e-3)
+    for step in range(121):
+        source = torch.randint(10, (64, 6))
+        targets = source.flip(1)
+        tokens = F.pad(targets[:, :-1], (1, 0), value=START)  # one place to the right
+        loss = reverser(source, tokens, targets)["loss"] / targets.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0:
+            print(f"step {step:3}   loss {loss.item():.3f}")
+    source, written = torch.randint(10, (3, 6)), torch.full((3, 1), START)
+    with torch.no_grad():
+        memory, caches = reverser.encode(source), reverser.make_caches(6, 6)
+        for _ in range(6):  # the likeliest digit, which is then read
+            features = reverser.decode(written[:, -1:], memory, caches=caches)
+            written = torch.cat([written, reverser.head(features).argmax(-1)], 1)
+    for read, wrote in zip(source.tolist(), written[:, 1:].tolist(), strict=True):
+        print("".join(map(str, read)), "->", "".join(map(str, wrote)))

@@ -7,6 +7,7 @@ chrF are sacrebleu's (Post 2018, arXiv:1804.08771), on detokenized text.
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,13 +17,13 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
+import decoding
 from data.lines import answer_stdin, new_file
 from data.pairs import Pairs, pad, start_and_end
 from data.parallel import ParallelCorpus, open_pairs
 from data.tokens import AnyTokenizer
 from decoding import Advance, beam_search, choose, distribution, write
 from engine import cli
-from engine.graphs import StaticAdvance
 from model import Attention
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -103,7 +104,7 @@ def translate_ids(
     tokenizer: AnyTokenizer,
     sources: list[list[int]],
     config: TranslateConfig,
-    static: StaticAdvance | None = None,
+    static: Callable[[Tensor, Tensor, int], Advance] | None = None,
 ) -> list[list[int]]:
     """One batch: source ids -> target ids, both without start and end token. `static` decodes them
     on a GPU."""
@@ -153,9 +154,9 @@ def translate(
             del tokens[most:]
     order = sorted((i for i, tokens in enumerate(ids) if tokens), key=lambda i: len(ids[i]))
     texts, static = [""] * len(lines), None
-    if next(model.parameters()).is_cuda:
+    if decoding.pair_steps:
         rows = config.beam if config.temperature == 0 else 1
-        static = StaticAdvance(model, rows, tokenizer.vocab_size)
+        static = decoding.pair_steps(model, rows, tokenizer.vocab_size)
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
         found = translate_ids(model, tokenizer, [ids[i] for i in batch], config, static)

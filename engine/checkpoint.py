@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 
 import tasks
-from cpu import lay_out_for_decoding
 from data.tokens import AnyTokenizer, tokenizer_from_json
+from engine.cpu import lay_out_for_decoding
 from finetune import adapter_rank, add_adapters, merged_state
 
 FORMAT = 1

@@ -24,9 +24,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.cuda import CUDAGraph
 
-from caches import StaticCache, context_start, room
-from decoding import Advance
-from model import AdditiveMask
+import model as model_file
+from decoding import Advance, context_start
+from model import KVCache, Mask
 
 # Steps that are launched before the token of an earlier one is looked at: the GPU need not wait for
 # who prints, and as many are for nothing when the text has ended.
@@ -75,9 +75,49 @@ def power_of_two(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def hide(hidden: Tensor, like: Tensor) -> AdditiveMask:
-    """bool, True = may NOT look -> the mask that is added to the scores"""
-    return AdditiveMask(torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf))
+def added_scores(hidden: Tensor, like: Tensor) -> Tensor:
+    """hidden, bool with True = may NOT look -> what is added to the scores: 0 or -inf, in the dtype
+    of `like`."""
+    return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+
+
+def adds(scores: Tensor) -> Mask:
+    """A mask that adds `scores`, which broadcast to (B, H, T, S). Torch makes them of a bool mask,
+    in every layer anew; a captured step makes them once. Each query must see something."""
+    return lambda q, k, v, dropout: model_file.attention_kernel(q, k, v, scores, dropout_p=dropout)
+
+
+def empty_cache(rows: int, heads: int, length: int, weight: Tensor) -> KVCache:
+    """An empty cache that has its memory already, for a model with embeddings like `weight`. Zeros,
+    because 0 times what happens to lie there, NaN perhaps, would not be 0."""
+    cache = KVCache(length)
+    shape = rows, heads, length, weight.size(1) // heads
+    cache.k, cache.v = weight.new_zeros(shape), weight.new_zeros(shape)
+    return cache
+
+
+class StaticCache:
+    """The first `limit` positions of a KVCache that has its memory already.
+
+    A new token is written at `position`, (1,) on the device. What comes back are always `limit`
+    positions: attention to them needs a mask that hides those behind `position`.
+    """
+
+    def __init__(self, cache: KVCache, position: Tensor, limit: int):
+        self.position = position
+        self.whole = cache.k, cache.v
+        self.seen = cache.k[:, :, :limit], cache.v[:, :, :limit]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (B, H, 1, D) keys and values; returns (B, H, limit, D) each."""
+        for whole, new in zip(self.whole, (k, v), strict=True):
+            whole.index_copy_(2, self.position, new)
+        return self.seen
+
+    def select(self, rows: Tensor) -> None:
+        """Row i continues what row rows[i] has seen; (B,), as many as there are."""
+        for seen in self.seen:
+            seen.copy_(seen.index_select(0, rows))
 
 
 class Steps:
@@ -95,7 +135,7 @@ class Steps:
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.places = torch.arange(size, device=weight.device)
         c = model.config
-        self.caches = [room(rows, c.n_head, size, weight) for _ in range(c.n_layer)]
+        self.caches = [empty_cache(rows, c.n_head, size, weight) for _ in range(c.n_layer)]
         self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
         self.captured: dict[int, Callable[[], Tensor]] = {}
 
@@ -115,10 +155,27 @@ class Steps:
             )
         return min(power_of_two(self.length + 1, self.least), self.size)
 
-    def seen(self, limit: int) -> tuple[list[StaticCache], AdditiveMask]:
+    def seen(self, limit: int) -> tuple[list[StaticCache], Mask]:
         """The first `limit` positions of the caches, and the mask of those that are not filled."""
-        mask = hide((self.places[:limit] > self.position)[None, None, None], self.weight)
+        hidden = (self.places[:limit] > self.position)[None, None, None]
+        mask = adds(added_scores(hidden, self.weight))
         return [StaticCache(cache, self.position, limit) for cache in self.caches], mask
+
+
+def read_back(tokens: Tensor) -> Callable[[], Tensor]:
+    """What waits for the copy to the host that begins now, and returns it."""
+    if not tokens.is_cuda:
+        copy = tokens.clone()
+        return lambda: copy
+    copy, done = torch.empty_like(tokens, device="cpu", pin_memory=True), torch.cuda.Event()
+    copy.copy_(tokens, non_blocking=True)
+    done.record(torch.cuda.current_stream(tokens.device))
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return wait
 
 
 # ---- GPT -----------------------------------------------------------------------------------------
@@ -201,64 +258,47 @@ class GPTSteps(Steps):
             x = block(x, mask, cache=cache)
         return model.head(model.norm(x)[:, 0])
 
+    def write(
+        self, tokens: Tensor, lengths: list[int], max_new_tokens: int, pick
+    ) -> Iterator[list[int | None]]:
+        """As `generate` of `decoding.py`, which see; tokens (B, longest + max_new_tokens) begin
+        with the prompts, of the given lengths. `pick` is a Pick, and self.choose its `choose`."""
+        block_size, start = self.model.config.block_size, -1
+        rows, (B, total) = list(enumerate(lengths)), tokens.shape
+        waiting: deque = deque()
 
-def read_back(tokens: Tensor) -> Callable[[], Tensor]:
-    """What waits for the copy to the host that begins now, and returns it."""
-    if not tokens.is_cuda:
-        copy = tokens.clone()
-        return lambda: copy
-    copy, done = torch.empty_like(tokens, device="cpu", pin_memory=True), torch.cuda.Event()
-    copy.copy_(tokens, non_blocking=True)
-    done.record(torch.cuda.current_stream(tokens.device))
+        def arrived() -> list[int | None]:
+            n, writing, wait = waiting.popleft()
+            tokens[:, n] = wait()
+            column, step = tokens[:, n].tolist(), [None] * B
+            for r in writing:
+                step[r] = column[r]
+            return step
 
-    def wait() -> Tensor:
-        done.synchronize()
-        return copy
-
-    return wait
-
-
-def write_rows(
-    steps: GPTSteps, tokens: Tensor, lengths: list[int], max_new_tokens: int, pick
-) -> Iterator[list[int | None]]:
-    """As `generate`, which see; tokens (B, longest + max_new_tokens) begin with the prompts, of the
-    given lengths. `pick` is a Pick, and steps.choose its `choose`."""
-    block_size, start = steps.model.config.block_size, -1
-    rows, (B, total) = list(enumerate(lengths)), tokens.shape
-    waiting: deque = deque()
-
-    def arrived() -> list[int | None]:
-        n, writing, wait = waiting.popleft()
-        tokens[:, n] = wait()
-        column, step = tokens[:, n].tolist(), [None] * B
-        for r in writing:
-            step[r] = column[r]
-        return step
-
-    for n in range(min(lengths), total):
-        if context_start(n, block_size) != start:  # prefill, at first and after each drop
-            while waiting:
+        for n in range(min(lengths), total):
+            if context_start(n, block_size) != start:  # prefill, at first and after each drop
+                while waiting:
+                    yield arrived()
+                start = context_start(n, block_size)
+                stop = min(start + block_size + 1, total)
+                uniform = torch.zeros(stop - n, B, dtype=torch.double)
+                given = torch.full((stop - n, B), -1)
+                for r, k in rows:
+                    if k > n:
+                        given[: k - n, r] = tokens[r, n : min(k, stop)]
+                    first, last = max(k, n), min(k + max_new_tokens, stop)
+                    if first < last:
+                        uniform[first - n : last - n, r] = pick.draw(r, last - first)
+                self.read(tokens[:, start:n], uniform, given)
+            writing = [r for r, k in rows if k <= n < k + max_new_tokens]
+            leads = any(pick.leads[r] for r in writing)
+            self.step(partial(pick.follow_leads, writing=writing) if leads else None)
+            if writing:
+                waiting.append((n, writing, read_back(self.tokens)))
+            if len(waiting) > AHEAD:
                 yield arrived()
-            start = context_start(n, block_size)
-            stop = min(start + block_size + 1, total)
-            uniform = torch.zeros(stop - n, B, dtype=torch.double)
-            given = torch.full((stop - n, B), -1)
-            for r, k in rows:
-                if k > n:
-                    given[: k - n, r] = tokens[r, n : min(k, stop)]
-                first, last = max(k, n), min(k + max_new_tokens, stop)
-                if first < last:
-                    uniform[first - n : last - n, r] = pick.draw(r, last - first)
-            steps.read(tokens[:, start:n], uniform, given)
-        writing = [r for r, k in rows if k <= n < k + max_new_tokens]
-        leads = any(pick.leads[r] for r in writing)
-        steps.step(partial(pick.follow_leads, writing=writing) if leads else None)
-        if writing:
-            waiting.append((n, writing, read_back(steps.tokens)))
-        if len(waiting) > AHEAD:
+        while waiting:
             yield arrived()
-    while waiting:
-        yield arrived()
 
 
 # ---- the encoder-decoder -------------------------------------------------------------------------
@@ -278,9 +318,9 @@ class Seq2SeqSteps(Steps):
         self.N, self.K, self.vocab_size = N, K, vocab_size
         self.rows = torch.arange(N * K, device=self.tokens.device)
         self.memory = self.weight.new_zeros(N, source_len, self.weight.size(1))
-        self.padding = AdditiveMask(self.weight.new_zeros(N, 1, 1, source_len))
+        self.padding = self.weight.new_zeros(N, 1, 1, source_len)  # added to the scores
         c = model.config
-        self.across = [room(N, c.n_head, source_len, self.weight) for _ in range(c.n_layer)]
+        self.across = [empty_cache(N, c.n_head, source_len, self.weight) for _ in range(c.n_layer)]
 
     def read(self, source: Tensor, keep: Tensor) -> Advance:
         """source (B, S) and keep, False at padding -> what `decoding.py` asks for logits."""
@@ -288,7 +328,7 @@ class Seq2SeqSteps(Steps):
         self.memory[:B, :S] = self.model.encode(source, None if keep.all() else keep)
         hidden = torch.ones(B, 1, 1, self.memory.size(1), dtype=torch.bool, device=source.device)
         hidden[..., :S] = ~keep[:, None, None]
-        self.padding.scores[:B] = hide(hidden, self.weight).scores
+        self.padding[:B] = added_scores(hidden, self.weight)
         for block, cache in zip(self.model.decoder, self.across, strict=True):
             cache.length, cross = 0, block.cross
             cache.append(cross.split(cross.k(self.memory)), cross.split(cross.v(self.memory)))
@@ -319,7 +359,7 @@ class Seq2SeqSteps(Steps):
         for block, own, across in zip(model.decoder, caches, self.across, strict=True):
             if self.K > 1:
                 own.select(self.rows)
-            x = block(x, mask, self.memory, self.padding, own, across)
+            x = block(x, mask, self.memory, adds(self.padding), own, across)
         self.position.add_(1)
         return model.head(x[:, 0])[:, : self.vocab_size].float()
 

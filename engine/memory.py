@@ -7,7 +7,8 @@ take no memory; a ledger follows when the storage of each would be taken and giv
 that takes some seconds.
 
 The fake tensors lie on the CPU, where autocast casts them as it does real ones. A plan for GPUs
-puts over that what a GPU does otherwise: attention without a matrix of scores, and so on.
+puts what a GPU does otherwise in the named places of `model.py`: attention without a matrix of
+scores, and so on.
 
 Left out: what CUDA and NCCL keep for themselves and the allocator loses in gaps; what a kernel
 takes and gives back before it returns; torch.compile, which needs less; evaluation, which does too.
@@ -19,9 +20,9 @@ arXiv:1910.02054, section 5; FSDP, Zhao et al. 2023, arXiv:2304.11277).
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from itertools import chain
 from unittest.mock import patch
 
@@ -30,13 +31,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import losses
+import model as model_file
 import optim
 import tasks
+from engine import cpu, losses
 from engine.config import divide_step, padded
 from engine.evaluation import loss_name
 from engine.setup import recompute_blocks
@@ -127,35 +128,44 @@ class FlashAttention(torch.autograd.Function):
         return gradients
 
 
-class AsOnGPU(TorchFunctionMode):
-    """Lets tensors deny that they are on a CPU, and does what a GPU does."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function == Tensor.is_cpu.__get__:
-            return False
-        if function is F.scaled_dot_product_attention:
-            return FlashAttention.apply(*args[:3])
-        if function is F.dropout:  # its mask has a byte for each element
-            return torch.native_dropout(args[0], kwargs["p"], True)[0]
-        if function is F.layer_norm and args[0].dtype == torch.bfloat16:
-            args = (args[0].float(), *args[1:])  # by CUDA's autocast, not by that of CPUs
-        return function(*args, **kwargs)
+def attention_on_gpu(q, k, v, mask=None, dropout_p: float = 0.0, is_causal=False) -> Tensor:
+    return FlashAttention.apply(q, k, v)
 
 
-def on_gpu(forward: Callable) -> Callable:
-    @wraps(forward)
-    def there(*args, **kwargs):
-        with AsOnGPU():
-            return forward(*args, **kwargs)
+def dropout_on_gpu(x: Tensor, p: float) -> Tensor:
+    """Its mask has a byte for each element."""
+    return torch.native_dropout(x, p, True)[0]
 
-    return there
+
+def layer_norm_on_gpu(x: Tensor, *args) -> Tensor:
+    """CUDA's autocast gives it fp32, that of CPUs does not."""
+    return layer_norm(x.float() if x.dtype == torch.bfloat16 else x, *args)
+
+
+layer_norm = F.layer_norm
+
+
+@contextmanager
+def kernels_of(device: str) -> Iterator[None]:
+    """Meanwhile, `model.py` computes as on that device, "cuda" or "cpu", with fake tensors."""
+    on_gpu = device == "cuda"
+    attention, dropout = cpu.attention, cpu.dropout
+    if on_gpu:
+        attention, dropout = attention_on_gpu, dropout_on_gpu
+    names = {"attention_kernel": attention, "dropout_kernel": dropout}
+    names["cross_entropy"] = losses.linear_cross_entropy
+    with (
+        patch.multiple(model_file, **names),
+        patch.dict(losses.CHUNK, {"cpu": losses.CHUNK[device]}),
+        patch.object(F, "layer_norm", layer_norm_on_gpu if on_gpu else layer_norm),
+    ):
+        yield
 
 
 # ---- a run without a run -------------------------------------------------------------------------
 
 
-def make_model(config: TrainConfig, sizes: dict, device: str = "meta") -> nn.Module:
+def make_model(config: TrainConfig, sizes: dict) -> nn.Module:
     """On the meta device, with what `train.Run` does to the model before it trains."""
     Model = tasks.network(config.model)
     with torch.device("meta"):
@@ -165,10 +175,6 @@ def make_model(config: TrainConfig, sizes: dict, device: str = "meta") -> nn.Mod
             add_adapters(model, config.lora_rank)
         if config.freeze:
             freeze(model, config.freeze)
-    if device == "cuda":
-        # A function mode ends where backward begins; a block that is computed again brings its own.
-        for module in [model, *(m for m in model.modules() if isinstance(m, Block))]:
-            module.forward = on_gpu(module.forward)
     if config.recompute:
         recompute_blocks(model)
     return model.train()
@@ -215,12 +221,12 @@ def plan_memory(
     needed and then forgotten, while those of the next block arrive; their gradients exist once as
     they arise and once in fp32 as they are sent. All else is gathered from begin to end.
     """
-    world, model = config.world, make_model(config, sizes, device)
+    world, model = config.world, make_model(config, sizes)
     batch_size, accumulate = divide_step(config, sizes["block_size"], world)
     shape = rows_of(config, sizes["block_size"], batch_size)
     shard = shard if world > 1 else ""
     share = 1 / world if shard == "model" else 1.0
-    with FakeTensorMode(), patch.dict(losses.CHUNK, {"cpu": losses.CHUNK[device]}):
+    with FakeTensorMode(), kernels_of(device):
         to_fake(model)
         known = [*model.parameters(), *model.buffers()]
         learns = [p for p in model.parameters() if p.requires_grad]

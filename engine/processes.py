@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import cpu
-from engine import splitting
+from engine import cpu, kernels, splitting
 from engine.watchdog import Watchdog
 from tasks.flags import DEVICES, DTYPES
 
@@ -131,7 +130,9 @@ def pick_device(name: str) -> torch.device:
     splitting.install()
     if name == "cpu":
         cpu.prepare()
-    return torch.device(name)
+    device = torch.device(name)
+    kernels.install(device)
+    return device
 
 
 def precision(dtype: str, device: torch.device) -> torch.dtype:

@@ -32,7 +32,8 @@ from engine.config import CONFIGS, divide_step
 from engine.evaluation import score
 from engine.hub.peers import hugging_face_encoder, peer
 from engine.processes import Processes
-from finetune import LEARNT, label_sums, span_sums, take_weights
+from finetune import take_weights
+from heads import LEARNT, label_sums, span_sums
 from train import gradients
 
 

@@ -30,11 +30,12 @@ import torch
 
 from data.lines import new_file
 from engine import cli
+from engine.cpu import LONG
+from engine.losses import CHUNK
 from engine.memory import Ledger, bytes_of
 from engine.processes import Processes, pick_device
 from lab.turns import take_turns
-from losses import CHUNK
-from model import GPT, LONG, GPTConfig
+from model import GPT, GPTConfig
 from train import gradients
 
 

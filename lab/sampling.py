@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpe import Tokenizer
-from cpu import lay_out_for_decoding
 from data.pairs import pad, start_and_end
 from data.text import open_corpus
 from data.tokens import END_OF_TEXT
+from decoding import generate
+from engine.cpu import lay_out_for_decoding
 from engine.graphs import GPTSteps, StaticAdvance
 from engine.hub.peers import hugging_face_gpt2, hugging_face_marian, peer
 from lab.turns import BenchConfig, peer_turns, show, take_turns
 from model import GPT, GPTConfig
-from sample import Pick, SampleConfig, generate, load_model
+from sample import Pick, SampleConfig, load_model
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from translate import TranslateConfig, eval_pairs, translate_ids
 

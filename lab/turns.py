@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-import cpu
+from engine import cpu
 
 
 @dataclass

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import decoding
+import model
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
+from engine import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -77,6 +80,26 @@ def gpt2_files() -> tuple[Path, Path]:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+PLACES = {
+    model: ("attention_kernel", "dropout_kernel", "cross_entropy"),
+    decoding: ("text_steps", "pair_steps"),
+}
+
+
+@pytest.fixture(autouse=True)
+def plain_kernels(monkeypatch):
+    """What a run in a test installs is gone in the next one."""
+    for module, names in PLACES.items():
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, name))
+
+
+@pytest.fixture
+def installed():
+    """The kernels of a CPU, as a run has them there."""
+    kernels.install(torch.device("cpu"))
 
 
 def write_texts(folder: Path) -> None:

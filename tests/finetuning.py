@@ -11,7 +11,7 @@ from converting import noisy
 from test_seq2seq import without
 
 from bert import BERT, BERTConfig, EncoderConfig
-from finetune import (
+from heads import (
     AnswerConfig,
     Answerer,
     Classifier,

@@ -1,4 +1,4 @@
-"""finetune.py beside Hugging Face's classes, by perturbation, and every way to learn less."""
+"""heads.py beside Hugging Face's classes, by perturbation, and every way to learn less."""
 
 import json
 import os
@@ -33,16 +33,14 @@ from finetuning import (
 )
 
 import fill
-import finetune
+import heads
 from bpe import Tokenizer
 from data.buckets import pad_rows
 from data.encoding import SPECIAL
 from engine.config import resolve
 from engine.evaluation import evaluate
 from engine.processes import Processes
-from finetune import (
-    mean_pooled,
-)
+from heads import mean_pooled
 from train import TASKS
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -260,7 +258,7 @@ def reports(group: Processes, batch_size: int) -> dict[str, dict[str, float]]:
         Config, Model, Data = TASKS[task]
         _, data = Data.splits(config, sizes)
         torch.manual_seed(1)
-        sizes |= {name: getattr(data, name) for name in finetune.LEARNT if name in sizes}
+        sizes |= {name: getattr(data, name) for name in heads.LEARNT if name in sizes}
         model = noisy(Model(Config(**{**sizes, "vocab_size": 448})))
         found[task] = evaluate(model, data, group, nullcontext)
     return found

@@ -1,4 +1,4 @@
-"""train.py and sample.py with the tasks of finetune.py: what is learnt, resumed and said."""
+"""train.py and sample.py with the tasks of heads.py: what is learnt, resumed and said."""
 
 import io
 import re

@@ -15,8 +15,9 @@ import sample
 import train
 from bpe import GPT2_PATTERN, Tokenizer
 from data.tokens import END_OF_TEXT
+from decoding import choose, context_start, distribution, generate
 from model import GPT, GPTConfig
-from sample import SampleConfig, TextStream, choose, complete, context_start, distribution, generate
+from sample import SampleConfig, TextStream, complete
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)}, GPT2_PATTERN, {END_OF_TEXT: 256})
 WORDS = Tokenizer.train(["to be or not to be that is the question " * 20], 300)

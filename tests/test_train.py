@@ -14,16 +14,15 @@ from random import Random
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from conftest import ROOT, TOY, TOY_BERT, TOY_PAIRS
 
-import model as model_file
 import sample
 import train
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from data.masked import MaskedText
 from engine import checkpoint as checkpoints
+from engine import kernels
 from engine.config import MaskedConfig, TrainConfig, divide_step, prepare_folder, resolve
 from engine.logs import read_log
 from engine.processes import Processes
@@ -256,7 +255,7 @@ def test_batches_of_many_lengths_compile_to_a_few_graphs(toy, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda model, dynamic: real(model, dynamic=dynamic, backend=backend)
     )
-    monkeypatch.setattr(model_file, "on_cpu", F.scaled_dot_product_attention)  # as on a GPU
+    kernels.install(torch.device("cuda"))
     torch._dynamo.reset()
     sizes = {"vocab_size": 320, "block_size": 16, "nsp": True}
     settings = {"data": "long.txt", "layout": "lines", "batch_size": 4, "tokens_per_step": 64}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bert import BERT, SEGMENTS, BERTConfig, EncoderConfig
-from finetune import (
+from heads import (
     AnswerConfig,
     Answerer,
     Classifier,

@@ -9,14 +9,22 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import sample
 from bpe import GPT2_PATTERN, Tokenizer
-from caches import KVCache, StaticCache, room
 from data.pairs import pad
 from data.tokens import END_OF_TEXT
-from decoding import beam_search, write
-from engine import graphs
-from engine.graphs import AHEAD, GPTSteps, Seq2SeqSteps, StaticAdvance, Steps
-from model import GPT, AdditiveMask, GPTConfig, attend, padding_mask
-from sample import Pick, SampleConfig, generate
+from decoding import beam_search, generate, write
+from engine import graphs, kernels
+from engine.graphs import (
+    AHEAD,
+    GPTSteps,
+    Seq2SeqSteps,
+    StaticAdvance,
+    StaticCache,
+    Steps,
+    adds,
+    empty_cache,
+)
+from model import GPT, GPTConfig, KVCache, attend, padding_mask
+from sample import Pick, SampleConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from translate import TranslateConfig, make_advance, translate_ids
 
@@ -183,7 +191,7 @@ def test_positions_that_are_not_filled_are_not_seen():
 
 def test_memory_begins_as_zeros():
     """0 times the NaN that may lie in new memory is NaN, mask or no mask."""
-    cache = room(2, 3, 7, torch.full((5, 12), torch.nan))
+    cache = empty_cache(2, 3, 7, torch.full((5, 12), torch.nan))
     assert cache.k.shape == (2, 3, 7, 4) and not cache.k.any() and not cache.v.any()
     assert cache.k.data_ptr() != cache.v.data_ptr()
 
@@ -248,7 +256,7 @@ def test_uniform_numbers_are_the_same_one_by_one_and_many_at_once():
 
 
 def test_a_static_cache_is_the_beginning_of_one_that_grows():
-    grown, whole, position = KVCache(9), room(3, 2, 9, torch.zeros(1, 8)), torch.tensor([0])
+    grown, whole, position = KVCache(9), empty_cache(3, 2, 9, torch.zeros(1, 8)), torch.tensor([0])
     for t in range(7):
         k, v = torch.randn(2, 3, 2, 1, 4)
         want = grown.append(k, v)
@@ -264,13 +272,17 @@ def test_a_static_cache_is_the_beginning_of_one_that_grows():
         assert torch.equal(x[:, :, :7], y)
 
 
-def test_an_additive_mask_says_what_a_bool_one_says():
+@pytest.mark.parametrize("kernels_of_a_cpu", [False, True])
+def test_an_additive_mask_says_what_a_bool_one_says(kernels_of_a_cpu):
+    if kernels_of_a_cpu:
+        kernels.install(torch.device("cpu"))
     q, (k, v) = torch.randn(2, 3, 1, 4), torch.randn(2, 2, 3, 7, 4)
     keep = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0]])
-    mask = AdditiveMask(padding_mask(keep).float().log())
-    torch.testing.assert_close(attend(q, k, v, mask, 0.0), attend(q, k, v, padding_mask(keep), 0.0))
+    scores = padding_mask(keep).float().log()
+    want = attend(q, k, v, padding_mask(keep), 0.0)
+    torch.testing.assert_close(attend(q, k, v, adds(scores), 0.0), want)
     with pytest.raises(ValueError, match=r"must be torch\.bool"):
-        attend(q, k, v, mask.scores, 0.0)
+        attend(q, k, v, scores, 0.0)
 
 
 # ---- the encoder-decoder: as make_advance --------------------------------------------------------

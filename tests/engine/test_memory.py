@@ -18,6 +18,7 @@ from finetuning import write_files
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+import model
 import train
 from engine import config as configs
 from engine import memory, plan
@@ -263,12 +264,12 @@ def kept_by(forward, *args) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_on_a_gpu_dropout_keeps_bytes_and_attention_stays_in_bf16(gpu):
-    here = memory.on_gpu if gpu else lambda forward: forward
     x = torch.randn(13, 7, dtype=torch.bfloat16, requires_grad=True)
-    masks = [t for t in kept_by(here(Dropout(0.4)), x) if t.shape == x.shape]
-    assert [t.element_size() for t in masks] == [1 if gpu else 2]
     q = torch.randn(2, 3, 7, 4, dtype=torch.bfloat16, requires_grad=True)
-    kept = kept_by(here(attend), q, q, q, "causal", 0.0)
+    with memory.kernels_of("cuda" if gpu else "cpu"):
+        masks = [t for t in kept_by(Dropout(0.4), x) if t.shape == x.shape]
+        kept = kept_by(attend, q, q, q, "causal", 0.0)
+    assert [t.element_size() for t in masks] == [1 if gpu else 2]
     if gpu:
         assert [t.dtype for t in kept if t.shape == q.shape] == [torch.bfloat16] * 4
     else:  # the formula, written out in fp32: both products and the softmax keep what they need
@@ -296,10 +297,11 @@ def test_flash_attention_has_the_shapes_and_strides_of_the_real_one():
 
 
 def test_without_a_gpu_nothing_is_left_behind():
-    before = dict(memory.losses.CHUNK)
+    names = ("attention_kernel", "dropout_kernel", "cross_entropy")
+    before = dict(memory.losses.CHUNK), F.layer_norm, [getattr(model, name) for name in names]
     on_gpu(*gpt("--n_layer=1", "--recompute"))
-    assert before == memory.losses.CHUNK
-    assert torch.zeros(1).is_cpu and not torch.is_autocast_enabled("cpu")
+    after = memory.losses.CHUNK, F.layer_norm, [getattr(model, name) for name in names]
+    assert before == after and not torch.is_autocast_enabled("cpu")
 
 
 # ---- the ledger ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from bert import EncoderConfig
 from engine import checkpoint as checkpoints
 from engine.checkpoint import TASKS
 from engine.config import CONFIGS
-from finetune import AnswerConfig, LabelConfig, TagConfig
+from heads import AnswerConfig, LabelConfig, TagConfig
 
 LABELS = ("very bad", "so so", "good")
 OURS = {

@@ -10,9 +10,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
 
-import cpu
 import model as model_file
-from model import GPT, GPTConfig, attend, causal_mask
+from engine import cpu
+from model import GPT, Dropout, GPTConfig, attend, causal_mask
+
+pytestmark = pytest.mark.usefixtures("installed")
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +76,8 @@ def test_freed_memory_stays():
     """Once taken it is not taken again, whatever the order: in a process of its own, whose heap no
     other test has used. Without the setting each of the last rounds takes 10,000 pages or more."""
     script = """
-import resource, torch, cpu
+import resource, torch
+from engine import cpu
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     held = [torch.ones(n) for n in (9_000_000, 3_000_000, 11_000_000, 5_000_000)]
@@ -91,7 +94,7 @@ print(*[faults() for _ in range(14)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["none", "causal", "bool"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_attention_written_out_equals_torch_with_gradients(monkeypatch, kind, dropout, dtype):
+def test_attention_written_out_equals_torch_with_gradients(kind, dropout, dtype):
     q, k, v = (torch.randn(2, 3, n, 5, dtype=dtype, requires_grad=True) for n in (7, 7, 7))
     mask = {"none": None, "causal": "causal", "bool": torch.rand(2, 1, 7, 7) < 0.6}[kind]
     if kind == "bool":
@@ -104,9 +107,10 @@ def test_attention_written_out_equals_torch_with_gradients(monkeypatch, kind, dr
         assert (mean - want).abs().mean() < 0.05
         assert not torch.equal(attend(q, k, v, mask, dropout), want)
         return
+    assert model_file.attention_kernel is cpu.attention
     got = attend(q, k, v, mask, 0.0)
     gradients = torch.autograd.grad((got * weights).sum(), (q, k, v))
-    monkeypatch.setattr(model_file, "on_cpu", F.scaled_dot_product_attention)
+    model_file.attention_kernel = F.scaled_dot_product_attention
     want = attend(q, k, v, mask, 0.0)
     wanted = torch.autograd.grad((want * weights).sum(), (q, k, v))
     for a, b in zip((got, *gradients), (want, *wanted), strict=True):
@@ -114,7 +118,7 @@ def test_attention_written_out_equals_torch_with_gradients(monkeypatch, kind, dr
 
 
 def test_long_rows_do_not_hold_their_scores(monkeypatch):
-    monkeypatch.setattr(model_file, "LONG", 49)
+    monkeypatch.setattr(cpu, "LONG", 49)
     called = []
     real = F.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -151,7 +155,94 @@ def test_a_cache_of_bf16_keys_is_fp32_and_attention_comes_back_as_bf16():
     caches = model.make_caches()
     with torch.no_grad():
         model(torch.randint(101, (1, 3)), caches=caches)
+    assert caches[0].k.dtype == torch.bfloat16  # by itself a cache keeps the dtype of the keys
+    cpu.lay_out_for_decoding(model)
+    caches = model.make_caches()
+    with torch.no_grad():
+        model(torch.randint(101, (1, 3)), caches=caches)
     assert caches[0].k.dtype == caches[0].v.dtype == torch.float32
     q = torch.randn(1, 2, 1, 16, dtype=torch.bfloat16)
     got = attend(q, caches[0].k[:, :, :3], caches[0].v[:, :, :3], "causal", 0.0)
     assert got.dtype == torch.bfloat16
+
+
+# ---- dropout: 16 random bits for each element, four elements in a word of 64 ---------------------
+
+
+def scale_of(p: float) -> float:
+    return 65536 / (65536 - round(65536 * p))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_dropout_is_the_identity_in_evaluation_and_at_zero(p):
+    x, layer = torch.randn(7, 13), Dropout(p)
+    assert layer.eval()(x) is x
+    assert (layer.train()(x) is x) == (p == 0)
+
+
+@pytest.mark.parametrize("p", [1 / 65536, 0.1, 0.3, 0.5])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
+    """Within 4 standard deviations of a binomial over 2 million elements, and each quarter of the
+    random words by itself: a bias of 16 bits cut from 64 may be in one place only."""
+    n = 2_000_000
+    y = Dropout(p)(torch.ones(n))
+    assert (y[y != 0] == scale_of(p)).all()
+    assert y.mean().item() == pytest.approx(1, abs=4 * scale_of(p) * (p * (1 - p) / n) ** 0.5)
+    for lane in (y, *(y[i::4] for i in range(4))):
+        share = (lane == 0).double().mean().item()
+        assert share == pytest.approx(p, abs=4 * (p * (1 - p) / len(lane)) ** 0.5)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_of_one_element_says_nothing_of_its_neighbours(p):
+    """Correlation of elements 1 to 8 places apart, within 4 standard deviations; also inside a
+    word and between the same quarters of two words."""
+    n = 2_000_000
+    mask = ((Dropout(p)(torch.ones(n)) == 0).double() - p) / (p * (1 - p)) ** 0.5
+    for lag in range(1, 9):
+        product = mask[:-lag] * mask[lag:]
+        assert abs(product.mean().item()) < 4 / len(product) ** 0.5, lag
+        for lane in range(4):
+            assert abs(product[lane::4].mean().item()) < 4 / len(product[lane::4]) ** 0.5
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (4,), (7, 13), (2, 3, 5), (2, 5, 8), (0, 4)])
+def test_dropout_scales_what_it_keeps_in_any_shape(shape):
+    x = torch.randn(shape)
+    y = Dropout(0.4)(x)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    kept = y != 0
+    assert torch.equal(y[kept], (x * scale_of(0.4))[kept])
+    assert x.numel() < 50 or 0 < kept.sum() < x.numel()
+
+
+def test_dropout_follows_the_seed_and_its_gradient_its_mask():
+    x, layer = torch.randn(13, 37, requires_grad=True), Dropout(0.3)
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        y = layer(x)
+        masks.append(y != 0)
+        gradient = torch.autograd.grad(y, x, 3 * torch.ones_like(y))[0]
+        assert torch.equal(gradient, masks[-1] * (3 * torch.tensor(scale_of(0.3))))
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_dropout_of_views_and_of_bf16():
+    x = torch.randn(13, 37).T  # not contiguous
+    torch.manual_seed(5)
+    y = Dropout(0.3)(x)
+    torch.manual_seed(5)
+    assert torch.equal(Dropout(0.3)(x.contiguous()), y)
+    torch.manual_seed(5)
+    half = Dropout(0.3)(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.equal(half != 0, y != 0)
+    torch.testing.assert_close(half.float(), y, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.999999])
+def test_dropout_near_its_limits_stays_finite(p):
+    """Rounded to 16 bits these are 0 and 1; at 1 the scale would be a division by zero."""
+    y = Dropout(p)(torch.ones(10_000))
+    assert y.isfinite().all() and (y == 0).float().mean().item() == pytest.approx(p, abs=0.002)

@@ -1,36 +1,15 @@
 """Cross-entropy over a vocabulary: what is left of the logits is a number and a gradient.
 
-`plain_cross_entropy` says what is meant; `linear_cross_entropy` gives the same without ever
-holding all the logits. At 16,384 tokens and 50,257 words those alone would fill 3.3 GB, and as much
-again for their gradient.
-
-Label smoothing: Szegedy et al. 2016 (arXiv:1512.00567), section 7. The target distribution is
-(1 - ε) · one-hot + ε / V, as in torch's `label_smoothing`.
+`plain_cross_entropy` of `model.py` is the definition; `linear_cross_entropy` gives the same without
+ever holding all the logits. At 16,384 tokens and 50,257 words those alone would fill 3.3 GB, and as
+much again for their gradient.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time: 16 MB and 1 GB in fp32
-
-
-def plain_cross_entropy(
-    features: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    smoothing: float = 0.0,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """features (..., C), weight (V, C), targets (...), bias (V,) -> (summed smoothed loss, summed
-    negative log-likelihood, number of targets that are the likeliest word, of equal ones the
-    first); targets of -100 do not count, and only the first has a gradient."""
-    logits, targets = F.linear(features, weight, bias).flatten(0, -2).float(), targets.flatten()
-    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    logits = logits.detach()
-    nll = F.cross_entropy(logits, targets, reduction="sum")
-    return loss, nll, (logits.argmax(-1) == targets).sum()
 
 
 def linear_cross_entropy(
@@ -41,8 +20,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     accuracy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as plain_cross_entropy, a chunk of logits at a time. The third number costs a look
-    at every logit: without `accuracy` it is 0."""
+    """The same as model.plain_cross_entropy, a chunk of logits at a time."""
     rows = max(1, CHUNK.get(features.device.type, 2**24) // weight.size(0))
     features, targets = features.flatten(0, -2), targets.flatten()
     how = smoothing, accuracy, rows, torch.is_grad_enabled()
