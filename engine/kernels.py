@@ -1,6 +1,6 @@
 """The faster forms of functions that the concept files have in a plain form.
 
-`model.py` and `decoding.py` have named places for them. `install` fills these once, at the start of
+`model.py`, `decoding.py` and `bpe.py` have named places for them. `install` fills these once, at the start of
 a process, for the device that it computes on; never per call.
 """
 
@@ -9,15 +9,16 @@ import torch.nn.functional as F
 
 import decoding
 import model
-from engine import cpu, graphs, losses
+from engine import cpu, graphs, losses, splitting
 
 
 def install(device: torch.device) -> None:
     """What is fastest on this device in every named place, whatever stood there before.
 
-    The loss never holds all the logits, on any device. A CPU has attention and dropout of its own;
-    a GPU decodes by captured steps.
+    On any device, the loss never holds all the logits, and text is split faster and its chunks are
+    counted on all cores. A CPU has its own attention and dropout; a GPU decodes by captured steps.
     """
+    splitting.install()
     on_cpu, on_cuda = device.type == "cpu", device.type == "cuda"
     model.cross_entropy = losses.linear_cross_entropy
     model.attention_kernel = cpu.attention if on_cpu else F.scaled_dot_product_attention

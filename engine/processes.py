@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine import cpu, kernels, splitting
+from engine import cpu, kernels
 from engine.watchdog import Watchdog
 from tasks.flags import DEVICES, DTYPES
 
@@ -127,7 +127,6 @@ def find_device(name: str) -> str:
 def pick_device(name: str) -> torch.device:
     """The device of find_device, made ready for its work."""
     name = find_device(name)
-    splitting.install()
     if name == "cpu":
         cpu.prepare()
     device = torch.device(name)
