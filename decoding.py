@@ -15,14 +15,24 @@ section 7: a hypothesis of L tokens scores log-probability / ((5 + L) / 6)^Î±, Î
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from caches import context_start
+
 Advance = Callable[[Tensor, Tensor, list[int]], Tensor]
 RANKED = 1024  # the likeliest tokens, which are ranked first for top_p
+
+# Two places for faster steps, which `engine/kernels.py` fills once, at the start, on a GPU; None
+# decodes with caches that grow. What stands there gives the same tokens (engine/graphs.py):
+#   text_steps(model, rows, size, choose) -> an object for the `steps` of `generate`
+#   pair_steps(model, beam, vocab_size) -> a function (source, keep, target_len) -> Advance
+text_steps: Callable | None = None
+pair_steps: Callable | None = None
 
 
 # ---- logits -> distribution -> token -------------------------------------------------------------
@@ -68,6 +78,66 @@ def choose(probabilities: Tensor, u: Tensor) -> Tensor:
     cumulated = probabilities.double().cumsum(-1)
     target = u[:, None].to(cumulated) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, target, right=True)[:, 0]
+
+
+# ---- continuing a text ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: list[list[int]],
+    pick: Callable[[Tensor, list[int]], Tensor],
+    max_new_tokens: int,
+    *,
+    use_cache: bool = True,
+    steps=None,
+) -> Iterator[list[int | None]]:
+    """Yields, for each step, the new token of every row, None for a row that has none.
+
+    `pick` takes (B, V) logits and the rows that want a token, and returns (B,) tokens. Prompts may
+    differ in length: the shortest is read at once, and the longer ones go on reading their own
+    tokens while the shorter ones already write. So all rows share positions, no padding is needed,
+    and each row is what it would be alone. The caller may stop at any time. use_cache=False reads
+    the whole context anew for every token; it is the oracle in the tests. `steps` are made by
+    `text_steps`, which see; `pick` must be what their `write` needs.
+
+    Of the model it needs features(tokens, caches=None) -> (B, T, C), head(features) -> logits,
+    make_caches(), and config.block_size.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    # What no row will look at again is not read: 100,000 tokens beside a short prompt took minutes.
+    prompts = [prompt[context_start(len(prompt), block_size) :] for prompt in prompts]
+    lengths = [len(p) for p in prompts]
+    shortest, longest = min(lengths), max(lengths)
+    tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    if steps is not None:
+        from engine.graphs import write_rows  # until the steps have a `write` of their own
+
+        yield from write_rows(steps, tokens, lengths, max_new_tokens, pick)
+        return
+    tokens, caches, cache_start = tokens.to(device), None, -1
+    for n in range(shortest, longest + max_new_tokens):
+        start = context_start(n, block_size)
+        if not use_cache:
+            x = model.features(tokens[:, start:n])
+        elif caches is None or start != cache_start:  # prefill, at first and after each drop
+            caches, cache_start = model.make_caches(), start
+            x = model.features(tokens[:, start:n], caches=caches)
+        else:  # decode one token
+            x = model.features(tokens[:, n - 1 : n], caches=caches)
+        writing = [r for r, k in enumerate(lengths) if k <= n < k + max_new_tokens]
+        if writing:
+            picked = pick(model.head(x[:, -1]).float(), writing)
+            tokens[writing, n] = picked[writing].to(device)
+            step: list[int | None] = [None] * len(prompts)
+            for r in writing:
+                step[r] = int(picked[r])
+            yield step
 
 
 # ---- a whole sequence ----------------------------------------------------------------------------

@@ -3,275 +3,31 @@
     python sample.py --prompt "def "              the newest checkpoint below out/
     python sample.py --checkpoint out/gpt/best.pt --prompt "A" --prompt "Once upon" --num_samples 2
 
-Told in small steps: tokens -> logits (`generate`, with a key-value cache), logits -> distribution
--> token (`decoding.py`), tokens -> text (`TextStream`). What is said here of GPT's continuations,
-`translate.py` says of translations, `fill.py` of masked words and embeddings.
+What a task does with its model, `tasks/` says of GPT's continuations and of translations, `fill.py`
+of masked words and embeddings.
 """
 
-import codecs
-import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 import fill
 import predict
-import translate
 from bpe import Tokenizer
-from caches import context_start
 from cpu import lay_out_for_decoding
-from data import completions
-from data.completions import split_space
-from data.text import NAMES, open_corpus, whole
-from data.tokens import END_OF_TEXT, tokenize
-from data.windows import Windows
-from decoding import choose, distribution
 from engine import checkpoint as checkpoints
 from engine import cli
 from engine.evaluation import print_scores
-from engine.graphs import GPTSteps, write_rows
 from engine.processes import pick_device, precision
 from fill import FillConfig
 from predict import AskConfig, PredictConfig, SimilarConfig
-from translate import TranslateConfig
-
-
-@dataclass
-class SampleConfig:
-    checkpoint: str = ""  # the file to load; empty: the newest below out/
-    prompt: list[str] = field(default_factory=list)  # text to continue; may be repeated
-    max_new_tokens: int = 200  # tokens to write at most
-    temperature: float = 0.8  # 0 takes the likeliest token, below 1 is safer, above 1 is wilder
-    top_k: int = 0  # keep only the k likeliest tokens; 0: all
-    top_p: float = 0.95  # keep the fewest tokens that have this probability together; 1: all
-    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0: none
-    stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
-    num_samples: int = 1  # continuations of each prompt
-    eval: str = ""  # score instead: stdlib, shakespeare, or a path; of complete: a file as --data
-    cache_dir: str = "data/cache"  # where --eval keeps downloads and token files
-    batch_size: int = 8  # windows of that text at a time
-    seed: int = 1337  # equal seeds give equal samples
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "auto"  # of the weights: bf16, fp32, or auto, which is bf16 on GPUs that have it
-
-    def __post_init__(self):
-        limits = {
-            "max_new_tokens": (1, 1_000_000),
-            "temperature": (0, None),
-            "top_k": (0, None),
-            "top_p": (0, 1),
-            "min_p": (0, 1),
-            "num_samples": (1, 10_000),
-            "batch_size": (1, 2**20),
-        }
-        cli.check_ranges(self, limits)
-
-
-# ---- tokens -> logits -> tokens ------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    prompts: list[list[int]],
-    pick: Callable[[Tensor, list[int]], Tensor],
-    max_new_tokens: int,
-    *,
-    use_cache: bool = True,
-    steps: GPTSteps | None = None,
-) -> Iterator[list[int | None]]:
-    """Yields, for each step, the new token of every row, None for a row that has none.
-
-    `pick` takes (B, V) logits and the rows that want a token, and returns (B,) tokens. Prompts may
-    differ in length: the shortest is read at once, and the longer ones go on reading their own
-    tokens while the shorter ones already write. So all rows share positions, no padding is needed,
-    and each row is what it would be alone. The caller may stop at any time. use_cache=False reads
-    the whole context anew for every token; it is the oracle in the tests. `steps` decode on a GPU,
-    and `pick` is then a Pick.
-    """
-    if not prompts or min(map(len, prompts)) == 0:
-        raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
-    device, block_size = next(model.parameters()).device, model.config.block_size
-    # What no row will look at again is not read: 100,000 tokens beside a short prompt took minutes.
-    prompts = [prompt[context_start(len(prompt), block_size) :] for prompt in prompts]
-    lengths = [len(p) for p in prompts]
-    shortest, longest = min(lengths), max(lengths)
-    tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    if steps is not None:
-        yield from write_rows(steps, tokens, lengths, max_new_tokens, pick)
-        return
-    tokens, caches, cache_start = tokens.to(device), None, -1
-    for n in range(shortest, longest + max_new_tokens):
-        start = context_start(n, block_size)
-        if not use_cache:
-            x = model.features(tokens[:, start:n])
-        elif caches is None or start != cache_start:  # prefill, at first and after each drop
-            caches, cache_start = model.make_caches(), start
-            x = model.features(tokens[:, start:n], caches=caches)
-        else:  # decode one token
-            x = model.features(tokens[:, n - 1 : n], caches=caches)
-        writing = [r for r, k in enumerate(lengths) if k <= n < k + max_new_tokens]
-        if writing:
-            picked = pick(model.head(x[:, -1]).float(), writing)
-            tokens[writing, n] = picked[writing].to(device)
-            step: list[int | None] = [None] * len(prompts)
-            for r in writing:
-                step[r] = int(picked[r])
-            yield step
-
-
-# ---- tokens -> text ------------------------------------------------------------------------------
-
-
-class TextStream:
-    """Turns a row's tokens into text that can be shown at once.
-
-    Half a character stays back until its other bytes arrive, and so does what may turn out to be
-    the beginning of a stop string. `done` is set by a stop string or by <|endoftext|>.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
-        self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
-        self.end = tokenizer.special_tokens.get(END_OF_TEXT)
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.text, self.held, self.done = "", "", False
-
-    def feed(self, token: int) -> str:
-        if self.done:
-            return ""
-        if token == self.end:
-            return self.finish()
-        return self.release(self.decoder.decode(self.tokenizer.decode_bytes([token])))
-
-    def release(self, new: str, last: bool = False) -> str:
-        self.held += new
-        found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
-        keep = 0
-        if found:
-            self.held, self.done = self.held[: min(found)], True
-        elif not last:
-            ends = (k for s in self.stop for k in range(1, len(s)) if self.held.endswith(s[:k]))
-            keep = max(ends, default=0)
-        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        self.text += shown
-        return shown
-
-    def finish(self) -> str:
-        """What was still held back, when no more tokens come."""
-        shown = "" if self.done else self.release(self.decoder.decode(b"", final=True), last=True)
-        self.done = True
-        return shown
-
-
-# ---- GPT: continue a text ------------------------------------------------------------------------
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
-    """(tokens, bytes that the first new token must begin with).
-
-    An empty prompt is the beginning of a document. A space at the end of the prompt is taken off
-    and asked of the first new token instead: in training a space belongs to the word behind it, so
-    after a lone one the model would expect anything but a word.
-    """
-    for name in re.findall(r"<\|[^|<>\s]+\|>", prompt):
-        if name not in tokenizer.special_tokens:
-            known = ", ".join(tokenizer.special_tokens) or "none"
-            raise ValueError(f"the prompt's {name} is no special token here: known are {known}")
-    prompt, space = split_space(prompt)
-    return tokenizer.encode(prompt or END_OF_TEXT, allowed_special="all"), space.encode()
-
-
-class Pick:
-    """What `generate` asks for tokens: one random stream for each row.
-
-    Row r is sample r % num_samples of its prompt, and its stream depends on that number and the
-    seed alone: a prompt gets the same samples in any batch. Ids beyond the tokenizer's vocabulary
-    (the model's may be padded) cannot be chosen.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, config: SampleConfig, leads: list[bytes]):
-        self.tokenizer, self.config, self.leads = tokenizer, config, list(leads)
-        seeds = (config.seed + r % config.num_samples for r in range(len(leads)))
-        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, logits: Tensor, writing: list[int]) -> Tensor:
-        logits = self.follow_leads(logits.cpu(), writing)
-        u = torch.zeros(len(logits), dtype=torch.double)
-        for row in writing:
-            u[row] = self.draw(row)
-        return self.choose(logits, u)
-
-    def choose(self, logits: Tensor, u: Tensor) -> Tensor:
-        """(B, V) logits, a uniform number for each row -> (B,) tokens, on the same device."""
-        c, logits = self.config, logits[:, : self.tokenizer.vocab_size]
-        if c.temperature == 0:
-            return logits.argmax(-1)
-        return choose(distribution(logits.float(), c.temperature, c.top_k, c.top_p, c.min_p), u)
-
-    def draw(self, row: int, count: int = 1) -> Tensor:
-        """(count,): the next uniform numbers of the row's stream."""
-        return torch.rand(count, generator=self.streams[row], dtype=torch.double)
-
-    def follow_leads(self, logits: Tensor, writing: list[int]) -> Tensor:
-        """(B, V) logits, in which a row that still waits for a token that begins as its lead says
-        has nothing else to choose from."""
-        for row in writing:
-            if lead := self.leads[row]:
-                fits = [i for token, i in self.tokenizer.ranks.items() if token.startswith(lead)]
-                allowed = torch.zeros_like(logits[row], dtype=torch.bool)
-                allowed[fits] = True
-                logits[row] = logits[row].masked_fill(~allowed, -torch.inf)
-                self.leads[row] = b""
-        return logits
-
-
-def complete(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    config: SampleConfig,
-    show: Callable[[int, str], None] = lambda row, text: None,
-    encode: Callable[[Tokenizer, str], tuple[list[int], bytes]] = encode_prompt,
-) -> list[str]:
-    """num_samples continuations of each prompt, in order; show(row, text) as they are written.
-    `encode` is how the model was taught to read a prompt."""
-    encoded = [encode(tokenizer, p) for p in prompts for _ in range(config.num_samples)]
-    streams = [TextStream(tokenizer, config.stop) for _ in encoded]
-    pick, rows = Pick(tokenizer, config, [lead for _, lead in encoded]), [ids for ids, _ in encoded]
-    # A graph pays where a step's kernels take longer to be launched than to run.
-    steps, weight = None, model.token_embedding.weight
-    if weight.is_cuda:
-        longest = max(map(len, rows)) + config.max_new_tokens
-        steps = GPTSteps(model, len(rows), longest, pick.choose)
-    # A space that was taken off the prompt comes back with the first token: do not show it twice.
-    strip = [bool(lead) for _, lead in encoded]
-    for step in generate(model, rows, pick, config.max_new_tokens, steps=steps):
-        for row, token in enumerate(step):
-            if token is None:
-                continue
-            text = streams[row].feed(token)
-            if strip[row] and text:
-                text, strip[row] = text.removeprefix(" "), False
-            if text:
-                show(row, text)
-        if all(stream.done for stream in streams):
-            break
-    for row, stream in enumerate(streams):
-        if text := stream.finish():
-            show(row, text)
-    return [
-        stream.text.removeprefix(" ") if lead else stream.text
-        for stream, (_, lead) in zip(streams, encoded, strict=True)
-    ]
+from tasks import complete, text, translation
 
 
 def load_model(
@@ -290,52 +46,19 @@ def load_model(
     return model, tokenizer, checkpoint
 
 
-def score(model: nn.Module, tokenizer: Tokenizer, config: SampleConfig) -> None:
-    """Prints loss, perplexity and bits per byte of what --eval names, in windows of block_size: a
-    named text's validation part, one's own text whole."""
-    corpus, cache = open_corpus(config.eval, Path(config.cache_dir)), Path(config.cache_dir)
-    corpus = corpus if config.eval in NAMES else whole(corpus)
-    file = tokenize(corpus, "validation", tokenizer, cache)
-    sizes = {"block_size": model.config.block_size, "batch_size": config.batch_size}
-    data = Windows(file, corpus, "validation", tokenizer, **sizes)
-    print_scores(model, data, config.eval)
+def by_module(module: ModuleType) -> Callable:
+    """What sample.py does with a model of this task."""
 
-
-def speak(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    config: SampleConfig,
-    checkpoint: dict,
-    encode: Callable[[Tokenizer, str], tuple[list[int], bytes]] = encode_prompt,
-) -> None:
-    """The scores of --eval; else the continuations of config.prompt, a single one as it is
-    written. `encode` as in `complete`."""
-    if config.eval:
-        if config.prompt:
-            raise ValueError("--eval and --prompt are two things to do: give one of them")
-        if checkpoint["task"] == "gpt":
-            score(model, tokenizer, config)
-        else:
-            print_scores(model, predict.eval_data(checkpoint, tokenizer, config), config.eval)
-        return
-    prompts = config.prompt or [""]
-    longest = max(len(encode(tokenizer, p)[0]) for p in prompts)
-    if longest + config.max_new_tokens > model.config.block_size:
-        print(
-            f"note: prompt and new tokens may reach {longest + config.max_new_tokens} tokens, the "
-            f"model sees {model.config.block_size}: the oldest are dropped, half a block at a time",
-            file=sys.stderr,
+    def speak(model: nn.Module, tokenizer: Tokenizer, flags, checkpoint: dict) -> None:
+        module.sample(
+            model, tokenizer, flags, checkpoint, lambda data: print_scores(model, data, flags.eval)
         )
-    if len(prompts) * config.num_samples == 1:
-        print(prompts[0], end="", flush=True)
-        write = partial(print, end="", flush=True)
-        complete(model, tokenizer, prompts, config, lambda _, text: write(text), encode)
-        print()
-        return
-    texts = complete(model, tokenizer, prompts, config, encode=encode)
-    for row, text in enumerate(texts):
-        prompt, number = divmod(row, config.num_samples)
-        print(f"--- prompt {prompt + 1}, sample {number + 1}\n{prompts[prompt]}{text}")
+
+    return speak
+
+
+def closing(model: nn.Module, tokenizer: Tokenizer, data, folder: Path) -> list[str]:
+    return translation.show(model, tokenizer, data, folder)[-1:]
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -352,14 +75,15 @@ class Task(NamedTuple):
     flags: Callable = lambda prompt: ("--prompt", prompt) if prompt else ()
 
 
-# A GPT that was taught by prompts and completions reads a prompt as it did then.
-taught = {"encode": completions.encode_prompt}
-
 RESPOND = {
-    "gpt": Task(SampleConfig, complete, "", speak),
+    "gpt": Task(text.SampleFlags, text.complete, "", by_module(text)),
     "bert": Task(FillConfig, fill.fill, "\n-> ", fill.speak),
     "seq2seq": Task(
-        TranslateConfig, translate.translate, "\n-> ", translate.speak, translate.closing
+        translation.SampleFlags,
+        translation.translate,
+        "\n-> ",
+        by_module(translation),
+        closing,
     ),
     "classify": Task(
         PredictConfig, predict.classify, "\n-> ", predict.speak, predict.closing_confusion
@@ -379,7 +103,12 @@ RESPOND = {
         predict.speak_similar,
         flags=lambda prompt: ("--similar", "queries.txt", "lines.txt"),
     ),
-    "complete": Task(SampleConfig, partial(complete, **taught), "", partial(speak, **taught)),
+    "complete": Task(
+        text.SampleFlags,
+        partial(text.complete, encode=complete.encode_prompt),
+        "",
+        by_module(complete),
+    ),
 }
 
 

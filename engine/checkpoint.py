@@ -21,15 +21,12 @@ import torch
 import torch.nn as nn
 
 from bert import BERT, BERTConfig, EncoderConfig
-from data.completions import Completions
 from data.labelled import LabelledTexts
 from data.masked import MaskedText
-from data.pairs import Pairs
 from data.questions import Questions
 from data.similar import SimilarPairs
 from data.tagged import TaggedSentences
 from data.tokens import AnyTokenizer, tokenizer_from_json
-from data.windows import Windows
 from finetune import (
     AnswerConfig,
     Answerer,
@@ -44,20 +41,21 @@ from finetune import (
 )
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
+from tasks import complete, text, translation
 
 FORMAT = 1
 
 # What `--model NAME` means: the sizes, the model, and the data with its way of making batches.
 TASKS = {
-    "gpt": (GPTConfig, GPT, Windows),
+    "gpt": (GPTConfig, GPT, text.Data),
     "bert": (BERTConfig, BERT, MaskedText),
-    "seq2seq": (Seq2SeqConfig, Seq2Seq, Pairs),
+    "seq2seq": (Seq2SeqConfig, Seq2Seq, translation.Data),
     # Fine-tuning: a pretrained encoder, or GPT, with labelled data.
     "classify": (LabelConfig, Classifier, LabelledTexts),
     "tag": (TagConfig, Tagger, TaggedSentences),
     "answer": (AnswerConfig, Answerer, Questions),
     "similar": (EncoderConfig, Similarity, SimilarPairs),
-    "complete": (GPTConfig, GPT, Completions),
+    "complete": (GPTConfig, GPT, complete.Data),
 }
 
 KEYS = {

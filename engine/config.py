@@ -16,6 +16,7 @@ from engine.checkpoint import LATEST, PREVIOUS
 from engine.presets import PRESETS, first_hour
 from engine.processes import multiplies_bf16, pick_device, repeats
 from finetune import LEARNT
+from tasks import translation
 from tasks.flags import FinetuneConfig, TrainConfig
 
 TASKS = checkpoints.TASKS
@@ -43,15 +44,6 @@ class MaskedConfig(TrainConfig):
 
 
 @dataclass
-class PairsConfig(TrainConfig):
-    """What the data of an encoder-decoder asks beside that."""
-
-    data: str = "dates"  # dates, multi30k, wmt14, two files (train.en,train.de), or a .tsv
-    valid: str = ""  # validation pairs in files, as for --data; empty: some of --data are held out
-    languages: str = ""  # from-to, en-de for one; empty: the set's own, or files as they are given
-
-
-@dataclass
 class ClassifyConfig(FinetuneConfig):
     class_weights: bool = False  # a rare label counts for more: all of them the same in sum
 
@@ -67,7 +59,7 @@ class SimilarPairsConfig(FinetuneConfig):
 CONFIGS = {
     "gpt": TrainConfig,
     "bert": MaskedConfig,
-    "seq2seq": PairsConfig,
+    "seq2seq": translation.Flags,
     "classify": ClassifyConfig,
     "tag": FinetuneConfig,
     "answer": FinetuneConfig,
