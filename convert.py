@@ -28,7 +28,6 @@ from torch import Tensor
 
 from bert import init_bert
 from data.encoding import CLS, MASK, PAD, SEP
-from data.pairs import start_and_end
 from data.sentencepieces import END_PIECE, START_PIECE, UNK_PIECE, SentencePieces
 from data.tokens import END_OF_TEXT, AnyTokenizer
 from engine import checkpoint as checkpoints
@@ -48,6 +47,7 @@ from engine.hub.tokenizer_files import (
 )
 from engine.logs import read_log
 from model import count_parameters
+from tasks.translation import start_and_end
 from wordpiece import UNK, WordPiece
 
 

@@ -1,7 +1,7 @@
 """The faster forms of functions that the concept files have in a plain form.
 
-`model.py`, `decoding.py` and `bpe.py` have named places for them. `install` fills these once, at the start of
-a process, for the device that it computes on; never per call.
+`model.py`, `decoding.py` and `bpe.py` have named places for them. `install` fills these once, at
+the start of a process, for the device that it computes on; never per call.
 """
 
 import torch

@@ -15,18 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpe import Tokenizer
-from data.pairs import pad, start_and_end
 from data.text import open_corpus
 from data.tokens import END_OF_TEXT
 from decoding import generate
+from engine.checkpoint import load_model
 from engine.cpu import lay_out_for_decoding
 from engine.graphs import GPTSteps, StaticAdvance
 from engine.hub.peers import hugging_face_gpt2, hugging_face_marian, peer
 from lab.turns import BenchConfig, peer_turns, show, take_turns
 from model import GPT, GPTConfig
-from sample import Pick, SampleConfig, load_model
 from seq2seq import Seq2Seq, Seq2SeqConfig
-from translate import TranslateConfig, eval_pairs, translate_ids
+from tasks import translation
+from tasks.text import Pick, SampleFlags
+from tasks.translation import eval_pairs, pad, start_and_end, translate_ids
 
 GENERATE = "Hugging Face generate"
 XL = {"n_layer": 48, "n_head": 25, "n_embd": 1600}
@@ -119,7 +120,7 @@ def our_decoders(model: GPT, prompt: Tensor, count: int) -> dict[str, Callable[[
     device, rows = prompt.device, prompt.tolist()
 
     def writer(compiled: bool | None) -> Callable[[int], None]:
-        pick, steps = Pick(BYTES, SampleConfig(temperature=0), [b""] * len(rows)), None
+        pick, steps = Pick(BYTES, SampleFlags(temperature=0), [b""] * len(rows)), None
         if compiled is not None:
             size = prompt.size(1) + count + 1
             steps = GPTSteps(model, len(rows), size, pick.choose, compiled)
@@ -172,7 +173,7 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
     if config.checkpoint:
         model, tokenizer, checkpoint = load_model(Path(config.checkpoint), device)
         trained = checkpoint["train_config"]
-        settings = TranslateConfig(eval=trained["data"], cache_dir=config.cache_dir)
+        settings = translation.SampleFlags(eval=trained["data"], cache_dir=config.cache_dir)
         pairs = eval_pairs(settings, trained).pairs("test")
         ids = [tokenizer.encode(source) for source, _ in pairs]
     else:
@@ -182,7 +183,7 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
         if device.type == "cuda":
             sizes = Seq2SeqConfig(vocab_size=6016)
         model = Seq2Seq(sizes).to(device).eval()
-        settings = TranslateConfig(max_new_tokens=limit, batch_size=batch_size)
+        settings = translation.SampleFlags(max_new_tokens=limit, batch_size=batch_size)
         lengths = torch.randint(5, 25, (4 * batch_size,)).tolist()
         ids = [torch.randint(6000, (n,)).tolist() for n in lengths]
     ids.sort(key=len)

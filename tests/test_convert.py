@@ -38,7 +38,7 @@ from decoding import beam_search, write
 from engine.hub.mapping import our_config, rows, their_settings, to_ours, to_theirs
 from model import GPTConfig
 from seq2seq import Seq2SeqConfig
-from translate import make_advance
+from tasks.translation import make_advance
 
 # ---- the same function ---------------------------------------------------------------------------
 

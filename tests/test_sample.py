@@ -1,4 +1,4 @@
-"""sample.py: cached beside uncached, batched beside one by one, text that streams, bad input."""
+"""sample.py: cached beside uncached, batched beside one by one, bad input."""
 
 import io
 import math
@@ -13,14 +13,9 @@ from conftest import ROOT, TOY
 
 import sample
 import train
-from bpe import GPT2_PATTERN, Tokenizer
 from data.tokens import END_OF_TEXT
 from decoding import choose, context_start, distribution, generate
 from model import GPT, GPTConfig
-from sample import SampleConfig, TextStream, complete
-
-BYTES = Tokenizer({bytes([i]): i for i in range(256)}, GPT2_PATTERN, {END_OF_TEXT: 256})
-WORDS = Tokenizer.train(["to be or not to be that is the question " * 20], 300)
 
 
 def gpt(block_size=13, vocab_size=320) -> GPT:
@@ -88,35 +83,6 @@ def test_unequal_prompts_in_one_batch_equal_one_by_one():
     assert together == [tokens_of(generate(model, [p], greedy, 20))[0] for p in prompts]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_texts_of_a_batch_equal_one_by_one(temperature):
-    # In float64: products of other sizes are rounded otherwise, and in float32 one run in thirty
-    # has a token at the very border of what top_p keeps.
-    model, prompts = gpt().double(), ["to be", "t", "or not to be that is", ""]
-    config = SampleConfig(temperature=temperature, max_new_tokens=20, num_samples=3, top_p=0.9)
-    together = complete(model, WORDS, prompts, config)
-    assert together == [t for p in prompts for t in complete(model, WORDS, [p], config)]
-    assert len(set(together)) == (4 if temperature == 0 else 12)
-
-
-def test_equal_seeds_give_equal_samples_and_others_do_not():
-    model = gpt()
-    one, two, three = (
-        complete(model, WORDS, ["to"], SampleConfig(seed=s, max_new_tokens=20)) for s in (1, 1, 2)
-    )
-    assert one == two != three
-
-
-def test_padded_ids_are_never_chosen():
-    """The model's vocabulary may be padded; such an id once crashed the decoder."""
-    model = gpt(vocab_size=320)
-    with torch.no_grad():
-        model.token_embedding.weight[WORDS.vocab_size :] = 5.0  # they would win every time
-    for temperature in (0.0, 2.0):
-        config = SampleConfig(temperature=temperature, max_new_tokens=30, top_p=1.0)
-        assert complete(model, WORDS, ["to"], config)[0] != ""
-
-
 def test_the_layout_for_decoding_changes_no_value():
     model, prompt = gpt(), torch.randint(256, (1, 9))
     before, weights = model(prompt), {k: v.clone() for k, v in model.state_dict().items()}
@@ -175,79 +141,6 @@ def test_choose_inverts_the_cumulated_distribution():
     u = torch.rand(40_000, dtype=torch.double)
     share = (choose(p.expand(40_000, -1), u) == 1).double().mean().item()
     assert share == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 40_000))
-
-
-# ---- tokens -> text ------------------------------------------------------------------------------
-
-
-def feed(text: str, stop: list[str]) -> tuple[list[str], TextStream]:
-    stream = TextStream(BYTES, stop)
-    return [stream.feed(b) for b in text.encode()] + [stream.finish()], stream
-
-
-def test_stream_waits_for_whole_characters():
-    shown, stream = feed("aé😀b", [])
-    assert shown == ["a", "", "é", "", "", "", "😀", "b", ""] and stream.text == "aé😀b"
-    stream = TextStream(BYTES, [])
-    assert [stream.feed(0xF0), stream.feed(0x9F), stream.finish()] == ["", "", "�"]
-
-
-@pytest.mark.parametrize(
-    "stop,want",
-    [
-        (["END"], "one EN two "),
-        (["zzz"], "one EN two END three"),
-        (["three", "two"], "one EN "),
-        ([""], "one EN two END three"),
-        (["o"], ""),
-        (["e", "ne E"], "on"),
-    ],
-)
-def test_stop_strings_end_the_text_and_are_not_shown(stop, want):
-    shown, stream = feed("one EN two END three", stop)
-    assert "".join(shown) == stream.text == want
-    assert all(part in want for part in shown)
-
-
-def test_text_held_back_as_half_a_stop_string_is_shown_in_the_end():
-    shown, _ = feed("abcEN", ["END"])
-    assert shown[-1] == "EN" and "".join(shown) == "abcEN"
-
-
-def test_end_of_text_ends_the_text():
-    stream = TextStream(BYTES, [])
-    assert stream.feed(97) == "a" and stream.feed(256) == "" and stream.done
-    assert stream.feed(98) == "" and stream.text == "a"
-
-
-# ---- prompts -------------------------------------------------------------------------------------
-
-
-def test_special_tokens_in_a_prompt():
-    ids, _ = sample.encode_prompt(WORDS, f"to{END_OF_TEXT}be")
-    assert WORDS.special_tokens[END_OF_TEXT] in ids
-    assert sample.encode_prompt(WORDS, "")[0] == [WORDS.special_tokens[END_OF_TEXT]]
-    with pytest.raises(ValueError, match=r"<\|im_start\|> is no special token.*<\|endoftext\|>"):
-        sample.encode_prompt(WORDS, "to <|im_start|> be")
-
-
-def test_a_space_at_the_end_belongs_to_the_next_word():
-    """After a lone space a model expects anything but a word: training never shows it one."""
-    ids, lead = sample.encode_prompt(WORDS, "to be ")
-    assert (ids, lead) == (WORDS.encode("to be"), b" ")
-    model = gpt()
-    config = SampleConfig(max_new_tokens=8, num_samples=20, temperature=2.0, top_p=1.0)
-    shown = {}
-    texts = complete(
-        model, WORDS, ["to be "], config, lambda r, t: shown.update({r: shown.get(r, "") + t})
-    )
-    assert [shown.get(r, "") for r in range(20)] == texts and len(set(texts)) == 20
-    pick = sample.Pick(WORDS, config, [b" "] * 20)
-    first = pick(torch.randn(1, 320).expand(20, -1).clone(), list(range(20))).tolist()
-    assert all(WORDS.decode_bytes([i]).startswith(b" ") for i in first) and len(set(first)) > 1
-    after = pick(torch.randn(1, 320).expand(20, -1).clone(), list(range(20))).tolist()
-    assert not all(WORDS.decode_bytes([i]).startswith(b" ") for i in after)
-    assert sample.encode_prompt(WORDS, "to  ")[1] == sample.encode_prompt(WORDS, "\n ")[1] == b""
 
 
 # ---- the script ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from engine.presets import PRESETS
 from model import attend, causal_mask, count_parameters
 from optim import make_optimizer
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
-from translate import make_advance
+from tasks.translation import make_advance
 
 SMALL = Seq2SeqConfig(
     vocab_size=37, block_size=17, n_layer=3, n_head=4, n_embd=28, n_ff=44, dropout=0.0

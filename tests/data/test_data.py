@@ -1,11 +1,9 @@
-"""data/: how text is found, split, streamed, tokenized once, and cut into windows."""
+"""data/: how text is found, split, streamed, tokenized once, and kept."""
 
 import gzip
 import hashlib
 import json
-import math
 import sysconfig
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +18,7 @@ from data.download import SHAKESPEARE, Remote, fetch
 from data.shards import Origin, open_shards
 from data.text import Part, open_corpus, text_pieces
 from data.tokens import END_OF_TEXT, tokenize
-from data.windows import Windows
+from tasks.text import Data
 
 POEM = "".join(f"Line {i} – ein Vers, 第{i}行 😀.\n" for i in range(400))
 
@@ -46,7 +44,7 @@ def windows(path, *, block_size=8, batch_size=3, vocab_size=300, seed=0, **optio
         seed=seed,
         eval_tokens=options.pop("eval_tokens", 0),
     )
-    return Windows.splits(config, {"vocab_size": vocab_size, "block_size": block_size})
+    return Data.splits(config, {"vocab_size": vocab_size, "block_size": block_size})
 
 
 # ---- finding and splitting -----------------------------------------------------------------------
@@ -266,92 +264,13 @@ def test_the_tokenizer_is_trained_on_the_training_part_only(toy):
     assert not any(b"x" in token for token in train.tokenizer.ranks if len(token) > 1)
 
 
-# ---- windows -------------------------------------------------------------------------------------
-
-
-def test_an_epoch_shows_each_window_once_and_the_next_one_is_shifted():
-    """Sampling with replacement would leave a third of the text unseen in an epoch."""
-    ids = np.arange(1000, dtype=np.uint16)
-    data_ = train_windows(ids, block_size=10, batch_size=7)
-    n = data_.n_windows
-    assert n == 99
-    for epoch in range(3):
-        starts = sorted(data_.starts(np.arange(epoch * n, epoch * n + n)))
-        assert [b - a for a, b in pairwise(starts)] == [10] * (n - 1)
-    assert len({data_.starts(np.arange(e * n, e * n + n)).min() for e in range(8)}) > 3
-
-
-def train_windows(ids, **options):
-    file = SimpleNamespace(ids=ids, text_bytes=len(ids))
-    corpus = SimpleNamespace(hash="", prompts=[""], rule="", name="numbers")
-    return Windows(file, corpus, "train", None, **options)
-
-
-def test_targets_are_the_tokens_that_follow():
-    data_ = train_windows(np.arange(1000, dtype=np.uint16), block_size=10, batch_size=7)
-    batch = data_.batch(3)
-    assert batch["tokens"].shape == batch["targets"].shape == (7, 10)
-    assert (batch["targets"] == batch["tokens"] + 1).all()
-
-
-def test_batches_are_a_pure_function_of_seed_and_index():
-    ids = np.random.default_rng(0).integers(0, 1000, 500).astype(np.uint16)
-    one, two = (train_windows(ids, block_size=10, batch_size=7) for _ in range(2))
-    [one.batch(i) for i in range(20)]  # epochs behind it and the cache full
-    for i in (0, 5, 6, 7, 31):  # 7 batches of 7 are an epoch of 49: some span two
-        assert (one.batch(i)["tokens"] == two.batch(i)["tokens"]).all()
-    other = train_windows(ids, block_size=10, batch_size=7, seed=1)
-    assert (one.batch(0)["tokens"] != other.batch(0)["tokens"]).any()
-
-
-def test_batch_size_regroups_the_same_windows():
-    """Windows of two batches of 4 are those of one batch of 8: so accumulation is exact."""
-    ids = np.arange(1000, dtype=np.uint16)
-    small = train_windows(ids, block_size=10, batch_size=4)
-    large = train_windows(ids, block_size=10, batch_size=8)
-    halves = [*small.batch(6)["tokens"].tolist(), *small.batch(7)["tokens"].tolist()]
-    assert large.batch(3)["tokens"].tolist() == halves
-
-
-@pytest.mark.parametrize("n", [9, 10, 16, 17])
-def test_texts_of_about_one_window(n):
-    data_ = train_windows(np.arange(n, dtype=np.uint16), block_size=8, batch_size=2)
-    assert data_.batch(5)["tokens"].shape == (2, 8)
-    with pytest.raises(ValueError, match=rf"has {n} tokens, fewer.*--block_size {n - 1} or less"):
-        train_windows(np.arange(n, dtype=np.uint16), block_size=n, batch_size=2)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_validation_scores_every_token_once(toy, batch_size):
-    _, validation = windows("toy.txt", batch_size=batch_size)
-    targets = [validation.batch(i)["targets"] for i in range(validation.n_batches)]
-    scored = [t for batch in targets for t in batch.flatten().tolist() if t != -100]
-    assert scored == validation.ids[1:].tolist()
-    text = (toy / "toy.txt").read_bytes()
-    assert validation.scored_bytes == len(text) - int(len(text) * 0.9)
-    report = validation.report({"loss": 7.0 * math.log(2)}, {"loss": 2})
-    assert report["bits_per_byte"] == pytest.approx(7.0 / validation.scored_bytes)
-    assert report["loss"] == pytest.approx(3.5 * math.log(2))
-    assert report["perplexity"] == pytest.approx(2**3.5)
-
-
-def test_a_limited_evaluation_is_spread_over_the_text(toy):
-    _, validation = windows("toy.txt", eval_tokens=40)
-    assert len(validation.chosen) == 5 and validation.chosen[0] == 0
-    gaps = np.diff([*validation.chosen, validation.n_windows])
-    assert gaps.max() - gaps.min() <= 1
-    batches = [validation.batch(i) for i in range(validation.n_batches)]
-    kept = [t for b in batches for t in b["targets"].flatten().tolist() if t != -100]
-    assert validation.scored_bytes == len(validation.tokenizer.decode_bytes(kept))
+# ---- downloads, from a server on this machine ----------------------------------------------------
 
 
 def test_shakespeare_is_the_file_that_is_known(toy):
     raw = shared("shakespeare.txt").read_bytes()
     assert len(raw) == SHAKESPEARE.size
     assert hashlib.sha256(raw).hexdigest() == SHAKESPEARE.sha256
-
-
-# ---- downloads, from a server on this machine ----------------------------------------------------
 
 
 def remote(content: bytes, *urls: str) -> Remote:

@@ -23,8 +23,8 @@ from data.buckets import evenly
 from data.shards import LAYOUT, MAGIC, Origin, Tokens, open_shards, path_of, write_shards
 from data.text import open_corpus
 from data.tokens import tokenize
-from data.windows import Windows
 from engine.config import TASKS, resolve
+from tasks.text import Data
 
 ORIGIN = Origin("11" * 32, "22" * 32, "train")
 CORPUS = SimpleNamespace(hash="", prompts=[""], rule="", name="numbers")
@@ -56,9 +56,9 @@ def sparse(path: Path, total: int, shard: int, marks: dict[int, int]) -> Tokens:
     return open_shards(path, ORIGIN).ids
 
 
-def train_windows(ids, **options) -> Windows:
+def train_windows(ids, **options) -> Data:
     file = SimpleNamespace(ids=ids, text_bytes=len(ids))
-    return Windows(file, CORPUS, "train", None, **options)
+    return Data(file, CORPUS, "train", None, **options)
 
 
 @pytest.fixture

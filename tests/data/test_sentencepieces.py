@@ -10,12 +10,11 @@ from converting import ENGLISH, GERMAN, save_tokenizer, spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.pairs
 from bpe import END_OF_TEXT
 from data.sentencepieces import FILES, SPECIAL_PIECES, START, SentencePieces
 from data.tokens import load_tokenizer, tokenizer_from_json
-from engine.config import PairsConfig
 from engine.hub.tokenizer_files import read_tokenizer
+from tasks import translation
 
 TEXT = [*ENGLISH, *GERMAN, "", " ", "\n \n\t", "a</s", ">>fra<< the cat", ">>deu<< the cat", ">> a"]
 TEXT += [
@@ -288,9 +287,11 @@ def test_pairs_have_source_pieces_then_target_pieces_behind_the_start(folder, mo
     lines = "".join(f"{source}\t{target}\n" for source, target in pairs * 20)
     (folder / "pairs.tsv").write_text(lines, encoding="utf-8")
     tokenizer = read_tokenizer(folder, "seq2seq")
-    config = PairsConfig(data="pairs.tsv", cache_dir="cache", batch_size=3, tokens_per_step=120)
+    config = translation.Flags(
+        data="pairs.tsv", cache_dir="cache", batch_size=3, tokens_per_step=120
+    )
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 40}
-    train, valid = data.pairs.Pairs.splits(config, sizes, tokenizer)
+    train, valid = translation.Data.splits(config, sizes, tokenizer)
     found, start = set(), tokenizer.vocab_size - 1
     for part in (train, valid):
         for i in range(part.n_batches):

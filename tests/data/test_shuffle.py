@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 import data.shuffle
 from data.shuffle import Feistel, shuffled
-from data.windows import Windows
+from tasks.text import Data
 
 
-def train_windows(n: int, seed: int = 0) -> Windows:
+def train_windows(n: int, seed: int = 0) -> Data:
     file = SimpleNamespace(ids=np.zeros(n, np.uint16), text_bytes=n)
     corpus = SimpleNamespace(hash="", prompts=[""], rule="", name="numbers")
-    return Windows(file, corpus, "train", None, block_size=10, batch_size=7, seed=seed)
+    return Data(file, corpus, "train", None, block_size=10, batch_size=7, seed=seed)
 
 
 @settings(max_examples=80, deadline=None)

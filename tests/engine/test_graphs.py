@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import sample
 from bpe import GPT2_PATTERN, Tokenizer
-from data.pairs import pad
 from data.tokens import END_OF_TEXT
 from decoding import beam_search, generate, write
 from engine import graphs, kernels
@@ -24,15 +22,16 @@ from engine.graphs import (
     empty_cache,
 )
 from model import GPT, GPTConfig, KVCache, attend, padding_mask
-from sample import Pick, SampleConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
-from translate import TranslateConfig, make_advance, translate_ids
+from tasks import text, translation
+from tasks.text import Pick, SampleFlags
+from tasks.translation import make_advance, pad, translate_ids
 
 WORDS = Tokenizer.train(["to be or not to be that is the question " * 20], 300)
 BYTES = Tokenizer({bytes([i]): i for i in range(256)}, GPT2_PATTERN, {END_OF_TEXT: 256})
-GREEDY = SampleConfig(temperature=0)
-DRAWN = SampleConfig(temperature=1.3, top_p=0.95, seed=7)
-FILTERED = SampleConfig(temperature=2.0, top_k=30, min_p=0.01, top_p=1.0)
+GREEDY = SampleFlags(temperature=0)
+DRAWN = SampleFlags(temperature=1.3, top_p=0.95, seed=7)
+FILTERED = SampleFlags(temperature=2.0, top_k=30, min_p=0.01, top_p=1.0)
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
@@ -376,7 +375,7 @@ def test_greedy_writing_is_the_same():
 
 @pytest.mark.parametrize("search", [{"beam": 4}, {"beam": 1}, {"temperature": 1.0, "top_k": 9}])
 def test_translations_are_the_same(search):
-    model, config = translator(), TranslateConfig(max_new_tokens=14, **search)
+    model, config = translator(), translation.SampleFlags(max_new_tokens=14, **search)
     static = StaticAdvance(model, config.beam if config.temperature == 0 else 1, 257)
     for lines in BATCHES:
         sources = [BYTES.encode(line) for line in lines]
@@ -454,7 +453,7 @@ def test_gpu_a_replayed_step_of_the_translator_never_waits(no_waiting):
 def test_gpu_bf16_texts_and_prompts_with_spaces():
     """Through `complete`, as users call it: equal seeds, equal texts, and no padding among them."""
     model = gpt(device="cuda").bfloat16()
-    config = SampleConfig(max_new_tokens=30, num_samples=3)
-    texts = sample.complete(model, WORDS, ["to be ", "or", ""], config)
-    assert texts == sample.complete(model, WORDS, ["to be ", "or", ""], config)
+    config = SampleFlags(max_new_tokens=30, num_samples=3)
+    texts = text.complete(model, WORDS, ["to be ", "or", ""], config)
+    assert texts == text.complete(model, WORDS, ["to be ", "or", ""], config)
     assert len(set(texts)) == 9

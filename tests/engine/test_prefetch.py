@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_train import losses
 
 import train
-from data.windows import Windows
 from engine.prefetch import Prefetch
+from tasks.text import Data
 
 CPU = torch.device("cpu")
 
@@ -144,14 +144,14 @@ def queuing(monkeypatch):
 
 
 def test_a_run_asks_for_each_batch_once_and_its_thread_ends(toy, queuing, monkeypatch):
-    real, made = Windows.batch, []
+    real, made = Data.batch, []
 
     def batch(self, i: int) -> dict:
         if self.split == "train":
             made.append((i, threading.current_thread().name.split("_")[0]))
         return real(self, i)
 
-    monkeypatch.setattr(Windows, "batch", batch)
+    monkeypatch.setattr(Data, "batch", batch)
     train.main([*TOY, "--steps=5"])  # of two micro-batches each
     assert made[:10] == [(i, "prefetch") for i in range(10)]
     assert made[10:] in ([(10, "prefetch")], [(10, "prefetch"), (11, "prefetch")])
@@ -159,28 +159,28 @@ def test_a_run_asks_for_each_batch_once_and_its_thread_ends(toy, queuing, monkey
 
 
 def test_on_a_cpu_nothing_is_made_ahead(toy, monkeypatch):
-    real, made = Windows.batch, []
+    real, made = Data.batch, []
 
     def batch(self, i: int) -> dict:
         if self.split == "train":
             made.append((i, threading.current_thread()))
         return real(self, i)
 
-    monkeypatch.setattr(Windows, "batch", batch)
+    monkeypatch.setattr(Data, "batch", batch)
     train.main([*TOY, "--steps=2"])
     assert made == [(i, threading.main_thread()) for i in range(4)]
 
 
 @pytest.mark.parametrize("error", [ValueError("the file is gone"), KeyboardInterrupt()])
 def test_a_run_whose_data_fail_ends_with_that_error_and_no_thread(toy, queuing, monkeypatch, error):
-    real = Windows.batch
+    real = Data.batch
 
     def batch(self, i: int) -> dict:
         if self.split == "train" and i == 5:
             raise error
         return real(self, i)
 
-    monkeypatch.setattr(Windows, "batch", batch)
+    monkeypatch.setattr(Data, "batch", batch)
     with pytest.raises(type(error)) as found:
         train.main([*TOY, "--steps=9", "--eval_interval=1"])
     assert found.value is error and not threads()

@@ -32,7 +32,7 @@ from engine.hub.mapping import our_config, their_settings, to_ours, to_theirs
 from engine.losses import linear_cross_entropy
 from model import plain_cross_entropy
 from seq2seq import ACTIVATIONS, Seq2Seq, Seq2SeqConfig
-from translate import TranslateConfig, translate_ids
+from tasks.translation import SampleFlags, translate_ids
 
 TEXTS = [*ENGLISH, ">>fra<< the dog", "two", "a cat 東京", "sheep, they said: 123!"]
 LIMIT = 20  # tokens that a translation may have
@@ -269,7 +269,7 @@ def test_the_start_token_is_never_written(settings, tmp_path):
         ours.output_bias[start] = 9.0
         likeliest = ours(torch.tensor([[5, 0]]), torch.tensor([[start, 5, 6]])).argmax(-1)
     assert (likeliest == start).any()
-    config = TranslateConfig(max_new_tokens=LIMIT, **settings)
+    config = SampleFlags(max_new_tokens=LIMIT, **settings)
     found = translate_ids(ours, tokenizer, sources, config)
     assert any(found) and not any(start in ids for ids in found)
 

@@ -1,4 +1,4 @@
-"""data/completions.py: what a GPT is asked for, by hand, by perturbation, and when it samples."""
+"""tasks/complete.py: what a GPT is asked for, by hand, by perturbation, and when it samples."""
 
 import gzip
 import json
@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sample
 from bpe import GPT2_PATTERN, PATTERNS, Tokenizer
-from data.completions import Completions, encode_prompt, split_space
 from data.tables import Row, TableCorpus
 from data.tokens import END_OF_TEXT
 from engine.processes import Processes
 from model import GPT, GPTConfig
+from tasks import text
+from tasks.complete import Data, encode_prompt, split_space
 from train import evaluate
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)}, GPT2_PATTERN, {END_OF_TEXT: 256})
@@ -72,17 +72,17 @@ def folder(tmp_path, monkeypatch):
     write("valid.jsonl", VALID)
 
 
-def splits(pairs=None, tokenizer=BYTES, block_size=96, **flags) -> tuple[Completions, Completions]:
+def splits(pairs=None, tokenizer=BYTES, block_size=96, **flags) -> tuple[Data, Data]:
     if pairs:
         write("train.jsonl", pairs)
     flags = {"data": "train.jsonl", "valid": "valid.jsonl", "batch_size": 3, **flags}
     flags.setdefault("tokens_per_step", flags["batch_size"] * block_size)
     base = {"seed": 1, "eval_tokens": 0, "row_length": 0, "cache_dir": "cache", "tokenizer": ""}
     config = SimpleNamespace(**{**base, "pattern": "gpt2", **flags})
-    return Completions.splits(config, {"vocab_size": 300, "block_size": block_size}, tokenizer)
+    return Data.splits(config, {"vocab_size": 300, "block_size": block_size}, tokenizer)
 
 
-def texts(data: Completions, batch: dict) -> list[tuple[str, str]]:
+def texts(data: Data, batch: dict) -> list[tuple[str, str]]:
     """(all before the completion, completion) of the rows that have targets, read from a batch."""
     found = []
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
@@ -97,7 +97,7 @@ def texts(data: Completions, batch: dict) -> list[tuple[str, str]]:
     return found
 
 
-def epoch(data: Completions, number: int = 0) -> list[tuple[str, str]]:
+def epoch(data: Data, number: int = 0) -> list[tuple[str, str]]:
     steps = range(number * data.n_batches, (number + 1) * data.n_batches)
     return [row for i in steps for row in texts(data, data.batch(i))]
 
@@ -236,14 +236,14 @@ def test_sampling_reads_a_prompt_as_training_did(name, prompt, completion):
     ids, lead = encode_prompt(tokenizer, prompt)
     assert tokenizer.decode_bytes(ids[1:]) + lead == prompt.encode("utf-8", "surrogatepass")
     if not re.search(r"<\|[^|<>\s]+\|>", prompt):  # which sampling takes for commands
-        assert sample.encode_prompt(tokenizer, f"{END_OF_TEXT}{prompt}") == (
+        assert text.encode_prompt(tokenizer, f"{END_OF_TEXT}{prompt}") == (
             ids,
             lead,
         ) or prompt in (" ",)
     completion = completion + "."
     rows = [Row(1, (prompt, completion))]
     corpus = TableCorpus("x", "", "", {"train": rows, "validation": rows})
-    data = Completions(corpus, "train", tokenizer, block_size=200, batch_size=1)
+    data = Data(corpus, "train", tokenizer, block_size=200, batch_size=1)
     row, border = data.rows[0].tolist(), data.borders[0]
     assert row[:border] == ids and row[-1] == tokenizer.special_tokens[END_OF_TEXT]
     assert tokenizer.decode_bytes(row[border:-1]).startswith(lead)
@@ -256,12 +256,12 @@ def test_sampling_reads_a_prompt_as_training_did(name, prompt, completion):
 def test_sampling_gives_the_model_the_ids_of_the_training_row(monkeypatch):
     tokenizer, given = LEARNT["gpt2"], []
     monkeypatch.setattr(
-        sample, "generate", lambda _, prompts, *rest, **more: given.extend(prompts) or []
+        text, "generate", lambda _, prompts, *rest, **more: given.extend(prompts) or []
     )
     prompts = [a for a, _ in TRAIN]
-    config = sample.SampleConfig(num_samples=1)
+    config = text.SampleFlags(num_samples=1)
     model = SimpleNamespace(token_embedding=torch.nn.Embedding(1, 1))  # on a CPU: all that is asked
-    sample.complete(model, tokenizer, prompts, config, encode=encode_prompt)
+    text.complete(model, tokenizer, prompts, config, encode=encode_prompt)
     data, _ = splits(tokenizer=tokenizer, block_size=200)
     assert given == [row[:b].tolist() for row, b in zip(data.rows, data.borders, strict=True)]
     assert any(a.endswith(" ") for a in prompts) and any(END_OF_TEXT in a for a in prompts)

@@ -1,5 +1,5 @@
-"""translate.py and average.py: batched beside one by one, cached beside uncached, the command line,
-and whole runs of the encoder-decoder."""
+"""tasks/translation.py and average.py: batched beside one by one, cached beside uncached, the
+command line, and whole runs of the encoder-decoder."""
 
 import io
 import json
@@ -15,19 +15,19 @@ import average
 import sample
 import train
 from bpe import GPT2_PATTERN, Tokenizer
-from data.pairs import pad
 from data.tokens import END_OF_TEXT
 from decoding import beam_search, write
 from engine import checkpoint as checkpoints
 from engine.config import resolve
 from engine.presets import PRESETS
 from seq2seq import Seq2Seq, Seq2SeqConfig
-from translate import (
-    TranslateConfig,
+from tasks.translation import (
+    SampleFlags,
     cross_attention,
-    evaluate,
     figures,
     make_advance,
+    pad,
+    score_translations,
     translate,
     translate_ids,
 )
@@ -76,7 +76,7 @@ def uncached_advance(model, source, keep):
 @pytest.mark.parametrize("batch_size", [2, 64])
 def test_any_batch_gives_what_each_sentence_gives_alone(settings, batch_size):
     model = untrained()
-    config = TranslateConfig(max_new_tokens=12, batch_size=batch_size, **settings)
+    config = SampleFlags(max_new_tokens=12, batch_size=batch_size, **settings)
     together = translate(model, BYTES, LINES, config)
     alone = [translate(model, BYTES, [line], config)[0] for line in LINES]
     assert together == alone
@@ -100,7 +100,7 @@ def test_cached_search_equals_uncached(beam):
 def test_a_beam_of_one_is_greedy_on_a_model_too():
     model = untrained()
     sources = [BYTES.encode(line) for line in ("a cat", "two dogs sleep", "x")]
-    greedy = translate_ids(model, BYTES, sources, TranslateConfig(beam=1, max_new_tokens=9))
+    greedy = translate_ids(model, BYTES, sources, SampleFlags(beam=1, max_new_tokens=9))
     source, keep = pad(sources, 256)
     with torch.no_grad():
         advance = make_advance(model, source, keep, 10, 257)
@@ -116,14 +116,14 @@ def test_the_limit_follows_the_source_and_the_block():
         model.token_embedding.weight[256] = 0  # an end token that never wins
         model.token_embedding.weight[0] = 0
     short, long = translate_ids(
-        model, BYTES, [BYTES.encode("abc"), BYTES.encode("a" * 60)], TranslateConfig(beam=1)
+        model, BYTES, [BYTES.encode("abc"), BYTES.encode("a" * 60)], SampleFlags(beam=1)
     )
     assert len(short) == 53 and len(long) == 69
 
 
 def test_of_a_line_that_is_too_long_the_beginning_is_translated(capsys):
     """One such line must neither end a run over a million others nor shift them."""
-    model, config = untrained(), TranslateConfig(beam=2, max_new_tokens=6)
+    model, config = untrained(), SampleFlags(beam=2, max_new_tokens=6)
     texts = translate(model, BYTES, ["a cat", "b" * 50, "two dogs"], config, first=11)
     assert texts == translate(model, BYTES, ["a cat", "b" * 39, "two dogs"], config)
     told = capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_one_line_in_is_one_line_out_and_other_spaces_stay():
             return "un\u00a0chat\r\n noir\u3000\n".encode() + b"\xed\xa0\x80 \n"
 
     odd = Fixed(BYTES.ranks, BYTES.pattern, BYTES.special_tokens)
-    config = TranslateConfig(beam=1, max_new_tokens=2)
+    config = SampleFlags(beam=1, max_new_tokens=2)
     (text,) = translate(untrained(), odd, ["a cat"], config)
     assert text == "un\u00a0chat  noir\u3000 \ufffd\ufffd\ufffd" and text.encode()
 
@@ -165,10 +165,10 @@ def test_without_sacrebleu_exact_match_is_still_told(monkeypatch):
 
 
 def test_evaluate_scores_the_translations():
-    model, config = untrained(), TranslateConfig(beam=2, max_new_tokens=6)
+    model, config = untrained(), SampleFlags(beam=2, max_new_tokens=6)
     lines = ["a cat", "two dogs"]
     pairs = list(zip(lines, translate(model, BYTES, lines, config), strict=True))
-    assert evaluate(model, BYTES, pairs, config)[0] == "exact match 100.00% of 2"
+    assert score_translations(model, BYTES, pairs, config)[0] == "exact match 100.00% of 2"
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""data/pairs.py: each pair once an epoch, in batches with little padding, through real files."""
+"""The data of tasks/translation.py: each pair once an epoch, in batches with little padding,
+through real files."""
 
 import math
 import re
@@ -13,15 +14,14 @@ from conftest import gpt2_files, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data.pairs
 from data.buckets import cut, find
 from data.gpt2_files import read_gpt2_files
-from data.pairs import Pairs, pad
 from data.parallel import open_pairs
 from data.tokens import tokenize
-from engine.config import PairsConfig
 from engine.processes import Processes
 from seq2seq import Seq2Seq, Seq2SeqConfig
+from tasks import translation
+from tasks.translation import Data, Flags, pad
 from train import evaluate
 
 WORDS = [
@@ -68,14 +68,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def splits(block_size: int = 48, vocab_size: int = 300, **settings) -> tuple[Pairs, Pairs]:
+def splits(block_size: int = 48, vocab_size: int = 300, **settings) -> tuple[Data, Data]:
     settings = {"batch_size": 3, "eval_tokens": 0, "valid": "valid.src,valid.tgt", **settings}
     settings.setdefault("tokens_per_step", settings["batch_size"] * block_size)
-    config = PairsConfig(data="train.src,train.tgt", cache_dir="cache", **settings)
-    return Pairs.splits(config, {"vocab_size": vocab_size, "block_size": block_size})
+    config = Flags(data="train.src,train.tgt", cache_dir="cache", **settings)
+    return Data.splits(config, {"vocab_size": vocab_size, "block_size": block_size})
 
 
-def texts(pairs: Pairs, batch: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
+def texts(pairs: Data, batch: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
     """What the rows of a batch say, read from source and targets."""
     keep = batch.get("source_keep", torch.ones_like(batch["source"], dtype=torch.bool))
     rows = []
@@ -87,7 +87,7 @@ def texts(pairs: Pairs, batch: dict[str, torch.Tensor]) -> list[tuple[str, str]]
     return rows
 
 
-def epoch_texts(pairs: Pairs, number: int) -> list[tuple[str, str]]:
+def epoch_texts(pairs: Data, number: int) -> list[tuple[str, str]]:
     n = pairs.n_batches
     return [
         row for i in range(number * n, (number + 1) * n) for row in texts(pairs, pairs.batch(i))
@@ -317,7 +317,7 @@ def test_padding_of_real_sentences_is_little(folder):
     corpus = open_pairs(",".join(names), folder)
     tokenizer = read_gpt2_files(*gpt2_files())
     file = tokenize(corpus, "train", tokenizer, folder)
-    train = Pairs(file, corpus, "train", tokenizer, block_size=128, batch_size=32)
+    train = Data(file, corpus, "train", tokenizer, block_size=128, batch_size=32)
     real = cells = rows = 0
     for i in range(0, train.n_batches, 7):
         batch = train.batch(i)
@@ -329,7 +329,7 @@ def test_padding_of_real_sentences_is_little(folder):
     assert rows / len(range(0, train.n_batches, 7)) > 64  # and the batches are as large as meant
 
 
-def rows_of(data: Pairs, batch: dict) -> list[tuple]:
+def rows_of(data: Data, batch: dict) -> list[tuple]:
     """The pairs of a batch that have targets, as comparable tuples without padding."""
     rows = []
     keep = batch.get("source_keep", torch.ones_like(batch["source"], dtype=torch.bool))
@@ -370,7 +370,7 @@ def test_find_in_blocks_is_find_in_all(block):
 
 def test_pairs_are_found_also_where_blocks_of_the_file_end(folder, monkeypatch):
     want = [texts(p, p.batch(2)) for p in splits()]
-    monkeypatch.setattr(data.pairs, "find", lambda ids, token: find(ids, token, 5))
+    monkeypatch.setattr(translation, "find", lambda ids, token: find(ids, token, 5))
     assert [texts(p, p.batch(2)) for p in splits()] == want
 
 

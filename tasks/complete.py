@@ -1,6 +1,4 @@
-"""GPT's data for fine-tuning: prompts and what is to be written behind them.
-
-The class fulfils what `data/windows.py` says of every data class. A row is
+"""Fine-tuning GPT with prompts and what is to be written behind them. A row is
 
     <|endoftext|> prompt completion <|endoftext|>
 
@@ -10,7 +8,7 @@ the answer alone is that of InstructGPT's supervised step, Ouyang et al. 2022, a
 
 Prompt and completion are encoded one by one, so that their border is one between tokens, as it is
 when a model samples. What stands between them, a space, a line end or a word such as "Answer:", is
-the user's business. Only this is seen to: byte-level BPE gives a space to the word behind it, so a
+the user's business, with one exception: byte-level BPE gives a space to the word behind it, so a
 space that ends the prompt is moved to the completion (`split_space`, which sampling uses too).
 
 A prompt may be empty. A completion may not: in a table that is nearly always a hole, and what is
@@ -21,29 +19,51 @@ weights of single rows, a loss on the prompt.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from bpe import Tokenizer
-from data.buckets import Buckets, evenly_within, pad_rows
+from bpe import END_OF_TEXT, Tokenizer
+from data.buckets import InBuckets, evenly_within, pad_rows
 from data.tables import Row, TableCorpus, open_tables
-from data.tokens import END_OF_TEXT, SPLITS, get_tokenizer, settings
+from data.tokens import SPLITS, get_tokenizer, settings
+from tasks import text
+from tasks.flags import FinetuneConfig
+from tasks.text import SampleFlags, split_space
+from tasks.whole import whole_file
 
+GOAL = "loss"
+LOWER_IS_BETTER = True
 FORMS = [("prompt", "completion")]
 SHOWN = 4  # prompts, after training
 
+Flags = FinetuneConfig
 
-class Completions:
-    """Steps of at most tokens_per_step tokens, padding included, each dealt out to micro-batches
-    of about tokens_per_batch = batch_size · block_size, by `Buckets`: each row once an epoch.
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
+    """(tokens, bytes that the completion must begin with), as `text.encode_prompt` has them, but
+    behind <|endoftext|>, and names of special tokens in a prompt are text."""
+    prompt, space = split_space(prompt)
+    return [tokenizer.special_tokens[END_OF_TEXT], *tokenizer.encode(prompt)], space.encode()
+
+
+# ---- rows -> batches -----------------------------------------------------------------------------
+
+
+class Data(InBuckets):
+    """Batches of rows of similar length: see InBuckets.
 
     Validation: always the same rows; if max_tokens is less than all, evenly spaced ones. A row of
     more than row_length + 1 tokens loses the beginning of its prompt, and where the completion
     alone is too long, its end; both are counted.
     """
+
+    special_tokens = (END_OF_TEXT,)
 
     def __init__(
         self,
@@ -58,37 +78,36 @@ class Completions:
         seed: int = 0,
         max_tokens: int = 0,
     ):
-        training, self.row_length = split == "train", min(row_length or block_size, block_size)
-        self.tokenizer, self.split = tokenizer, split
-        self.fingerprint, self.rule = corpus.hash, corpus.rule
-        self.prompts = list(dict.fromkeys(row.texts[0] for row in corpus.splits["validation"]))
-        self.prompts = self.prompts[:SHOWN]
+        self.row_length = min(row_length or block_size, block_size)
+        self.tokenizer, self.fingerprint, self.rule = tokenizer, corpus.hash, corpus.rule
+        prompts = dict.fromkeys(row.texts[0] for row in corpus.splits["validation"])
+        self.prompts = list(prompts)[:SHOWN]
         self.end = tokenizer.special_tokens[END_OF_TEXT]
-        self.tokens_per_batch = batch_size * block_size
         self.rows: list[np.ndarray] = []
         self.borders: list[int] = []  # where the completion of each row begins
         self.shortened = self.cut = 0  # prompts without their beginning, completions without an end
-        bar = tqdm(corpus.splits[split], f"tokenizing {split}", unit=" rows", disable=None)
-        for row in bar:
+        for row in tqdm(corpus.splits[split], f"tokenizing {split}", unit=" rows", disable=None):
             self.add(*row.texts)
         lengths, self.n_all = np.array([len(row) - 1 for row in self.rows]), len(self.rows)
-        limit = 0 if training else max_tokens
+        limit = 0 if split == "train" else max_tokens
         self.chosen = evenly_within(self.n_all, int(lengths.sum()), limit)
-        lengths = lengths[self.chosen]
-        self.buckets = Buckets(
-            lengths, self.tokens_per_batch, tokens_per_step, seed=seed, training=training
+        self.make_buckets(
+            lengths[self.chosen],
+            split,
+            block_size=block_size,
+            batch_size=batch_size,
+            tokens_per_step=tokens_per_step,
+            seed=seed,
         )
-        self.n_batches = self.buckets.n_batches
-        self.tokens_per_epoch = self.n_batches * self.tokens_per_batch
 
     @classmethod
-    def splits(cls, config, sizes: dict, tokenizer: Tokenizer | None = None):
+    def splits(cls, flags: FinetuneConfig, sizes: dict, tokenizer: Tokenizer | None = None):
         """(train, validation) of a table with the columns "prompt" and "completion"; the tokenizer
         is learnt from the training rows unless given."""
-        corpus = open_tables(config.data, config.valid, FORMS, blank=("prompt",))
-        learnt = replace(corpus, splits={"train": moved(corpus.splits["train"])})
-        tokenizer = tokenizer or get_tokenizer(config, sizes, learnt, (END_OF_TEXT,))
-        more = settings(config, sizes, "row_length", "tokens_per_step")
+        corpus = open_tables(flags.data, flags.valid, FORMS, blank=("prompt",))
+        learnt = replace(corpus, splits={"train": space_moved(corpus.splits["train"])})
+        tokenizer = tokenizer or get_tokenizer(flags, sizes, learnt, cls.special_tokens)
+        more = settings(flags, sizes, "row_length", "tokens_per_step")
         return tuple(cls(corpus, split, tokenizer, **more) for split in SPLITS)
 
     def add(self, prompt: str, completion: str) -> None:
@@ -96,11 +115,12 @@ class Completions:
         document begins. The completion keeps a token before it, from which it is predicted."""
         context, lead = encode_prompt(self.tokenizer, prompt)
         answer = [*self.tokenizer.encode(lead.decode() + completion), self.end]
-        room = self.row_length + 1 - len(answer[: self.row_length])
         self.cut += len(answer) > self.row_length
-        self.shortened += len(context) > room
-        context = context[-room:]
-        self.rows.append(np.array([*context, *answer[: self.row_length]], dtype=np.int32))
+        answer = answer[: self.row_length]
+        space_left = self.row_length + 1 - len(answer)
+        self.shortened += len(context) > space_left
+        context = context[-space_left:]
+        self.rows.append(np.array([*context, *answer], dtype=np.int32))
         self.borders.append(len(context))
 
     def batch(self, i: int) -> dict[str, Tensor]:
@@ -124,37 +144,42 @@ class Completions:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
     def describe(self) -> str:
-        lengths = self.buckets.lengths
         asked = sum(len(self.rows[row]) - self.borders[row] for row in self.chosen)
-        text = f"{len(self.chosen):,} rows"
+        line = f"{len(self.chosen):,} rows"
         if len(self.chosen) < self.n_all:
-            text += f", evenly spaced among {self.n_all:,}"
-        text += f", {lengths.sum():,} tokens, {asked:,} of them asked for"
-        text += self.buckets.describe()
+            line += f", evenly spaced among {self.n_all:,}"
+        line += f", {self.buckets.lengths.sum():,} tokens, {asked:,} of them asked for"
+        line += self.buckets.describe()
         if self.shortened:
-            text += f"; {self.shortened:,} prompts are cut at their beginning"
+            line += f"; {self.shortened:,} prompts are cut at their beginning"
         if self.cut:
-            text += f"; {self.cut:,} completions of {self.row_length:,} tokens or more are cut"
-        return text
+            line += f"; {self.cut:,} completions of {self.row_length:,} tokens or more are cut"
+        return line
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
-    """(tokens, bytes that the completion must begin with), as `sample.encode_prompt` has them, but
-    behind <|endoftext|>, and names of special tokens in a prompt are text."""
-    prompt, space = split_space(prompt)
-    return [tokenizer.special_tokens[END_OF_TEXT], *tokenizer.encode(prompt)], space.encode()
-
-
-def split_space(prompt: str) -> tuple[str, str]:
-    """(prompt without the space at its end, that space), and ("…", "") where there is none. Of
-    several spaces none is moved, nor one behind a line end: that is how code is indented, and the
-    completion may go on with more of them. A prompt that is a space alone stays one."""
-    if len(prompt) > 1 and prompt.endswith(" ") and not prompt[:-1].endswith((" ", "\n")):
-        return prompt[:-1], " "
-    return prompt, ""
-
-
-def moved(rows: list[Row]) -> list[Row]:
+def space_moved(rows: list[Row]) -> list[Row]:
     """The rows as they are encoded, for a tokenizer to learn from."""
     split = ((line, *split_space(prompt), text) for line, (prompt, text) in rows)
     return [Row(line, (prompt, space + text)) for line, prompt, space, text in split]
+
+
+# ---- what sample.py and the end of a run print ---------------------------------------------------
+
+
+def sample(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    flags: SampleFlags,
+    checkpoint: dict,
+    score: Callable[[Data], None],
+) -> None:
+    """The scores of --eval, or else the completions of the prompts, read as in training."""
+    if flags.eval:
+        score(whole_file(Flags, Data, tokenizer, flags, checkpoint))
+    else:
+        text.print_completions(model, tokenizer, flags, encode_prompt)
+
+
+# All else is as for any text, but that prompts are read as in training.
+show = partial(text.show, encode=encode_prompt)
+ask, batch_shapes = text.ask, text.batch_shapes
