@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import fill
 import predict
 import translate
 from bpe import Tokenizer
@@ -38,8 +37,8 @@ from engine import cli
 from engine.evaluation import print_scores
 from engine.graphs import GPTSteps, write_rows
 from engine.processes import pick_device, precision
-from fill import FillConfig
-from predict import AskConfig, PredictConfig, SimilarConfig
+from predict import AskConfig, PredictConfig
+from tasks import masked, similar
 from translate import TranslateConfig
 
 
@@ -352,12 +351,22 @@ class Task(NamedTuple):
     flags: Callable = lambda prompt: ("--prompt", prompt) if prompt else ()
 
 
+def scored(task) -> Callable:
+    """`speak` of a task's module."""
+
+    def speak(model: nn.Module, tokenizer: Tokenizer, flags, checkpoint: dict) -> None:
+        score = partial(print_scores, model, name=flags.eval)
+        task.sample(model, tokenizer, flags, checkpoint, score)
+
+    return speak
+
+
 # A GPT that was taught by prompts and completions reads a prompt as it did then.
 taught = {"encode": completions.encode_prompt}
 
 RESPOND = {
     "gpt": Task(SampleConfig, complete, "", speak),
-    "bert": Task(FillConfig, fill.fill, "\n-> ", fill.speak),
+    "bert": Task(masked.SampleFlags, masked.fill_mask, "\n-> ", scored(masked)),
     "seq2seq": Task(
         TranslateConfig, translate.translate, "\n-> ", translate.speak, translate.closing
     ),
@@ -373,10 +382,10 @@ RESPOND = {
         flags=lambda prompt: ("--context", "text.txt", "--prompt", prompt.partition("\n")[0]),
     ),
     "similar": Task(
-        SimilarConfig,
-        predict.alike,
+        similar.SampleFlags,
+        lambda model, tokenizer, prompts, flags: similar.alike(model, tokenizer, prompts),
         "\n-> ",
-        predict.speak_similar,
+        scored(similar),
         flags=lambda prompt: ("--similar", "queries.txt", "lines.txt"),
     ),
     "complete": Task(SampleConfig, partial(complete, **taught), "", partial(speak, **taught)),

@@ -23,10 +23,8 @@ import torch.nn as nn
 from bert import BERT, BERTConfig, EncoderConfig
 from data.completions import Completions
 from data.labelled import LabelledTexts
-from data.masked import MaskedText
 from data.pairs import Pairs
 from data.questions import Questions
-from data.similar import SimilarPairs
 from data.tagged import TaggedSentences
 from data.tokens import AnyTokenizer, tokenizer_from_json
 from data.windows import Windows
@@ -44,6 +42,8 @@ from finetune import (
 )
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
+from tasks.masked import Data as MaskedText
+from tasks.similar import Data as SimilarPairs
 
 FORMAT = 1
 

@@ -22,13 +22,13 @@ import sample
 import train
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
-from data.masked import MaskedText
 from engine import checkpoint as checkpoints
 from engine.config import MaskedConfig, TrainConfig, divide_step, prepare_folder, resolve
 from engine.execution import compiled, recompute_blocks
 from engine.logs import read_log
 from engine.processes import Processes
 from model import GPT, GPTConfig
+from tasks.masked import Data as MaskedText
 
 ALL_TASKS = pytest.mark.parametrize(
     "small", [TOY, TOY_PAIRS, TOY_BERT], ids=["gpt", "seq2seq", "bert"]
