@@ -19,7 +19,6 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import fill
 from data.buckets import pad_rows
 from data.contexts import ask, read_answer
 from data.encoding import PAD
@@ -53,22 +52,6 @@ class PredictConfig:
 class AskConfig(PredictConfig):
     prompt: list[str] = field(default_factory=list)  # a question; may be repeated; none: stdin
     context: str = ""  # the file with the text that holds the answers
-
-
-@dataclass
-class SimilarConfig:
-    checkpoint: str = ""  # the file to load; empty: the newest below out/
-    embed: str = ""  # write an embedding of each line of this file
-    out: str = "embeddings.npy"  # where --embed writes them: float32, (lines, n_embd)
-    similar: tuple[str, str] = ()  # two files: for each line of the first, the nearest in the other
-    top: int = 5  # similar lines for each query
-    eval: str = ""  # score a file of pairs instead, of the kind that --data of train.py takes
-    pooling: str = field(default="mean", metadata={"flag": False})  # as it was trained
-    batch_size: int = 32  # texts at a time
-    device: str = "auto"  # auto, cpu, cuda or mps
-
-    def __post_init__(self):
-        cli.check_ranges(self, {"batch_size": (1, 2**20), "top": (1, None)})
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -240,37 +223,6 @@ def speak_answers(
         missing = f"{config.context} is no file here" if config.context else "is missing"
         raise ValueError(f"--context {missing}: name the text that holds the answers")
     speak(model, tokenizer, config, checkpoint)
-
-
-# ---- what is alike -------------------------------------------------------------------------------
-
-
-def alike(
-    model: nn.Module, tokenizer: AnyTokenizer, prompts: list[str], config: SimilarConfig
-) -> list[str]:
-    """For each of several texts the one of the others that is most alike, and their cosine."""
-    vectors = fill.embed(model, tokenizer, prompts, config.pooling, config.batch_size)
-    cosines, order = fill.similarities(vectors, vectors, len(prompts))
-    answers = []
-    for i, (cosine, places) in enumerate(zip(cosines, order, strict=True)):
-        pairs = zip(cosine, places, strict=True)
-        best, j = next(((s, j) for s, j in pairs if j != i), (1.0, i))
-        answers.append(f"{best:.3f}  {prompts[j]}")
-    return answers
-
-
-def speak_similar(
-    model: nn.Module, tokenizer: AnyTokenizer, config: SimilarConfig, checkpoint: dict
-) -> None:
-    jobs = [f"--{name}" for name in ("embed", "similar", "eval") if getattr(config, name)]
-    if len(jobs) != 1:
-        raise ValueError(f"give one of --embed, --similar and --eval, not {len(jobs)}")
-    if config.eval:
-        print_scores(model, eval_data(checkpoint, tokenizer, config), config.eval)
-    elif config.embed:
-        fill.write_embeddings(model, tokenizer, config)
-    else:
-        fill.print_similar(model, tokenizer, config)
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ another document. `PackedText` is for masked words alone (RoBERTa, Liu et al. 20
 arXiv:1907.11692, section 4.2): text cut into rows of full length, across documents, no padding.
 
 Both read a token file in which the border token stands before each document, and for pairs also
-before each sentence. What the data class (`data/masked.py`) asks of either:
+before each sentence. What the data class (`tasks/masked.py`) asks of either:
 
     .lengths                      (rows,) tokens of each row, [CLS] and [SEP] included
     .row(epoch, i, random)        -> (parts, label): the ids of one part or of two, and 0 for a

@@ -44,6 +44,7 @@ def check(config: object) -> None:
             continue
         if above is not None:
             wanted = f"more than {above}" + (f", {most:g} at most" if most else "")
+            wanted += f", but less than {below}" if below else ""
         elif below is not None:
             wanted = f"{least} or more, but less than {below}"
         elif most is not None:

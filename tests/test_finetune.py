@@ -32,7 +32,6 @@ from finetuning import (
     model_of,
 )
 
-import fill
 import heads
 from bpe import Tokenizer
 from data.buckets import pad_rows
@@ -40,7 +39,8 @@ from data.encoding import SPECIAL
 from engine.config import resolve
 from engine.evaluation import evaluate
 from engine.processes import Processes
-from heads import mean_pooled
+from tasks import similar
+from tasks.similar import mean_pooled
 from train import TASKS
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -165,10 +165,10 @@ def test_embeddings_are_those_that_fill_writes():
     tokenizer = Tokenizer.train(["the cat sat on the mat"] * 3, 300, special_tokens=SPECIAL)
     model = model_of("similar", vocab_size=320)
     lines = ["the cat", "sat on the mat the cat", "", "mat"]
-    rows = fill.framed(model, tokenizer, [tokenizer.encode(f" {x}") if x else [] for x in lines])
+    rows = similar.framed(model, tokenizer, [tokenizer.encode(f" {x}") if x else [] for x in lines])
     tokens, keep = pad_rows(rows, tokenizer.special_tokens["[PAD]"])
     assert not keep.all()
-    want = fill.embed(model, tokenizer, lines, "mean", 2)
+    want = similar.embed(model, tokenizer, lines, "mean", 2)
     np.testing.assert_allclose(model(tokens, keep).detach().numpy(), want, atol=1e-5)
 
 

@@ -20,7 +20,6 @@ import sample
 import train
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
-from data.masked import MaskedText
 from engine import checkpoint as checkpoints
 from engine import kernels
 from engine.config import MaskedConfig, TrainConfig, divide_step, prepare_folder, resolve
@@ -28,6 +27,7 @@ from engine.logs import read_log
 from engine.processes import Processes
 from engine.setup import compiled, recompute_blocks
 from model import GPT, GPTConfig
+from tasks.masked import Data as MaskedText
 
 ALL_TASKS = pytest.mark.parametrize(
     "small", [TOY, TOY_PAIRS, TOY_BERT], ids=["gpt", "seq2seq", "bert"]

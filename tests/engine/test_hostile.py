@@ -42,11 +42,11 @@ from engine import checkpoint as checkpoints
 from engine import cli
 from engine.checkpoint import TASKS
 from engine.presets import PRESETS
-from fill import POOLINGS
 from lab import bench, growth
 from lab import finetuning as bench_finetune
 from lab import runs as bench_runs
 from lab import sampling as bench_sampling
+from tasks.masked import POOLINGS
 
 resource = pytest.importorskip("resource")  # Windows has none, and no timer either
 

@@ -23,14 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convert
-import fill
 import sample
 import train
-from data.encoding import MASK, SEP, encode_text
-from data.masked import Masking
+from data.encoding import MASK, SEP, assemble, encode_text
 from data.sentences import open_sentences
 from data.tokens import tokenize, tokenizer_from_json
 from engine import checkpoint as checkpoints
+from tasks.masked import Masking, encode_prompt
+from tasks.similar import embed
 from wordpiece import SPECIAL, WordPiece
 
 WORDS = [
@@ -97,11 +97,11 @@ def test_a_folder_of_the_hub_comes_in_and_goes_out(lowercase, kind, tmp_path):
         ids, segments = (np.array(pair[k]) for k in ("input_ids", "token_type_ids"))
         a, b = (np.array(encode_text(found, text)) for text in ("the cat", "unhappily"))
         special = [found.special_tokens[name] for name in ("[CLS]", "[SEP]")]
-        for ours, wanted in zip(fill.assemble([a, b], *special), (ids, segments), strict=True):
+        for ours, wanted in zip(assemble([a, b], *special), (ids, segments), strict=True):
             assert ours.tolist() == wanted.tolist()
         assert theirs.mask_token_id == found.special_tokens[MASK]
         ids = theirs("the [MASK] sat.")["input_ids"]
-        assert ids[1:-1] == fill.encode_prompt(found, "the [MASK] sat.")
+        assert ids[1:-1] == encode_prompt(found, "the [MASK] sat.")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_minilms_features_and_embeddings_are_theirs(both):
     torch.testing.assert_close(ours[keep], wanted.last_hidden_state[keep], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.pooled(ours), wanted.pooler_output, atol=1e-5, rtol=1e-5)
     mean = (wanted.last_hidden_state * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
-    found = fill.embed(model, tokenizer, LINES, "mean", batch_size=4)
+    found = embed(model, tokenizer, LINES, "mean", batch_size=4)
     np.testing.assert_allclose(found, mean.numpy(), atol=1e-5, rtol=1e-5)
 
 

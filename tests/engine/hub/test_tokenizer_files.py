@@ -26,7 +26,8 @@ from data.gpt2_files import read_gpt2_files
 from data.tokens import END_OF_TEXT
 from engine.hub.mapping import their_settings
 from engine.hub.tokenizer_files import from_tokenizer_json, read_tokenizer, tokenizer_json
-from fill import encode_prompt, framed
+from tasks.masked import encode_prompt
+from tasks.similar import framed
 
 
 def exported_tokenizer(tokenizer: Tokenizer, task: str, folder: Path, **config):
@@ -42,7 +43,7 @@ def exported_tokenizer(tokenizer: Tokenizer, task: str, folder: Path, **config):
 
 
 def our_ids(tokenizer: Tokenizer, task: str, text: str) -> list[int]:
-    """As sample.py, fill.py and translate.py read a text."""
+    """As sample.py reads a text."""
     if task == "gpt":
         return tokenizer.encode(text, allowed_special="all")
     if task == "seq2seq":

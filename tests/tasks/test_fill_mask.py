@@ -1,4 +1,5 @@
-"""fill.py: batched beside one by one, against forwards without padding, and the command line."""
+"""What a BERT says (tasks/masked.py, tasks/similar.py): batched beside one by one, against forwards
+without padding, and the command line."""
 
 import io
 import re
@@ -6,6 +7,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,20 +15,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fill as fill_file
 import sample
 from bert import BERT, BERTConfig
 from bpe import GPT2_PATTERN, Tokenizer
 from data import sentences
 from data.encoding import SPECIAL, encode_text
-from data.masked import MaskedText
 from data.sentences import open_sentences
 from data.tokens import tokenize
 from engine import checkpoint as checkpoints
-from engine.config import MaskedConfig
 from engine.evaluation import evaluate
 from engine.processes import Processes
-from fill import FillConfig, embed, encode_prompt, fill, follows, similarities
+from tasks import masked, similar
+from tasks.masked import Data, Flags, SampleFlags, encode_prompt, fill_mask, follows
+from tasks.similar import embed, similarities
 
 TEXT = "the cat sat on the mat and the dog ran to the house while the rain was falling down " * 20
 WORDS = Tokenizer.train([TEXT], 320, GPT2_PATTERN, SPECIAL)
@@ -57,7 +58,7 @@ def save(folder, model: BERT, **flags) -> str:
     (folder / "out/bert").mkdir(parents=True, exist_ok=True)
     path = folder / "out/bert/best.pt"
     state = {"optimizer": {}, "step": 7, "best": 1.0, "skipped": 0}
-    config = MaskedConfig(model="bert", **flags)
+    config = Flags(model="bert", **flags)
     settings = {"train_config": config, "data": "0" * 64, **state}
     checkpoints.save(path, checkpoints.pack("bert", model, WORDS, **settings))
     return str(path)
@@ -123,8 +124,8 @@ def test_a_hidden_word_leaves_the_tokens_around_it_as_they_were():
 @pytest.mark.parametrize("batch_size", [2, 4, 64])
 def test_any_batch_gives_what_each_prompt_gives_alone(batch_size):
     model = bert()
-    together = fill(model, WORDS, PROMPTS, FillConfig(batch_size=batch_size))
-    assert together == [fill(model, WORDS, [p], FillConfig())[0] for p in PROMPTS]
+    together = fill_mask(model, WORDS, PROMPTS, SampleFlags(batch_size=batch_size))
+    assert together == [fill_mask(model, WORDS, [p], SampleFlags())[0] for p in PROMPTS]
     assert len(set(together)) == len(PROMPTS)
 
 
@@ -134,7 +135,7 @@ def test_candidates_are_the_ordinary_tokens_and_share_all_of_the_probability():
     model, n = bert(), len(WORDS.ranks)
     for bias in (0.0, 30.0):
         model.mlm_bias[n:] = bias
-        (answer,) = fill(model, WORDS, ["the [MASK] sat"], FillConfig(top=n))
+        (answer,) = fill_mask(model, WORDS, ["the [MASK] sat"], SampleFlags(top=n))
         ids = [CLS, *WORDS.encode(" the"), MASK, *WORDS.encode(" sat"), SEP]
         logits, _ = model(torch.tensor([ids]))
         p, order = logits[0, ids.index(MASK), :n].softmax(-1).sort(descending=True)
@@ -153,15 +154,15 @@ def test_a_token_without_a_space_goes_on_with_the_word_before_it():
     model, names = bert(), [" cat", "at", " ", "\n", "\x1b"]
     for bias, name in zip((40.0, 39.0, 38.0, 37.0, 36.0), names, strict=True):
         model.mlm_bias[WORDS.ranks[name.encode()]] += 10 * bias
-    (answer,) = fill(model, WORDS, ["the [MASK]"], FillConfig(top=5))
+    (answer,) = fill_mask(model, WORDS, ["the [MASK]"], SampleFlags(top=5))
     assert answer == "cat 100.0%, ##at 0.0%, ␣ 0.0%, ##␣ 0.0%, ##\\x1b 0.0%"
 
 
 @torch.no_grad()
 def test_several_masks_are_numbered_and_in_order():
-    model, config = bert(), FillConfig(top=3)
+    model, config = bert(), SampleFlags(top=3)
     prompts = ["[MASK] cat [MASK][MASK]", "the [MASK]"]
-    many, one = fill(model, WORDS, prompts, config)
+    many, one = fill_mask(model, WORDS, prompts, config)
     logits, _ = model(torch.tensor([[CLS, MASK, *WORDS.encode(" cat"), MASK, MASK, SEP]]))
     lines = many.split("\n")
     assert [line.partition(": ")[0] for line in lines] == ["[MASK] 1", "[MASK] 2", "[MASK] 3"]
@@ -173,19 +174,21 @@ def test_several_masks_are_numbered_and_in_order():
 
 
 def test_top_is_the_number_of_words():
-    answers = fill(bert(), WORDS, PROMPTS[:2], FillConfig(top=2))
+    answers = fill_mask(bert(), WORDS, PROMPTS[:2], SampleFlags(top=2))
     assert [len(shares(answer)) for answer in answers] == [2, 2]
 
 
 def test_what_is_too_long_is_cut_at_its_end_and_told(capsys):
     model = bert(block_size=9)
     short, long = (f"the [MASK]{' the' * n}" for n in (5, 9))
-    assert fill(model, WORDS, [short], FillConfig()) == fill(model, WORDS, [long], FillConfig())
+    assert fill_mask(model, WORDS, [short], SampleFlags()) == fill_mask(
+        model, WORDS, [long], SampleFlags()
+    )
     note = "note: 1 of 1 texts have more than the 7 tokens that the model reads: their ends are"
     assert capsys.readouterr().err == f"{note} left out\n"
     with pytest.raises(ValueError, match=r"has a \[MASK\] beyond the 7 tokens .*: shorten it"):
-        fill(model, WORDS, ["the cat", f"{'the ' * 7}[MASK]"][1:], FillConfig())
-    assert fill(model, WORDS, [f"{'the ' * 6}[MASK]"], FillConfig())
+        fill_mask(model, WORDS, ["the cat", f"{'the ' * 7}[MASK]"][1:], SampleFlags())
+    assert fill_mask(model, WORDS, [f"{'the ' * 6}[MASK]"], SampleFlags())
 
 
 # ---- two sentences -------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def test_names_of_special_tokens_in_a_line_are_text():
 
 
 def test_similarities_are_those_of_torch_and_of_equals_the_earlier_comes_first(monkeypatch):
-    monkeypatch.setattr(fill_file, "SCORES", 30)  # so that the queries need three turns
+    monkeypatch.setattr(similar, "SCORES", 30)  # so that the queries need three turns
     queries, corpus = torch.randn(5, 7), torch.randn(13, 7)
     corpus[11] = corpus[2]
     scores, lines = similarities(queries.numpy(), corpus.numpy(), 13)
@@ -263,7 +266,9 @@ def test_similarities_are_those_of_torch_and_of_equals_the_earlier_comes_first(m
 
 
 def test_prompts_and_lines_give_the_same_answers(folder, capsys, monkeypatch):
-    expected = "".join(f"{answer}\n" for answer in fill(bert(), WORDS, PROMPTS, FillConfig(top=3)))
+    expected = "".join(
+        f"{answer}\n" for answer in fill_mask(bert(), WORDS, PROMPTS, SampleFlags(top=3))
+    )
     found = run(capsys, "--top=3", *(f"--prompt={prompt}" for prompt in PROMPTS))
     assert found == expected
     lines = "\r\n".join(PROMPTS).replace(" sat", "\rsat")  # a \r alone ends no line
@@ -285,7 +290,7 @@ def test_somebody_who_types_gets_each_answer_at_once(folder, capsys, monkeypatch
     seen: list[str] = []
     monkeypatch.setattr(sys, "stdin", Terminal("the [MASK]\n[MASK] cat\n"))
     sample.main(["--device=cpu"])
-    answers = fill(bert(), WORDS, ["the [MASK]", "[MASK] cat"], FillConfig())
+    answers = fill_mask(bert(), WORDS, ["the [MASK]", "[MASK] cat"], SampleFlags())
     assert seen == ["", *(f"{answer}\n" for answer in answers)]
 
 
@@ -408,6 +413,17 @@ def test_help_names_the_flags_of_the_task(folder, capsys):
     assert "(default: ())" not in text
 
 
+# ---- a run's end ---------------------------------------------------------------------------------
+
+
+def test_what_a_run_shows_and_how_to_ask_for_more():
+    model, data = bert(), SimpleNamespace(prompts=PROMPTS)
+    blocks = masked.show(model, WORDS, data, Path())
+    answers = fill_mask(model, WORDS, PROMPTS, SampleFlags())
+    assert blocks == [f"{p}\n-> {answer}" for p, answer in zip(PROMPTS, answers, strict=True)]
+    assert masked.ask(PROMPTS) == ("--prompt", PROMPTS[0]) and masked.ask([]) == ()
+
+
 # ---- scores --------------------------------------------------------------------------------------
 
 
@@ -421,11 +437,11 @@ def text_of_documents() -> str:
     return "\n\n".join("\n".join(document) for document in documents)
 
 
-def data_of(model: BERT, nsp: bool, row_length: int) -> MaskedText:
+def data_of(model: BERT, nsp: bool, row_length: int) -> Data:
     corpus = open_sentences("text.txt", Path("cache"), valid="text.txt", by_sentence=nsp)
     file = tokenize(corpus, "validation", WORDS, Path("cache"), "[SEP]")
     sizes = {"block_size": model.config.block_size, "row_length": row_length, "nsp": nsp}
-    return MaskedText(file, corpus, "validation", WORDS, batch_size=2, **sizes)
+    return Data(file, corpus, "validation", WORDS, batch_size=2, **sizes)
 
 
 @pytest.mark.parametrize("nsp,row_length", [(True, 0), (False, 0), (True, 20)])

@@ -1,4 +1,4 @@
-"""data/similar.py: no false negatives in a batch, and retrieval beside a search by hand."""
+"""tasks/similar.py: no false negatives in a batch, and retrieval beside a search by hand."""
 
 import json
 import re
@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert import BERT, BERTConfig
+from bert import BERT, BERTConfig, EncoderConfig
 from bpe import Tokenizer
-from data import similar
 from data.encoding import CLS, PAD, SEP, SPECIAL
-from data.similar import SimilarPairs
 from data.tables import Row, TableCorpus
+from tasks import similar
+from tasks.similar import Data, SampleFlags, Similarity
 from wordpiece import WordPiece
 
 WORDS = "sun moon star naïve déjà 7 42 x2 über-fast don't [SEP] (see) Ahoy".split(" ")  # noqa: SIM905
@@ -66,12 +66,12 @@ def splits(rows=None, valid=None, tokenizer=BPE, block_size=T, **flags) -> tuple
     base = {"seed": 1, "eval_tokens": 0, "row_length": 0, "cache_dir": "cache", "tokenizer": ""}
     base |= {"data": "train.jsonl", "valid": "" if valid == "" else "valid.jsonl"}
     config = SimpleNamespace(**{**base, "pattern": "gpt2", **flags})
-    return SimilarPairs.splits(config, {"vocab_size": 330, "block_size": block_size}, tokenizer)
+    return Data.splits(config, {"vocab_size": 330, "block_size": block_size}, tokenizer)
 
 
-def direct(rows: list[Pair], split: str = "train", batch_size: int = 14, **more) -> SimilarPairs:
+def direct(rows: list[Pair], split: str = "train", batch_size: int = 14, **more) -> Data:
     """Without files."""
-    return SimilarPairs(corpus(rows), split, BPE, block_size=T, batch_size=batch_size, **more)
+    return Data(corpus(rows), split, BPE, block_size=T, batch_size=batch_size, **more)
 
 
 def corpus(rows: list[Pair]) -> TableCorpus:
@@ -79,12 +79,12 @@ def corpus(rows: list[Pair]) -> TableCorpus:
     return TableCorpus("x", "", "", {"train": table, "validation": table})
 
 
-def ids_of(data: SimilarPairs, text: str, room: int = T) -> tuple[int, ...]:
+def ids_of(data: Data, text: str, room: int = T) -> tuple[int, ...]:
     special, text = data.tokenizer.special_tokens, " ".join(text.split())
     return (special[CLS], *data.tokenizer.encode(f" {text}")[: room - 2], special[SEP])
 
 
-def read(data: SimilarPairs, batch: dict) -> list[tuple[tuple, tuple, bool]]:
+def read(data: Data, batch: dict) -> list[tuple[tuple, tuple, bool]]:
     """(ids of a, ids of b, whether it is asked for) of the rows of a batch."""
     B = len(batch["targets"])
     keep = batch.get("keep", torch.ones_like(batch["tokens"], dtype=torch.bool))
@@ -96,12 +96,12 @@ def read(data: SimilarPairs, batch: dict) -> list[tuple[tuple, tuple, bool]]:
     return list(zip(rows[:B], rows[B:], (batch["targets"] != -100).tolist(), strict=True))
 
 
-def epoch(data: SimilarPairs, number: int = 0) -> list[list[tuple]]:
+def epoch(data: Data, number: int = 0) -> list[list[tuple]]:
     steps = range(number * data.n_batches, (number + 1) * data.n_batches)
     return [read(data, data.batch(i)) for i in steps]
 
 
-def expected(data: SimilarPairs, rows: list[Pair]) -> Counter:
+def expected(data: Data, rows: list[Pair]) -> Counter:
     return Counter((ids_of(data, a), ids_of(data, b)) for a, b in rows)
 
 
@@ -206,7 +206,7 @@ def naive_groups(rows: list[tuple]) -> list[set]:
             return found
 
 
-def check(data: SimilarPairs, number: int = 0) -> int:
+def check(data: Data, number: int = 0) -> int:
     """The number of rows of an epoch that are not asked for; wrong ones fail."""
     batches = epoch(data, number)
     sets = naive_groups(list(chain.from_iterable(batches)))
@@ -274,7 +274,7 @@ def test_without_any_negative_it_says_so():
 # ---- validation ----------------------------------------------------------------------------------
 
 
-def search(data: SimilarPairs, vectors: dict) -> tuple[float, float]:
+def search(data: Data, vectors: dict) -> tuple[float, float]:
     """Recall and MRR with Python's loops: vectors maps what a text is to its vector."""
     found = [row for batch in epoch(data) for row in batch]
     sets = naive_groups(found)
@@ -294,7 +294,7 @@ def search(data: SimilarPairs, vectors: dict) -> tuple[float, float]:
     return hits / len(found), reciprocal / len(found)
 
 
-def predictions(data: SimilarPairs, vectors: dict, scale=None) -> dict:
+def predictions(data: Data, vectors: dict, scale=None) -> dict:
     out = {}
     for i, batch in enumerate(epoch(data)):
         texts = [(a, 0) for a, _, _ in batch] + [(b, 1) for _, b, _ in batch]
@@ -304,7 +304,7 @@ def predictions(data: SimilarPairs, vectors: dict, scale=None) -> dict:
     return out
 
 
-def drawn(data: SimilarPairs, draw, noise: float = 0.0, seed: int = 0) -> dict:
+def drawn(data: Data, draw, noise: float = 0.0, seed: int = 0) -> dict:
     """{(text, side): vector}: `draw` of what it means, and some noise."""
     random, found = np.random.default_rng(seed), [row for batch in epoch(data) for row in batch]
     vectors = {}
@@ -394,10 +394,10 @@ def test_texts_are_equal_if_the_model_reads_the_same():
     common beginning would make all texts one group."""
     uncased = WordPiece.train(["one two three four five six"] * 3, 60, min_frequency=1)
     rows = [("One", "two"), ("one", "three"), ("four", "TWO "), ("five", "six")]
-    data = SimilarPairs(corpus(rows), "train", uncased, block_size=T, batch_size=4)
+    data = Data(corpus(rows), "train", uncased, block_size=T, batch_size=4)
     assert len(set(data.group[:3])) == 1 and len(set(data.group)) == 2
     rows = [("\u200b", "six"), ("one", "five")]  # the first is nothing to it
-    empty = SimilarPairs(corpus(rows), "train", uncased, block_size=T, batch_size=4)
+    empty = Data(corpus(rows), "train", uncased, block_size=T, batch_size=4)
     assert len(empty.pairs[0][0]) == 2 and empty.pairs[0][0].dtype == np.int64
     cut = direct([("sun moon star", "x2"), ("sun moon 7", "42"), ("moon", "7")], row_length=4)
     assert len(set(cut.group)) == 3 and (cut.pairs[0][0] == cut.pairs[1][0]).all()
@@ -412,3 +412,84 @@ def test_a_bert_reads_the_batches():
         for row, (tokens, keep) in enumerate(zip(batch["tokens"], batch["keep"], strict=True)):
             alone = model.features(tokens[keep][None])[0]
             torch.testing.assert_close(together[row][keep], alone, rtol=1e-4, atol=1e-5)
+
+
+# ---- sample.py -----------------------------------------------------------------------------------
+
+
+def network() -> Similarity:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 26, "block_size": T}
+    model = Similarity(EncoderConfig(BPE.vocab_size, **sizes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def naive_nearest(model: Similarity, texts: list[str]) -> list[tuple[float, str]]:
+    rows = [[BPE.special_tokens[x] for x in (CLS, SEP)] for _ in texts]
+    for row, text in zip(rows, texts, strict=True):
+        row[1:1] = BPE.encode(f" {text}")[: T - 2]
+    with torch.no_grad():
+        vectors = [model(torch.tensor([row]))[0] for row in rows]
+    found = []
+    for i, a in enumerate(vectors):
+        others = [j for j in range(len(texts)) if j != i]
+        cosines = {j: float(torch.cosine_similarity(a, vectors[j], dim=0)) for j in others}
+        best = max(others, key=cosines.__getitem__)
+        found.append((cosines[best], texts[best]))
+    return found
+
+
+def test_a_run_shows_the_nearest_other_text_of_each(capsys):
+    model, data = network(), splits()[1]
+    blocks = similar.show(model, BPE, data, Path())
+    assert len(blocks) == 6
+    for text, block, (cosine, other) in zip(
+        data.prompts, blocks, naive_nearest(model, data.prompts), strict=True
+    ):
+        shown = re.fullmatch(r"(.*)\n-> (-?\d\.\d{3})  (.*)", block)
+        assert (shown[1], shown[3]) == (text, other)
+        assert float(shown[2]) == pytest.approx(cosine, abs=6e-4)
+    assert similar.alike(model, BPE, ["one"]) == ["1.000  one"]
+    assert similar.ask(data.prompts) == ("--similar", "queries.txt", "lines.txt")
+
+
+def test_sample_scores_embeds_or_compares(capsys):
+    model = network()
+    flags = {"row_length": 5, "batch_size": 14, "tokens_per_step": 14 * T, "gone": "a later flag"}
+    checkpoint = {"train_config": flags, "model_config": {"block_size": T}}
+    scored = []
+    run = {"checkpoint": checkpoint, "score": scored.append}
+    similar.sample(model, BPE, SampleFlags(eval="valid.jsonl"), **run)
+    (data,) = scored
+    want = splits(TRAIN, VALID, row_length=5)[1]
+    assert same(data.batch(0), want.batch(0)) and len(data.pairs) == len(VALID)
+    with pytest.raises(
+        ValueError, match=r"^--eval x\.tsv is no file here: name one as for --data$"
+    ):
+        similar.sample(model, BPE, SampleFlags(eval="x.tsv"), **run)
+    Path("a.txt").write_text("sun moon\nstar\n", encoding="utf-8")
+    similar.sample(model, BPE, SampleFlags(embed="a.txt", out="a.npy"), **run)
+    assert capsys.readouterr().out == "2 embeddings of 26 numbers: a.npy\n"
+    np.testing.assert_allclose(
+        np.load("a.npy"), similar.embed(model, BPE, ["sun moon", "star"], "mean", 1), atol=1e-5
+    )
+    similar.sample(model, BPE, SampleFlags(similar=("a.txt", "a.txt"), top=1), **run)
+    assert capsys.readouterr().out.splitlines() == [
+        *("sun moon", "  1.000  line 1: sun moon", "star", "  1.000  line 2: star")
+    ]
+    assert len(scored) == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"embed": "a", "eval": "b"}])
+def test_one_thing_is_asked_of_sample(given):
+    message = f"give one of --embed, --similar and --eval, not {len(given)}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        SampleFlags(**given)
+
+
+def test_the_shapes_of_the_plan_are_those_of_a_batch():
+    batch = splits()[0].batch(0)
+    shapes = similar.batch_shapes(None, None, *batch["tokens"].shape)
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == shapes

@@ -1,4 +1,4 @@
-"""data/masked.py, data/sentence_pairs.py, data/buckets.py: what BERT reads, through real files."""
+"""tasks/masked.py, data/sentence_pairs.py, data/buckets.py: what BERT reads, through real files."""
 
 import math
 import re
@@ -18,10 +18,9 @@ from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from data.buckets import evenly, evenly_within, pad_rows
 from data.encoding import CLS, MASK, PAD, SEP
-from data.masked import MaskedText, Masking
 from data.sentence_pairs import NEXT, RANDOM, fit
-from engine.config import MaskedConfig
 from engine.processes import Processes
+from tasks.masked import Data, Flags, Masking, batch_shapes
 from train import evaluate, gradients
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -76,10 +75,10 @@ def splits(data="words", valid="valid", *, nsp=True, block_size=T, vocab_size=30
     settings.setdefault("tokens_per_step", settings["batch_size"] * block_size)
     paths = {"data": f"{data}.txt", "valid": f"{valid}.txt", "cache_dir": "cache"}
     sizes = {"vocab_size": vocab_size, "block_size": block_size, "nsp": nsp}
-    return MaskedText.splits(MaskedConfig(**paths, **settings), sizes)
+    return Data.splits(Flags(**paths, **settings), sizes)
 
 
-def lettered() -> MaskedText:
+def lettered() -> Data:
     return splits("letters", pattern="char", vocab_size=4096)[0]
 
 
@@ -94,7 +93,7 @@ def kept(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return batch.get("keep", torch.ones_like(batch["tokens"], dtype=torch.bool))
 
 
-def rows_of(data: MaskedText, batch: dict[str, torch.Tensor]) -> list[Row]:
+def rows_of(data: Data, batch: dict[str, torch.Tensor]) -> list[Row]:
     """Of a batch; none of a micro-batch that is not to be counted. Checks what holds for all."""
     special, keep = data.tokenizer.special_tokens, kept(batch)
     tokens, positions, targets = (batch[k] for k in ("tokens", "mlm_positions", "mlm_targets"))
@@ -118,17 +117,17 @@ def rows_of(data: MaskedText, batch: dict[str, torch.Tensor]) -> list[Row]:
     return rows
 
 
-def epochs(data: MaskedText, number: int = 1, first: int = 0) -> list[Row]:
+def epochs(data: Data, number: int = 1, first: int = 0) -> list[Row]:
     steps = range(first * data.n_batches, (first + number) * data.n_batches)
     return [row for i in steps for row in rows_of(data, data.batch(i))]
 
 
-def parts(data: MaskedText, row: Row) -> tuple[str, str]:
+def parts(data: Data, row: Row) -> tuple[str, str]:
     end = row.ids.index(data.rows.border)
     return tuple(data.tokenizer.decode(list(x)) for x in (row.ids[1:end], row.ids[end + 1 : -1]))
 
 
-def chunks_of(data: MaskedText, number: int = 1, first: int = 0) -> list[int]:
+def chunks_of(data: Data, number: int = 1, first: int = 0) -> list[int]:
     """Which chunk each of the rows of `epochs` is."""
     steps = range(first * data.n_batches, (first + number) * data.n_batches)
     found = [data.buckets.batch(i) for i in steps]
@@ -226,7 +225,7 @@ def test_every_epoch_and_seed_masks_divides_and_labels_anew(folder):
     assert sum(parts(train, one[c])[0] == parts(train, two[c])[0] for c in one) < 0.7 * len(one)
 
 
-def word_of_each(data: MaskedText, ids: tuple[int, ...]) -> list[tuple[int, int] | int]:
+def word_of_each(data: Data, ids: tuple[int, ...]) -> list[tuple[int, int] | int]:
     """For each token, the run of letters and digits (in the bytes of the row) that it is part of,
     or where it has none, its own place."""
     text = [data.tokenizer.bytes_of[i] if i < 286 else b"\n" for i in ids]
@@ -518,3 +517,24 @@ def test_describe_counts_what_is_there_and_a_limited_evaluation_is_evenly_spaced
         assert len(epochs(some)) == wanted and set(epochs(some)) <= set(rows)
         assert some.describe().startswith(f"{wanted} ") and limited.describe() == train.describe()
         assert (f", evenly spaced among {n}, " in some.describe()) == (wanted < n)
+
+
+@BOTH
+def test_the_shapes_of_the_plan_are_those_of_batches(folder, nsp):
+    train, config = splits(nsp=nsp)[0], BERTConfig(vocab_size=300, block_size=T, nsp=nsp)
+    for batch in map(train.batch, range(train.n_batches)):
+        (B, length), keep = batch["tokens"].shape, {"keep": kept(batch)} if nsp else {}
+        found = {name: tuple(tensor.shape) for name, tensor in {**batch, **keep}.items()}
+        shapes = batch_shapes(Flags(), config, B, length)
+        # Special tokens and padding are never asked for, and each row rounds up by one at most.
+        (asked,), (most,) = found.pop("mlm_targets"), shapes.pop("mlm_targets")
+        assert found.pop("mlm_positions") == (asked,) and shapes.pop("mlm_positions") == (most,)
+        assert 0.5 * most <= asked <= most + B and most == max(1, round(0.15 * B * length))
+        assert found == shapes
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, math.nan])
+def test_a_share_of_the_tokens_is_less_than_all_and_more_than_none(rate):
+    message = f"--mlm_rate {rate} is out of range: choose more than 0, but less than 1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Flags(mlm_rate=rate)
