@@ -10,7 +10,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
-import convert
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from chunks import PATTERNS
@@ -18,6 +17,7 @@ from data.masked import SPECIAL
 from data.tokens import END_OF_TEXT
 from engine import checkpoint as checkpoints
 from engine.config import CONFIGS
+from engine.hub.importing import import_model
 from engine.hub.mapping import their_settings, to_ours
 from engine.hub.tokenizer_files import tokenizer_json
 from model import GPT, GPTConfig
@@ -91,7 +91,7 @@ def save_theirs(theirs: nn.Module, folder: Path, tokenizer: Tokenizer, task: str
 
 
 def imported(folder: Path) -> tuple[nn.Module, dict, list[str]]:
-    checkpoint, lines = convert.import_model(str(folder))
+    checkpoint, lines = import_model(str(folder))
     model, _ = checkpoints.restore(folder, checkpoint)
     return model.eval(), checkpoint, lines
 
