@@ -10,13 +10,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
-import convert
 from bert import BERT, BERTConfig
 from bpe import PATTERNS, Tokenizer
 from data.encoding import SPECIAL
 from data.tokens import END_OF_TEXT
 from engine import checkpoint as checkpoints
 from engine.config import CONFIGS
+from engine.hub.importing import import_model
 from engine.hub.mapping import their_settings, to_ours
 from engine.hub.tokenizer_files import tokenizer_json
 from model import GPT, GPTConfig
@@ -90,7 +90,7 @@ def save_theirs(theirs: nn.Module, folder: Path, tokenizer: Tokenizer, task: str
 
 
 def imported(folder: Path) -> tuple[nn.Module, dict, list[str]]:
-    checkpoint, lines = convert.import_model(str(folder))
+    checkpoint, lines = import_model(str(folder))
     model, _ = checkpoints.restore(folder, checkpoint)
     return model.eval(), checkpoint, lines
 

@@ -35,6 +35,8 @@ import sample
 from bert import BERT, BERTConfig
 from data.tokens import END_OF_TEXT
 from decoding import beam_search, write
+from engine.hub.exporting import export_model
+from engine.hub.importing import import_model
 from engine.hub.mapping import our_config, rows, their_settings, to_ours, to_theirs
 from model import GPTConfig
 from seq2seq import Seq2SeqConfig
@@ -87,7 +89,7 @@ def test_an_exported_model_is_the_same_function(
 @pytest.mark.parametrize("name", OURS)
 def test_out_and_in_again_changes_no_bit(name, tmp_path, tokenizers):
     ours = save_ours(name, tmp_path / "best.pt", tokenizers[name])
-    convert.export_model(tmp_path / "best.pt", tmp_path / "there")
+    export_model(tmp_path / "best.pt", tmp_path / "there")
     again, checkpoint, _ = imported(tmp_path / "there")
     assert again.state_dict().keys() == ours.state_dict().keys()
     for key, tensor in ours.state_dict().items():
@@ -223,7 +225,7 @@ def test_what_is_derived_may_be_there_and_must_be_right(name, derived, tmp_path,
     for changed in (*more, wrong[None], torch.zeros(3)):
         put_tensors(folder, {**tensors, derived: changed})
         with pytest.raises(ValueError, match=rf"wrong: {derived} is not "):
-            convert.import_model(str(folder))
+            import_model(str(folder))
 
 
 def described(tensors: dict[str, torch.Tensor]):
@@ -246,7 +248,7 @@ def test_norms_of_the_oldest_bert_files_are_gamma_and_beta(tmp_path, tokenizers)
     norm = "bert.embeddings.LayerNorm"
     put_tensors(folder, renamed | {f"{norm}.weight": tensors[f"{norm}.weight"]})
     with pytest.raises(ValueError, match=r"double: .*LayerNorm"):
-        convert.import_model(str(folder))
+        import_model(str(folder))
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -1,32 +1,27 @@
-"""How Hugging Face writes our three families: for each, one table of settings and one of tensors.
+"""How Hugging Face writes our models: for each task, one table of settings and one of tensors.
 
-The same rows serve both directions. What is not in a table does not pass: a setting that we do not
-have must have the value we compute with, and a tensor that is missing, too many or of another
-shape is an error that lists all of them.
+Import and export read the same rows. What is not in a table is refused: a setting that we do not
+have must have the value that we compute with, and a tensor that is missing, surplus or of another
+shape is an error that lists all of them. Models are named as "module:class" and imported when they
+are needed.
 
-Two things are more than names. GPT-2 keeps its matrices transposed, and q, k and v in one. Marian
-has all sines before all cosines where Seq2Seq has them in turn, so the whole residual stream of a
-trained model is in another order: whatever reads it, writes it or scales it is reordered.
+Two differences are more than names. GPT-2 stores its matrices transposed, and q, k and v in one.
+Marian has all sines before all cosines, Seq2Seq has them in turns; so the residual stream of a
+trained model is in another order, and every weight that reads, writes or scales it is reordered.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bert import BERT, SEGMENTS, BERTConfig, EncoderConfig
-from heads import (
-    AnswerConfig,
-    Answerer,
-    Classifier,
-    LabelConfig,
-    Similarity,
-    TagConfig,
-    Tagger,
-)
-from model import GPT, GPTConfig, causal_mask
-from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
+if TYPE_CHECKING:
+    from bert import BERTConfig, EncoderConfig
+    from model import GPTConfig
+    from seq2seq import Seq2SeqConfig
 
 Get = Callable[[str], Tensor]  # a tensor by Hugging Face's name
 
@@ -56,8 +51,7 @@ class Family(NamedTuple):
     title: str
     model_type: str
     architecture: str
-    Config: type
-    Model: type
+    pipeline: str  # what the hub's search calls the task
     settings: dict[str, tuple[str, Any]]  # theirs -> (ours, their default); None says nothing
     fixed: dict[str, tuple[Any, tuple]]  # theirs -> (their default, what we compute with)
     own: dict[str, Any]  # settings of ours that they have in this one value only
@@ -77,6 +71,8 @@ def same_as(name: str) -> Derived:
 
 
 def is_causal_mask(tensor: Tensor, get: Get, config: GPTConfig) -> bool:
+    from model import causal_mask
+
     T = config.block_size
     return tensor.shape == (1, 1, T, T) and torch.equal(tensor[0, 0].bool(), causal_mask(T, T))
 
@@ -91,6 +87,8 @@ def counts_up(tensor: Tensor, get: Get, config: BERTConfig) -> bool:
 
 
 def is_sinusoids(tensor: Tensor, get: Get, config: Seq2SeqConfig) -> bool:
+    from seq2seq import sinusoids
+
     T, C = config.block_size, config.n_embd
     if tensor.shape != (T, C):
         return False
@@ -106,8 +104,7 @@ GPT2 = Family(
     "GPT-2",
     "gpt2",
     "GPT2LMHeadModel",
-    GPTConfig,
-    GPT,
+    "text-generation",
     settings={
         "vocab_size": ("vocab_size", 50257),
         "n_positions": ("block_size", 1024),
@@ -175,8 +172,7 @@ BERT_FAMILY = Family(
     "BERT",
     "bert",
     "BertForPreTraining",
-    BERTConfig,
-    BERT,
+    "fill-mask",
     settings={
         "vocab_size": ("vocab_size", 30522),
         "max_position_embeddings": ("block_size", 512),
@@ -190,7 +186,7 @@ BERT_FAMILY = Family(
     },
     fixed={
         "hidden_act": ("gelu", ("gelu",)),
-        "type_vocab_size": (2, (SEGMENTS,)),
+        "type_vocab_size": (2, (2,)),
         "position_embedding_type": ("absolute", ("absolute",)),
         "is_decoder": (False, (False,)),
         "add_cross_attention": (False, (False,)),
@@ -231,8 +227,7 @@ MARIAN = Family(
     "Marian",
     "marian",
     "MarianMTModel",
-    Seq2SeqConfig,
-    Seq2Seq,
+    "translation",
     settings={
         "vocab_size": ("vocab_size", 58101),
         "decoder_vocab_size": ("vocab_size", None),
@@ -288,17 +283,19 @@ def is_pooler(tensor: Tensor, get: Get, config: EncoderConfig) -> bool:
 
 
 def with_head(
-    architecture: str, Config: type, Model: type, *own: tuple[str, str, str], **fixed: tuple
+    architecture: str,
+    pipeline: str,
+    *own: tuple[str, str, str],
+    **fixed: tuple,
 ) -> Family:
-    """An encoder with the head of a task that it was fine-tuned for; own: the head's modules. Files
-    of older versions have a pooler even where nothing uses it."""
+    """An encoder that was fine-tuned, with the modules of its head, `own`. Files of older versions
+    have a pooler even where nothing uses it."""
     pooler = Derived("a pooler, which nothing uses", is_pooler)
     unused = {f"{POOLER[0]}.{part}": pooler for part in ("weight", "bias")}
     return BERT_FAMILY._replace(
         title=architecture,
         architecture=architecture,
-        Config=Config,
-        Model=Model,
+        pipeline=pipeline,
         fixed=BERT_FAMILY.fixed | fixed,
         heads=("classifier.", "qa_outputs."),
         modules=(*ENCODER_MODULES, *own),
@@ -313,18 +310,33 @@ FAMILIES = {
     "seq2seq": MARIAN,
     "classify": with_head(
         "BertForSequenceClassification",
-        LabelConfig,
-        Classifier,
+        "text-classification",
         POOLER,
         HEAD,
         problem_type=(None, (None, "single_label_classification")),
     ),
-    "tag": with_head("BertForTokenClassification", TagConfig, Tagger, HEAD),
-    "answer": with_head(
-        "BertForQuestionAnswering", AnswerConfig, Answerer, ("qa_outputs", "head", "plain")
+    "tag": with_head(
+        "BertForTokenClassification",
+        "token-classification",
+        HEAD,
     ),
-    "similar": with_head("BertModel", EncoderConfig, Similarity),
+    "answer": with_head(
+        "BertForQuestionAnswering",
+        "question-answering",
+        ("qa_outputs", "head", "plain"),
+    ),
+    "similar": with_head("BertModel", "feature-extraction"),
     "complete": GPT2,
 }
-# model_type -> the task of pretraining, which is also that of a file without a head of the others.
+# model_type -> the task of pretraining, which is also that of a file with none of the other heads.
 BASES = {"gpt2": "gpt", "bert": "bert", "marian": "seq2seq"}
+
+
+def family_of(task: str) -> Family:
+    """Raises ValueError for a task of which Hugging Face has no form that we know."""
+    if task not in FAMILIES:
+        raise ValueError(
+            f"the task {task!r} is not known to Hugging Face's formats: only "
+            f"{', '.join(FAMILIES)} are"
+        )
+    return FAMILIES[task]

@@ -1,7 +1,7 @@
 """One of our models as Hugging Face writes it, and back, by the tables of `families.py`.
 
-Both directions read the same rows, so that what goes out comes in again. A wrong setting is named;
-missing, surplus and misshapen tensors are listed in one error, before any of them is read.
+Both directions read the same rows, so what is exported can be imported again. A wrong setting is
+named; missing, surplus and misshapen tensors are listed in one error, before any of them is read.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.hub.families import BASES, FAMILIES, KINDS, Family, Get, stream_order
-from entities import split_tag
-from seq2seq import ACTIVATIONS
+import tasks
+from engine.hub.families import BASES, FAMILIES, KINDS, Family, Get, family_of, stream_order
 
-# The largest sizes that are believed: beyond all published models of these families.
+# The largest sizes that are accepted: beyond all published models of these families.
 LIMITS = {
     "vocab_size": 2**24,
     "block_size": 2**20,
@@ -30,9 +29,9 @@ LIMITS = {
 
 
 def our_config(settings: dict) -> tuple[str, Any]:
-    """What config.json says -> (task, our config). Raises ValueError, with its name, for a setting
-    that we do not compute with and for a size that cannot be. BERT's nsp and Marian's output_bias
-    are for `to_ours` to find.
+    """What config.json says -> (task, our config). Raises ValueError, with the setting's name, for
+    a setting that we do not compute with or a size that cannot be. `to_ours` finds BERT's nsp and
+    Marian's output_bias.
     """
     task = BASES.get(str(settings.get("model_type")))
     if task is None:
@@ -57,6 +56,8 @@ def our_config(settings: dict) -> tuple[str, Any]:
             fits = type(value) is int and 1 <= value <= LIMITS[ours]
             wanted = f"an integer from 1 to {LIMITS[ours]:,}"
         elif ours == "activation":
+            from seq2seq import ACTIVATIONS
+
             value = "silu" if value == "swish" else value  # its older name
             fits, wanted = value in tuple(ACTIVATIONS), f"swish, {', '.join(ACTIVATIONS)}"
         else:
@@ -75,16 +76,18 @@ def our_config(settings: dict) -> tuple[str, Any]:
     if task == "classify" and len(found["labels"]) < 2:
         raise ValueError("a single label is a regression, which is not supported")
     if task == "tag":
+        from entities import split_tag
+
         for label in found["labels"]:
-            split_tag(label)  # which refuses what is neither O nor B-TYPE, I-TYPE, …
+            split_tag(label)  # ValueError unless it is O, B-TYPE, I-TYPE, …
     for name, task_of in (("pairs", "classify"), ("may_abstain", "answer")):
         if task == task_of and type(settings.get(name, False)) is bool:
             found[name] = settings.get(name, False)
-    return task, family.Config(**found)
+    return task, tasks.network(task).Config(**found)
 
 
 def labels_of(settings: dict) -> tuple[str, ...]:
-    """What id2label says, {"0": "no", "1": "yes"} for one; where it is missing, they are two."""
+    """What id2label says, {"0": "no", "1": "yes"} for example; without it there are two labels."""
     names = settings.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     found = list(names.values()) if isinstance(names, dict) else []
     if (
@@ -101,7 +104,7 @@ def labels_of(settings: dict) -> tuple[str, ...]:
 def their_settings(task: str, config: Any) -> dict:
     """Our config -> what config.json says of the model, without the ids of tokens. Raises
     ValueError for a model that Hugging Face's class cannot be."""
-    family = FAMILIES[task]
+    family = family_of(task)
     if any(getattr(config, name) != value for name, value in family.own.items()):
         ours = " and ".join(f"{name}={getattr(config, name)}" for name in family.own)
         raise ValueError(f"Hugging Face has no {family.title} with {ours}")
@@ -110,7 +113,7 @@ def their_settings(task: str, config: Any) -> dict:
     if hasattr(config, "labels"):
         settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
         settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
-    # They have no such settings, and keep them: so what goes out comes in again.
+    # Settings of ours that their classes ignore but keep, so that they can be imported again.
     settings |= {
         name: vars(config)[name] for name in ("pairs", "may_abstain") if name in vars(config)
     }
@@ -135,7 +138,7 @@ def numbered(name: str, layers: int) -> list[str]:
 
 
 def rows(task: str, config: Any) -> list[Row]:
-    """The table of a model of these sizes, tensor by tensor."""
+    """The table of a model of these sizes, one row for each tensor."""
     found = []
     for theirs, ours, kind in FAMILIES[task].modules:
         if task == "bert" and not config.nsp and ours in ("pooler", "nsp_head"):
@@ -150,9 +153,9 @@ def rows(task: str, config: Any) -> list[Row]:
 
 
 def canonical(family: Family, names: Mapping[str, Any]) -> dict[str, str]:
-    """{the table's name: the file's}. Encoders without heads leave the prefix out, and the oldest
-    files of BERT call a norm's weight gamma and its bias beta. Raises ValueError for names that
-    mean the same."""
+    """{name in the table: name in the file}. Encoders without heads leave the prefix out, and the
+    oldest files of BERT call the weight of a norm gamma and its bias beta. Raises ValueError if two
+    names mean the same tensor."""
     prefix = "" if any(name.startswith(family.prefix) for name in names) else family.prefix
     found, twice = {}, []
     for name in names:
@@ -167,7 +170,7 @@ def canonical(family: Family, names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse(family: Family, wrong: dict[str, list[str]]) -> None:
-    """Raises ValueError if anything is listed: all of it, but no more than 20 of a kind."""
+    """Raises ValueError if any name is listed; it says all of them, but at most 20 of a kind."""
     parts = []
     for kind, names in wrong.items():
         rest = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
@@ -182,11 +185,11 @@ def to_ours(
 ) -> tuple[Any, dict[str, Tensor], list[str]]:
     """Their tensors -> (our config, our state, names of ours that the file does not have).
 
-    `shapes` are all that the file holds, `get` reads one of them by its name there. Only BERT may
-    lack something: without pooler and its head it has nsp=False, and a head that the file lacks is
-    told. Marian has an output bias if the file's is not zero. Raises ValueError that lists every
-    missing, surplus or misshapen tensor, before any but that bias is read, or all that are not what
-    they should be derived from.
+    `shapes` has all tensors of the file, `get` reads one by its name there. Only BERT may lack
+    some: without the pooler and its head it has nsp=False, and the names of a missing head are
+    returned. Marian has an output bias if that of the file is not zero. Raises ValueError, which
+    lists every missing, surplus or misshapen tensor before any but that bias is read, or else all
+    derived tensors that do not have the values they should.
     """
     family, names = FAMILIES[task], canonical(FAMILIES[task], shapes)
     absent: set[str] = set()
@@ -201,7 +204,7 @@ def to_ours(
         one_row = bias is not None and tuple(shapes[bias]) == (1, config.vocab_size)
         config = replace(config, output_bias=one_row and bool(get(bias).any()))
     with torch.device("meta"):
-        state = family.Model(config).state_dict()
+        state = tasks.network(task)(config).state_dict()
     wanted, table = {}, rows(task, config)
     for row in table:
         first, *rest = (state[name].shape for name in row.ours)
@@ -247,7 +250,7 @@ def to_ours(
 
 
 def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state, whole -> their tensors, those that are tied or derived left out."""
+    """Our whole state -> their tensors, without those that are tied or derived."""
     found = {}
     for row in rows(task, config):
         joined = torch.cat([state[name] for name in row.ours])
@@ -259,7 +262,7 @@ def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, 
 
 
 def turned(tensor: Tensor, how: str, back: bool = False) -> Tensor:
-    """What Row.how says, from theirs to ours, or back."""
+    """The tensor changed as Row.how says, from theirs to ours, or back."""
     if how == "transposed":
         return tensor.t()
     if how == "row":

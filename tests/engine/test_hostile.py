@@ -31,7 +31,6 @@ from conftest import ROOT, TOYS, write_labelled, write_pairs, write_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import average
 import convert
 import optim
 import sample
@@ -178,7 +177,7 @@ COMMANDS = {
     },
     "import": Command(convert.main, ["import", "theirs", "--out=new/gpt.pt"]),
     "export": Command(convert.main, ["export", "out/gpt/best.pt", "--to=new"]),
-    "average": Command(average.main, ["--run=out/gpt", "--last=2"]),
+    "average": Command(convert.main, ["average", "--run=out/gpt", "--last=2"]),
     "bench": Command(
         bench.main, ["--only=translate", "--checkpoint=out/seq2seq/best.pt", "--repeats=2"]
     ),

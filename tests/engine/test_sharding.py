@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from several import DIVIDES_ON_CPU, FAMILIES, GPT_RUN, HALF
 from test_train import Payload, assert_equal, flatten, losses, no_autocast, torchrun
 
-import average
+import convert
 import sample
 import train
 from engine import checkpoint as checkpoints
@@ -202,7 +202,7 @@ def test_parts_are_one_checkpoint_for_every_reader(runs, capsys):
     assert_equal(checkpoints.load(Path("parts/previous.pt"))["model"], whole["model"])
     model, _, _ = sample.load_model(Path("parts/best.pt"), torch.device("cpu"))
     assert_equal(model.state_dict(), whole["model"])  # the last evaluation was the best one
-    average.main(["--run=parts"])
+    convert.main(["average", "--run=parts"])
     mean = checkpoints.load(Path("parts/average.pt"))["model"]
     two, three = (checkpoints.load(Path(f"parts/step-000000{n}.pt"))["model"] for n in (2, 3))
     for name, tensor in mean.items():

@@ -1,4 +1,4 @@
-"""tasks/translation.py and average.py: batched beside one by one, cached beside uncached, the
+"""tasks/translation.py and averaging: batched beside one by one, cached beside uncached, the
 command line, and whole runs of the encoder-decoder."""
 
 import io
@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import TOY_PAIRS, peer
 
-import average
+import convert
 import sample
 import train
 from bpe import GPT2_PATTERN, Tokenizer
@@ -290,7 +290,7 @@ def test_the_mean_of_the_last_checkpoints(trained, toy_pairs, capsys):
     folder = toy_pairs / "out/run"
     paths = sorted(folder.glob("step-*.pt"))
     assert [p.name for p in paths] == ["step-0000001.pt", "step-0000002.pt"]
-    average.main(["--run=out/run"])
+    convert.main(["average", "--run=out/run"])
     first, second, mean = (checkpoints.load(p) for p in [*paths, folder / "average.pt"])
     for name, weight in mean["model"].items():
         torch.testing.assert_close(weight, (first["model"][name] + second["model"][name]) / 2)
@@ -306,8 +306,8 @@ def test_a_mean_needs_two_checkpoints_of_one_run(trained, toy_pairs):
         (["--run=out/run", "--last=1"], r"--last 1 is no mean"),
     ):
         with pytest.raises(ValueError, match=message):
-            average.main(flags)
+            convert.main(["average", *flags])
     other = checkpoints.load(toy_pairs / "out/run/step-0000001.pt")
     checkpoints.save(toy_pairs / "out/run/step-0000001.pt", {**other, "data": "0" * 64})
     with pytest.raises(ValueError, match=r"differ in data: average one run's only"):
-        average.main(["--run=out/run"])
+        convert.main(["average", "--run=out/run"])

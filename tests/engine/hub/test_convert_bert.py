@@ -29,6 +29,8 @@ from data.encoding import MASK, SEP, assemble, encode_text
 from data.sentences import open_sentences
 from data.tokens import tokenize, tokenizer_from_json
 from engine import checkpoint as checkpoints
+from engine.hub.importing import import_model
+from engine.hub.tokenizer_files import read_tokenizer
 from tasks.masked import Masking, encode_prompt
 from tasks.similar import embed
 from wordpiece import SPECIAL, WordPiece
@@ -143,7 +145,7 @@ def test_files_of_2020_that_leave_the_type_out(tmp_path):
     state = json.loads(path.read_text(encoding="utf-8"))
     del state["model"]["type"]
     path.write_text(json.dumps(state), encoding="utf-8")
-    assert convert.read_tokenizer(tmp_path, "bert").tokens == tokenizer.tokens
+    assert read_tokenizer(tmp_path, "bert").tokens == tokenizer.tokens
     state["model"]["continuing_subword_prefix"] = "@@"
     path.write_text(json.dumps(state), encoding="utf-8")
     with pytest.raises(ValueError, match="continuing_subword_prefix"):
@@ -157,7 +159,7 @@ def test_wordpiece_in_a_checkpoint_is_checked_as_the_others(tmp_path):
     assert again.hash != wordpiece(True).hash
     random_theirs("bert").save_pretrained(tmp_path)
     put_tokenizer(tmp_path, tokenizer, "vocab.txt")
-    state, _ = convert.import_model(str(tmp_path))
+    state, _ = import_model(str(tmp_path))
     for text, message in (
         (state["tokenizer"].replace('"cat"', '"cow"'), "does not have the hash"),
         (state["tokenizer"].replace('"format": 1', '"format": 2'), "WordPiece tokenizer of format"),
@@ -240,7 +242,7 @@ def minilm() -> Path:
 def both(minilm):
     """(our model, our tokenizer, their model, their tokenizer)"""
     transformers = peer("transformers")
-    state, lines = convert.import_model(str(minilm))
+    state, lines = import_model(str(minilm))
     model, tokenizer = checkpoints.restore(minilm, state)
     assert model.config.n_layer == 6 and model.config.nsp and "nsp_head" in lines[2]
     theirs = transformers.BertModel.from_pretrained(minilm, attn_implementation="eager")

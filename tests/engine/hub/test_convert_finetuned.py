@@ -14,6 +14,7 @@ from bert import EncoderConfig
 from engine import checkpoint as checkpoints
 from engine.checkpoint import TASKS
 from engine.config import CONFIGS
+from engine.hub.importing import import_model
 from heads import AnswerConfig, LabelConfig, TagConfig
 
 LABELS = ("very bad", "so so", "good")
@@ -107,11 +108,11 @@ def test_a_tagger_of_an_old_version_has_a_pooler_that_nothing_uses(tmp_path):
     tensors, C = tensors_of(there), SIZES[4]
     pooler = {"bert.pooler.dense.weight": torch.ones(C, C), "bert.pooler.dense.bias": torch.ones(C)}
     put_tensors(there, tensors | pooler)
-    found, _ = convert.import_model(str(there))
+    found, _ = import_model(str(there))
     assert found["model"].keys() == ours.state_dict().keys()
     put_tensors(there, tensors | {"bert.pooler.dense.weight": torch.ones(C, C + 1)})
     with pytest.raises(ValueError, match=r"bert\.pooler\.dense\.weight is not a pooler"):
-        convert.import_model(str(there))
+        import_model(str(there))
 
 
 def test_a_tagger_whose_labels_are_no_tags_is_refused(tmp_path):
@@ -122,7 +123,7 @@ def test_a_tagger_whose_labels_are_no_tags_is_refused(tmp_path):
     said["id2label"] = {"0": "O", "1": "NOUN", "2": "VERB"}
     path.write_text(json.dumps(said), encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json: 'NOUN' is no tag"):
-        convert.import_model(str(tmp_path / "there"))
+        import_model(str(tmp_path / "there"))
 
 
 @pytest.mark.parametrize(
@@ -144,4 +145,4 @@ def test_wrong_labels_are_refused(change, message, tmp_path):
     said = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(said | change), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        convert.import_model(str(tmp_path / "there"))
+        import_model(str(tmp_path / "there"))

@@ -28,6 +28,7 @@ import sample
 import train
 from data.tokens import tokenizer_from_json
 from engine import checkpoint as checkpoints
+from engine.hub.importing import import_model
 from engine.hub.mapping import our_config, their_settings, to_ours, to_theirs
 from engine.losses import linear_cross_entropy
 from model import plain_cross_entropy
@@ -128,7 +129,7 @@ def test_a_bias_of_zeros_is_none(task_bias, tmp_path):
     for wrong in (torch.ones(5), torch.ones(2, ours.config.vocab_size), torch.ones(1, 5)):
         torch.save({**tensors, "final_logits_bias": wrong}, folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match="wrong: final_logits_bias is not one row"):
-            convert.import_model(str(folder))
+            import_model(str(folder))
 
 
 def test_settings_of_old_checkpoints_and_unknown_ones():
@@ -285,14 +286,14 @@ def test_ids_that_the_tokenizer_has_otherwise_are_refused(name, tmp_path):
     for value in (5, None, [0, 5], said["vocab_size"]):
         (folder / "config.json").write_text(json.dumps({**said, name: value}), encoding="utf-8")
         with pytest.raises(ValueError, match=rf"config\.json: {name}=.* the tokenizer has it as "):
-            convert.import_model(str(folder))
+            import_model(str(folder))
     left = {k: v for k, v in said.items() if k != name}  # then it is as in MarianConfig
     (folder / "config.json").write_text(json.dumps(left), encoding="utf-8")
     if name == "eos_token_id":
-        convert.import_model(str(folder))
+        import_model(str(folder))
     else:
         with pytest.raises(ValueError, match=rf"{name}=58100 is not supported"):
-            convert.import_model(str(folder))
+            import_model(str(folder))
 
 
 def test_ids_are_checked_with_our_own_tokenizers_too(tmp_path, tokenizers):
@@ -301,10 +302,10 @@ def test_ids_are_checked_with_our_own_tokenizers_too(tmp_path, tokenizers):
         theirs = random_theirs("seq2seq", **{name: 3})
         save_theirs(theirs, tmp_path / name, tokenizers["seq2seq"], "seq2seq")
         if name == "pad_token_id":
-            convert.import_model(str(tmp_path / name))
+            import_model(str(tmp_path / name))
             continue
         with pytest.raises(ValueError, match=f"{name}=3 is not supported"):
-            convert.import_model(str(tmp_path / name))
+            import_model(str(tmp_path / name))
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
@@ -313,7 +314,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     (folder / "vocab.json").write_text(json.dumps({**vocab, "x y": len(vocab)}), encoding="utf-8")
     with pytest.raises(ValueError, match=f"there: .* {len(vocab) + 1} tokens, the model only"):
-        convert.import_model(str(folder))
+        import_model(str(folder))
 
 
 def test_the_tensors_of_a_bias_are_one_row_there():

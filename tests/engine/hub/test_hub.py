@@ -601,7 +601,7 @@ def test_a_translator_comes_with_its_sentencepiece_models(hub):
     paths = [path.partition("?")[0] for method, _, path, _ in hub.requests if method == "GET"]
     asked = {path.rpartition("/")[2] for path in paths}
     assert {"source.spm", "target.spm", "vocab.json"} <= asked and "README.md" not in asked
-    found, _ = convert.import_model("there")
+    found, _ = import_model("there")
     again = checkpoints.load(Path("opus.pt"))
     assert again["tokenizer_hash"] == found["tokenizer_hash"]
     assert torch.equal(again["model"]["output_bias"], theirs.final_logits_bias[0])

@@ -19,11 +19,11 @@ from converting import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import convert
 from bert import BERT, BERTConfig
 from bpe import GPT2_PATTERN, Tokenizer
 from data.gpt2_files import read_gpt2_files
 from data.tokens import END_OF_TEXT
+from engine.hub.exporting import export_model
 from engine.hub.mapping import their_settings
 from engine.hub.tokenizer_files import from_tokenizer_json, read_tokenizer, tokenizer_json
 from tasks.masked import encode_prompt
@@ -140,7 +140,7 @@ def test_the_exported_tokenizer_feeds_the_exported_model(tmp_path, tokenizers):
     for name in ("gpt", "bert", "seq2seq"):
         folder = tmp_path / name
         ours = save_ours(name, tmp_path / "best.pt", tokenizers[name])
-        convert.export_model(tmp_path / "best.pt", folder)
+        export_model(tmp_path / "best.pt", folder)
         theirs = getattr(transformers, AUTO[name]).from_pretrained(folder).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         assert tokenizer.model_max_length == T

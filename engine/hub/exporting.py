@@ -1,0 +1,139 @@
+"""A checkpoint of ours -> the files that transformers loads, and a card that describes the run."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tasks
+from data.encoding import CLS, MASK, PAD, SEP
+from data.sentencepieces import END_PIECE, START_PIECE, UNK_PIECE, SentencePieces
+from data.tokens import END_OF_TEXT
+from engine import checkpoint as checkpoints
+from engine.evaluation import goal_of
+from engine.hub.families import BASES, family_of
+from engine.hub.mapping import their_settings, to_theirs
+from engine.hub.tokenizer_files import tokenizer_json
+from engine.hub.weights import safetensors
+from engine.logs import read_log
+from tasks.translation import start_and_end
+from wordpiece import UNK, WordPiece
+
+
+def export_model(path: Path, folder: Path) -> None:
+    """Writes what AutoModel… and AutoTokenizer.from_pretrained(folder) load, and a card. Raises
+    ValueError for a model that Hugging Face has no class for, and a folder that is not empty."""
+    checkpoint = checkpoints.load(path)
+    family = family_of(checkpoint["task"])
+    model, tokenizer = checkpoints.restore(path, checkpoint)
+    task, config, special = checkpoint["task"], model.config, tokenizer.special_tokens
+    kind = "PreTrainedTokenizerFast"
+    files = {"config.json": their_settings(task, config)}
+    base = BASES[family.model_type]
+    if base == "bert":
+        ids = {"pad_token_id": special[PAD]}
+        names = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
+        if isinstance(tokenizer, WordPiece):
+            names |= {"unk_token": UNK, "do_lower_case": tokenizer.lowercase}
+            kind = "BertTokenizer"
+    else:
+        start, end = start_and_end(tokenizer)
+        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": start}
+        if base == "seq2seq":
+            ids |= {"decoder_start_token_id": start, "forced_eos_token_id": None}
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        # Ids that are never generated: those that only pad the matrix, and the start token.
+        never = list(range(tokenizer.vocab_size, config.vocab_size))
+        never += [start] if start != end else []
+        limits = {"max_length": config.block_size, "suppress_tokens": never or None}
+        files["generation_config.json"] = {**ids, **limits}
+    files["config.json"] |= ids
+    if isinstance(tokenizer, SentencePieces):
+        names = {"eos_token": END_PIECE, "unk_token": UNK_PIECE, "pad_token": START_PIECE}
+        kind = "MarianTokenizer"
+    else:
+        files["tokenizer.json"] = tokenizer_json(tokenizer, base)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    files["tokenizer_config.json"] = {
+        "tokenizer_class": kind,
+        "model_max_length": config.block_size,
+        "clean_up_tokenization_spaces": False,
+        # GPT-2 would add the embeddings of token types, zeros, to the words: that of token 0.
+        "model_input_names": inputs if base == "bert" else inputs[::2],
+        **names,
+    }
+    with whole_folder(folder) as temporary:
+        if isinstance(tokenizer, WordPiece):
+            tokenizer.save(temporary / "vocab.txt")  # for programs that read no tokenizer.json
+        elif isinstance(tokenizer, SentencePieces):
+            tokenizer.save(temporary)
+        tensors = to_theirs(task, config, model.state_dict())
+        weights = temporary / "model.safetensors"
+        safetensors().torch.save_file(tensors, weights, metadata={"format": "pt"})
+        for name, content in files.items():
+            text = json.dumps(content, indent=2)
+            (temporary / name).write_text(text + "\n", encoding="utf-8")
+        # safetensors writes a file that only its owner may read: give it the others' permissions.
+        shutil.copymode(temporary / "config.json", weights)
+        text = card(folder.resolve().name, checkpoint, read_log(path.parent / "log.jsonl"))
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`: renamed to it at the end, or removed after an error."""
+    folder = Path(os.path.realpath(folder))
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is there and not an empty folder: choose another for --to")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# Settings that say where a run was computed, not what it computed.
+LOCAL = {"cache_dir", "out", "resume", "device", "dry_run", "stop_after", "minutes", "world"}
+LOCAL |= {"data", "valid", "init", "tokenizer"}  # paths: the card has their last names
+
+
+def card(name: str, checkpoint: dict, records: list[dict]) -> str:
+    """README.md: the data, sizes, settings and measured results of the run, in Markdown."""
+    task, train, step = checkpoint["task"], checkpoint["train_config"], checkpoint["step"]
+    family, sizes = family_of(task), checkpoint["model_config"]
+    where = ", ".join(Path(part).name for part in train["data"].split(",")) or "not recorded"
+    begun = f"It began with the weights of {Path(train['init']).name}. " if train["init"] else ""
+    last = [r for r in records if r["split"] == "validation" and r["step"] == step][-1:]
+    results = {k: v for r in last for k, v in r.items() if k not in ("split", "step")}
+    if math.isfinite(checkpoint["best"]):
+        name_of, figure = goal_of(tasks.task(task), checkpoint["best"])
+        results[f"best {name_of} of the run"] = figure
+    settings = {k: v for k, v in train.items() if k not in LOCAL and v not in ("", None)}
+    parts = [
+        f"---\nlibrary_name: transformers\npipeline_tag: {family.pipeline}\n---",
+        f"# {name}",
+        f"A {family.title} after {step:,} steps. {begun}Exported by `convert.py`.",
+        f"## Data\n\n{where}",
+        "## Results\n\nOn validation text, in nats per target where it is a loss.",
+        table(results) if results else "None were measured.",
+        "## Sizes",
+        table(sizes),
+        "## Training",
+        table(settings) if step else "None here.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(values: dict[str, Any]) -> str:
+    shown = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in values.items()}
+    lines = [f"| {k} | {v.replace('|', '/')} |" for k, v in shown.items()]
+    return "\n".join(["| | |", "|-|-|", *lines])

@@ -1,0 +1,102 @@
+"""Hugging Face's files -> a checkpoint of ours.
+
+A tokenizer, a weight or a setting that we would not compute with exactly is refused.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import tasks
+from data.tokens import AnyTokenizer
+from engine import checkpoint as checkpoints
+from engine.hub.families import BASES, FAMILIES
+from engine.hub.mapping import our_config, to_ours
+from engine.hub.tokenizer_files import read_json, read_tokenizer
+from engine.hub.weights import CONFIG, files_of, open_weights
+from model import count_parameters
+from tasks.translation import start_and_end
+
+
+def import_model(source: str) -> tuple[dict, list[str]]:
+    """(the checkpoint, lines that say what was found). One can sample from it, train from it with
+    --init and export it, but not resume it, because it has no optimizer state. All weights become
+    float32. Raises ValueError for what is missing, damaged or not supported."""
+    folder = files_of(source)
+    path = folder / CONFIG
+    settings = read_json(path)
+    try:
+        task, config = our_config(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    shapes, get = open_weights(folder)
+    tokenizer = read_tokenizer(folder, BASES[FAMILIES[task].model_type])
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
+            f"{config.vocab_size:,}"
+        )
+    if task == "seq2seq":
+        check_ids(settings, tokenizer, path)
+    try:
+        config, state, fresh = to_ours(task, config, shapes, get)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    if not all(tensor.is_floating_point() for tensor in state.values()):
+        raise ValueError(f"{folder}: some weights are {', '.join(kinds)}, which is not supported")
+    Flags = tasks.task(task).Flags
+    with torch.device("meta"):  # initialising what is then replaced takes longer than reading it
+        model = tasks.network(task)(config)
+    state = {name: tensor.float() for name, tensor in state.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    torch.manual_seed(Flags.seed)
+    for name in sorted({name.rpartition(".")[0] for name in fresh}):  # of BERT alone
+        if name:
+            from bert import init_bert
+
+            init_bert(model.get_submodule(name).to_empty(device="cpu"))
+        else:
+            model.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+    # --resume would need these settings and refuses a run without them; --init does not read them.
+    train_config = Flags(model=task, data="", init=source, tokens_per_step=32 * config.block_size)
+    checkpoint = checkpoints.pack(
+        task,
+        model,
+        tokenizer,
+        train_config=train_config,
+        data="",
+        optimizer={},
+        step=0,
+        best=math.inf,
+        skipped=0,
+        fresh=fresh,
+    )
+    lines = [
+        f"{FAMILIES[task].title}, {count_parameters(model):,} parameters, {', '.join(kinds)}",
+        ", ".join(f"{name}={value}" for name, value in checkpoint["model_config"].items()),
+    ]
+    if fresh:
+        lines.append(f"not in the file, and freshly initialised: {', '.join(fresh)}")
+    if task == "bert" and not config.nsp:
+        lines.append("not in the file: pooler and next-sentence head; nsp=False does without them")
+    return checkpoint, lines
+
+
+def check_ids(settings: dict, tokenizer: AnyTokenizer, path: Path) -> None:
+    """Raises ValueError if config.json begins or ends a target with other tokens than we do."""
+    start, end = start_and_end(tokenizer)
+    # {setting: (Hugging Face's default, the token that we use)}
+    ids = {"decoder_start_token_id": (58100, start), "eos_token_id": (0, end)}
+    if (
+        start != end
+    ):  # Marian's padding is its start token; elsewhere padding is masked: any will do
+        ids["pad_token_id"] = (58100, start)
+    for name, (default, ours) in ids.items():
+        if settings.get(name, default) != ours:
+            raise ValueError(
+                f"{path}: {name}={settings.get(name, default)} is not supported, the tokenizer "
+                f"has it as {ours}"
+            )
