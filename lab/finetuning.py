@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,22 +24,23 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import optim
+import tasks
 from data.encoding import PAD
 from engine import checkpoint as checkpoints
 from engine import cli
-from engine.checkpoint import TASKS
-from engine.config import CONFIGS, divide_step
+from engine.config import divide_step, from_data, sizes_of
 from engine.evaluation import score
+from engine.hub.families import HEADS
 from engine.hub.peers import hugging_face_encoder, peer
 from engine.processes import Processes
 from finetune import take_weights
-from heads import LEARNT, label_sums, span_sums
+from heads import label_sums, span_sums
 from train import gradients
 
 
 @dataclass
 class BenchConfig:
-    model: str = "classify"  # classify, tag or answer
+    model: str = HEADS[0]  # classify, tag or answer
     init: str = ""  # the pretrained encoder, from convert.py
     data: str = ""  # as for train.py
     valid: str = ""  # as for train.py
@@ -55,9 +56,9 @@ class BenchConfig:
 class Theirs(nn.Module):
     """Their class behind our names, so that one evaluation serves both."""
 
-    def __init__(self, model: nn.Module, task: str):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.task = model, task
+        self.model = model
 
     def forward(
         self,
@@ -68,7 +69,7 @@ class Theirs(nn.Module):
     ) -> dict[str, Tensor]:
         keep = torch.ones_like(tokens) if keep is None else keep.long()
         out = self.model(input_ids=tokens, token_type_ids=segments, attention_mask=keep)
-        if self.task != "answer":
+        if "targets" in targets:
             logits, wanted = out.logits.float(), targets["targets"]
             loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="sum")
             return label_sums(loss, logits, wanted, self.training)
@@ -123,22 +124,21 @@ def load(config: BenchConfig) -> tuple[nn.Module, Theirs, object, object, int]:
     transformers = peer("transformers")
     if not transformers:
         raise ValueError("there is nothing to compare with: pip install transformers")
-    Config, Model, Data = TASKS[config.model]
+    task, Model = tasks.task(config.model), tasks.network(config.model)
     checkpoint = checkpoints.load(Path(config.init))
     tokenizer = checkpoints.restore_tokenizer(Path(config.init), checkpoint)
     said = {"data": config.data, "valid": config.valid, "row_length": config.row_length}
-    settings = CONFIGS[config.model](**said, seed=config.seed)
-    saved, known = checkpoint["model_config"], asdict(Config())
-    sizes = known | {k: v for k, v in saved.items() if k in known.keys() - set(LEARNT)}
+    settings = task.Flags(**said, seed=config.seed)
+    sizes = sizes_of(Model.Config, config.model, checkpoint)
     unit = sizes["block_size"]  # a step is a multiple of it
     settings.tokens_per_step = max(1, settings.tokens_per_step // unit) * unit
     settings.batch_size, _ = divide_step(settings, unit, 1)
-    train, valid = Data.splits(settings, sizes, tokenizer)
-    sizes |= {k: getattr(train, k) for k in LEARNT if k in known}
+    train, valid = task.Data.splits(settings, sizes, tokenizer)
+    sizes |= {name: getattr(train, name) for name in from_data(Model.Config)}
     torch.manual_seed(config.seed)
-    ours = Model(Config(**sizes))
+    ours = Model(Model.Config(**sizes))
     take_weights(ours, checkpoint["model"])
-    theirs = Theirs(hugging_face_encoder(transformers, ours, config.model), config.model)
+    theirs = Theirs(hugging_face_encoder(transformers, ours, config.model))
     return ours.train(), theirs.train(), train, valid, tokenizer.special_tokens[PAD]
 
 
@@ -208,8 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser("Fine-tuning beside the same encoder in Hugging Face's class.")
     cli.add_flags(parser, BenchConfig, "comparison")
     config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
-    if config.model not in ("classify", "tag", "answer"):
-        raise ValueError(f"--model {config.model} is not known: choose classify, tag, answer")
+    if config.model not in HEADS:
+        raise ValueError(f"--model {config.model} is not known: choose {', '.join(HEADS)}")
     limits = {"minutes": (0, 1e6), "rows": (1, 2**20), "lr": (0, 1e3), "row_length": (0, None)}
     cli.check_ranges(config, {**limits, "repeats": (2, 1000), "seed": (0, None)})
     if config.dtype not in ("fp32", "bf16"):

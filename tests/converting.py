@@ -10,12 +10,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
+import tasks
 from bert import BERT, BERTConfig
 from bpe import PATTERNS, Tokenizer
 from data.encoding import SPECIAL
 from data.tokens import END_OF_TEXT
 from engine import checkpoint as checkpoints
-from engine.config import CONFIGS
 from engine.hub.importing import import_model
 from engine.hub.mapping import their_settings, to_ours
 from engine.hub.tokenizer_files import tokenizer_json
@@ -99,7 +99,7 @@ def save_ours(name: str, path: Path, tokenizer: Tokenizer, **state) -> nn.Module
     Model, config = OURS[name]
     model, task = noisy(Model(config)), TASK[name]
     state = {"optimizer": {}, "step": 7, "best": 1.25, "skipped": 0, **state}
-    kept = CONFIGS[task](model=task, data="some/where/text.txt", lr=0.125)
+    kept = tasks.task(task).Flags(model=task, data="some/where/text.txt", lr=0.125)
     checkpoints.save(
         path, checkpoints.pack(task, model, tokenizer, train_config=kept, data="", **state)
     )

@@ -17,6 +17,7 @@ import torch.nn as nn
 from conftest import ROOT, TOY, TOY_BERT, TOY_PAIRS
 
 import sample
+import tasks
 import train
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
@@ -382,7 +383,7 @@ def test_several_losses_are_each_divided_by_their_own_count():
 def test_evaluation_does_not_depend_on_the_batch_size(toy, batch_size):
     config, sizes, _ = resolve([*TOY, f"--batch_size={batch_size}", "--tokens_per_step=384"])
     torch.manual_seed(0)
-    _, validation = train.TASKS["gpt"][2].splits(config, sizes)
+    _, validation = tasks.task("gpt").Data.splits(config, sizes)
     model = GPT(GPTConfig(**{**sizes, "vocab_size": 320}))
     nn.init.normal_(model.token_embedding.weight)
     report = train.evaluate(model, validation, ALONE, no_autocast)

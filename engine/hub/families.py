@@ -328,6 +328,7 @@ FAMILIES = {
     "similar": with_head("BertModel", "feature-extraction"),
     "complete": GPT2,
 }
+HEADS = ("classify", "tag", "answer")  # tasks for which their BERT has a class with a head
 # model_type -> the task of pretraining, which is also that of a file with none of the other heads.
 BASES = {"gpt2": "gpt", "bert": "bert", "marian": "seq2seq"}
 

@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.shards
+import tasks
 from bpe import END_OF_TEXT, Tokenizer
 from data.buckets import evenly
 from data.shards import LAYOUT, MAGIC, Origin, Tokens, open_shards, path_of, write_shards
 from data.text import open_corpus
 from data.tokens import tokenize
-from engine.config import TASKS, resolve
+from engine.config import resolve
 from tasks.text import Data
 
 ORIGIN = Origin("11" * 32, "22" * 32, "train")
@@ -365,7 +366,7 @@ def resident() -> int:
 @pytest.mark.usefixtures("toy_pairs")
 def test_no_data_grows_with_the_epochs(small):
     config, sizes, _ = resolve(small)
-    train, _ = TASKS[config.model][2].splits(config, sizes)
+    train, _ = tasks.task(config.model).Data.splits(config, sizes)
     n, held = train.tokens_per_epoch // train.tokens_per_batch, []
     tracemalloc.start()
     try:

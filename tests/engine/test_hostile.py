@@ -34,12 +34,12 @@ from hypothesis import strategies as st
 import convert
 import optim
 import sample
+import tasks
 import train
 from bpe import PATTERNS
 from data.layouts import LAYOUTS
 from engine import checkpoint as checkpoints
 from engine import cli
-from engine.checkpoint import TASKS
 from engine.presets import PRESETS
 from lab import bench, growth
 from lab import finetuning as bench_finetune
@@ -79,7 +79,15 @@ FILES = words(
     zero.txt new new.npy new.png new/a no/where.npy missing.txt . / .. ~ /dev/null /dev/zero"""
 )
 FILES += ["", 'it\'s "quoted".txt']
-CHOICES = [*optim.OPTIMIZERS, *optim.SCHEDULES, *PATTERNS, *LAYOUTS, *POOLINGS, *TASKS, *PRESETS]
+CHOICES = [
+    *optim.OPTIMIZERS,
+    *optim.SCHEDULES,
+    *PATTERNS,
+    *LAYOUTS,
+    *POOLINGS,
+    *tasks.TABLE,
+    *PRESETS,
+]
 CHOICES += words("cpu bf16 fp32 embeddings 0 1 2 gelu silu de-en a-b-c dates shakespeare wikitext")
 STRANGE = ["new\nline.txt", "bell\a.txt", "\x1b[31m.txt", "\udcff.txt"]  # good names of files
 ODD = [*STRANGE, "a\0b", "lone\ud800", "x" * 300, "x" * 5000, "a/" * 1500, "a" * 100_000, "\t"]

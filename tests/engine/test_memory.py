@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import model
+import tasks
 import train
 from engine import config as configs
 from engine import memory, plan
@@ -396,7 +397,7 @@ def test_a_plan_for_a_cpu_names_no_gpu():
     assert "the process, cpu, float32" in lines[0] and len(lines) == 6
 
 
-@pytest.mark.parametrize("task", configs.TASKS)
+@pytest.mark.parametrize("task", tasks.TABLE)
 def test_every_task_has_a_plan(task, capsys):
     small = ["--n_layer=1", "--n_embd=48", "--n_head=3", "--vocab_size=300", "--block_size=32"]
     train.main([f"--model={task}", "--dry_run", *small, "--world=2", "--tokens_per_step=8192"])

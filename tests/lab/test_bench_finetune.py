@@ -16,7 +16,7 @@ from lab.finetuning import Theirs, random_batches
 @pytest.mark.parametrize("task", ["classify", "tag", "answer"])
 def test_their_class_gives_our_sums(task):
     ours, batch = model_of(task).eval(), batch_of(task)
-    theirs = Theirs(hugging_face_encoder(peer("transformers"), ours, task), task).eval()
+    theirs = Theirs(hugging_face_encoder(peer("transformers"), ours, task)).eval()
     if task == "answer":  # -100 would be a place to them; here it is ours that decides
         batch |= {name: batch[name].clamp(min=0) for name in ("start_targets", "end_targets")}
     want, got = ours(**batch), theirs(**batch)

@@ -10,10 +10,9 @@ from test_convert_bert import wordpiece
 
 import convert
 import sample
+import tasks
 from bert import EncoderConfig
 from engine import checkpoint as checkpoints
-from engine.checkpoint import TASKS
-from engine.config import CONFIGS
 from engine.hub.importing import import_model
 from heads import AnswerConfig, LabelConfig, TagConfig
 
@@ -34,8 +33,8 @@ AUTO = {
 
 def saved(task: str, path):
     """A checkpoint as train.py writes it, of a model with random weights."""
-    model = noisy(TASKS[task][1](OURS[task]))
-    kept = CONFIGS[task](model=task, data="some/where/reviews.csv")
+    model = noisy(tasks.network(task)(OURS[task]))
+    kept = tasks.task(task).Flags(model=task, data="some/where/reviews.csv")
     state = {"optimizer": {}, "step": 7, "best": -0.875, "skipped": 0}
     packed = checkpoints.pack(task, model, wordpiece(), train_config=kept, data="", **state)
     checkpoints.save(path, packed)

@@ -21,6 +21,7 @@ from bpe import Tokenizer
 from engine import checkpoint as checkpoints
 from engine.config import TrainConfig
 from engine.hub.download import ETAG, follow, snapshot
+from engine.hub.importing import import_model
 from model import GPT, GPTConfig
 
 COMMIT, LATER = "c0ffee" + "0" * 34, "beef" + "0" * 36
