@@ -10,7 +10,9 @@ import torch
 import torch.nn as nn
 from test_data import windows
 
+import decoding
 from bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from engine.graphs import GPTSteps
 from model import GPT, GPTConfig
 from tasks import text
 from tasks.text import Data, Pick, SampleFlags, TextStream, complete, encode_prompt
@@ -120,6 +122,17 @@ def test_texts_of_a_batch_equal_one_by_one(temperature):
     together = complete(model, WORDS, prompts, config)
     assert together == [t for p in prompts for t in complete(model, WORDS, [p], config)]
     assert len(set(together)) == (4 if temperature == 0 else 12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steps_of_a_fixed_size_take_the_place_of_growing_caches(monkeypatch, temperature):
+    model, made = gpt(), []
+    flags = SampleFlags(temperature=temperature, max_new_tokens=20, num_samples=2)
+    want = complete(model, WORDS, ["to be ", "or"], flags)
+    monkeypatch.setattr(
+        decoding, "text_steps", lambda *args: made.append(GPTSteps(*args)) or made[0]
+    )
+    assert complete(model, WORDS, ["to be ", "or"], flags) == want and len(made) == 1
 
 
 def test_equal_seeds_give_equal_samples_and_others_do_not():

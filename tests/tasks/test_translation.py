@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import TOY_PAIRS, peer
 
 import average
+import decoding
 import sample
 import train
 from bpe import GPT2_PATTERN, Tokenizer
@@ -20,6 +21,7 @@ from data.tokens import END_OF_TEXT
 from decoding import beam_search, write
 from engine import checkpoint as checkpoints
 from engine.config import resolve
+from engine.graphs import StaticAdvance
 from engine.presets import PRESETS
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks import translation
@@ -84,6 +86,16 @@ def test_any_batch_gives_what_each_sentence_gives_alone(settings, batch_size):
     assert together == alone
     assert together[1] == together[5] == "" and together[0] == together[7]
     assert len(set(together)) > 4
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_steps_of_a_fixed_size_take_the_place_of_growing_caches(monkeypatch, beam):
+    model, made, flags = untrained(), [], SampleFlags(beam=beam, max_new_tokens=12, batch_size=3)
+    want = translate(model, BYTES, LINES, flags)
+    monkeypatch.setattr(
+        decoding, "pair_steps", lambda *args: made.append(StaticAdvance(*args)) or made[0]
+    )
+    assert translate(model, BYTES, LINES, flags) == want and len(made) == 1
 
 
 @pytest.mark.parametrize("beam", [1, 3, 5])
