@@ -45,8 +45,6 @@ PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass
 class Flags(TrainConfig):
-    """What the data of an encoder-decoder needs beside that."""
-
     data: str = "dates"  # dates, multi30k, wmt14, two files (train.en,train.de), or a .tsv
     valid: str = ""  # validation pairs in files, as for --data; empty: some of --data are held out
     languages: str = ""  # from-to, en-de for one; empty: the set's own, or files as they are given
@@ -163,7 +161,7 @@ def batch_shapes(flags: Flags, config, B: int, T: int) -> dict[str, tuple[int, .
 
 
 def start_and_end(tokenizer: AnyTokenizer) -> tuple[int, int]:
-    """The ids that a target is written behind and that it, as its source, ends with."""
+    """(id that a target begins with, id that source and target end with)."""
     end = tokenizer.special_tokens[END_OF_TEXT]
     return tokenizer.special_tokens.get(START, end), end
 
@@ -226,8 +224,8 @@ class SampleFlags:
 def make_advance(
     model: nn.Module, source: Tensor, source_keep: Tensor, target_len: int, vocab_size: int
 ) -> Advance:
-    """What `decoding.py` asks for the next logits. source (B, S) is read once; each call moves the
-    caches to where the rows went, and decodes one token for every row."""
+    """The function that `decoding.py` calls for the next logits. source (B, S) is read once; each
+    call moves the caches to where the rows went, and decodes one token for every row."""
     if source_keep.all():
         source_keep = None
     memory = model.encode(source, source_keep)
@@ -257,8 +255,8 @@ def translate_ids(
     flags: SampleFlags,
     static: Callable[[Tensor, Tensor, int], Advance] | None = None,
 ) -> list[list[int]]:
-    """One batch: source ids -> target ids, both without start and end token. `static`
-    is what `decoding.pair_steps` makes."""
+    """One batch: source ids -> target ids, both without start and end token. `static` is what
+    `decoding.pair_steps` makes."""
     device, block_size = next(model.parameters()).device, model.config.block_size
     start, end = start_and_end(tokenizer)
     wanted = [flags.max_new_tokens or len(ids) + 50 for ids in sources]  # 50: section 6.1 of 2017
@@ -293,10 +291,10 @@ def translate(
     bar: tqdm | None = None,
     first: int = 1,
 ) -> list[str]:
-    """The translations, in order: one for each line, and whatever the batch, that of the line
-    alone. Sentences of similar length share a batch. An empty line stays empty; of a line that is
-    longer than the model reads, the beginning is translated, and its number told (`first` is that
-    of lines[0])."""
+    """The translations, one for each line, in order. A line gets the translation that it would get
+    alone; sentences of similar length share a batch. An empty line stays empty. Of a line that is
+    longer than the model reads, the beginning is translated, and a note gives its number (`first`
+    is that of lines[0])."""
     ids, most = [tokenizer.encode(line.strip()) for line in lines], model.config.block_size - 1
     for number, tokens in enumerate(ids, first):
         if len(tokens) > most:
@@ -344,7 +342,7 @@ def score_translations(
     pairs: list[tuple[str, str]],
     flags: SampleFlags,
 ) -> list[str]:
-    """What `figures` says of the translations of all the pairs, and how long they took."""
+    """The lines of `figures` for the translations of all the pairs, and how long they took."""
     begin = time.perf_counter()
     with tqdm(total=len(pairs), unit="sentence", disable=None) as bar:
         hypotheses = translate(model, tokenizer, [source for source, _ in pairs], flags, bar)
@@ -356,8 +354,8 @@ def score_translations(
 
 
 def eval_pairs(flags: SampleFlags, train_config: dict) -> ParallelCorpus:
-    """What --eval names: a named set, of which "test" is asked for, or one's own files, whole.
-    The languages are those of --languages, else those of the training."""
+    """What --eval names: the test part of a named set, or all of one's own files. The languages are
+    those of --languages, or else those of the training."""
     languages = flags.languages
     if not languages and flags.eval in ("multi30k", "wmt14"):
         languages = train_config.get("languages", "")

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -19,7 +20,7 @@ from data.tables import Row, TableCorpus
 from data.tokens import END_OF_TEXT
 from engine.processes import Processes
 from model import GPT, GPTConfig
-from tasks import text
+from tasks import complete, text
 from tasks.complete import Data, encode_prompt, split_space
 from train import evaluate
 
@@ -398,3 +399,43 @@ def test_what_is_told():
     assert math.isfinite(train.report({"loss": 1e9}, {"loss": 1})["perplexity"])
     lengths = [len(row) for row in train.rows]
     assert any(a > b for a, b in pairwise(lengths))  # the rows stay in the order of the file
+
+
+# ---- what the engine calls -----------------------------------------------------------------------
+
+
+def test_eval_takes_all_rows_of_a_file_as_in_training():
+    model, scored = gpt(), []
+    trained = {"data": "train.jsonl", "valid": "", "row_length": 7, "eval_tokens": 20}
+    checkpoint = {
+        "train_config": {**trained, "model": "complete"},
+        "model_config": asdict(model.config),
+    }
+    flags = text.SampleFlags(eval="valid.jsonl")
+    complete.sample(model, BYTES, flags, checkpoint, scored.append)
+    assert len(scored[0].chosen) == 41 and scored[0].row_length == 7
+    assert scored[0].rule == "41 rows train, 41 validate (the given files)"
+    with pytest.raises(ValueError, match=r"--eval none.csv is no file here: name one as"):
+        complete.sample(model, BYTES, text.SampleFlags(eval="none.csv"), checkpoint, print)
+
+
+def test_prompts_are_printed_and_shown_as_training_read_them(monkeypatch, capsys):
+    model, given, generate = gpt(), [], text.generate
+    monkeypatch.setattr(
+        text, "generate", lambda *args, **more: given.append(args[1]) or generate(*args, **more)
+    )
+    flags = text.SampleFlags(prompt=["a "], max_new_tokens=4)
+    complete.sample(model, BYTES, flags, {}, print)
+    data = SimpleNamespace(prompts=["a ", f"b{END_OF_TEXT}"])
+    shown = complete.show(model, BYTES, data, None)
+    assert capsys.readouterr().out.startswith("a ")
+    assert given == [[[END, *b"a"]], [[END, *b"a"], [END, *b"b", *END_OF_TEXT.encode()]]]
+    pairs = zip(shown, data.prompts, strict=True)
+    assert all(block.startswith(prompt) for block, prompt in pairs)
+    assert complete.ask(data.prompts) == ("--prompt", "a ")
+
+
+def test_the_plan_knows_the_shapes_of_a_batch():
+    batch = splits()[0].batch(0)
+    want = complete.batch_shapes(None, None, *batch["tokens"].shape)
+    assert want == {k: tuple(v.shape) for k, v in batch.items()}

@@ -10,8 +10,11 @@ import torch
 import torch.nn as nn
 from test_data import windows
 
+import decoding
 from bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from engine.graphs import GPTSteps
 from model import GPT, GPTConfig
+from tasks import text
 from tasks.text import Data, Pick, SampleFlags, TextStream, complete, encode_prompt
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)}, GPT2_PATTERN, {END_OF_TEXT: 256})
@@ -121,6 +124,17 @@ def test_texts_of_a_batch_equal_one_by_one(temperature):
     assert len(set(together)) == (4 if temperature == 0 else 12)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steps_of_a_fixed_size_take_the_place_of_growing_caches(monkeypatch, temperature):
+    model, made = gpt(), []
+    flags = SampleFlags(temperature=temperature, max_new_tokens=20, num_samples=2)
+    want = complete(model, WORDS, ["to be ", "or"], flags)
+    monkeypatch.setattr(
+        decoding, "text_steps", lambda *args: made.append(GPTSteps(*args)) or made[0]
+    )
+    assert complete(model, WORDS, ["to be ", "or"], flags) == want and len(made) == 1
+
+
 def test_equal_seeds_give_equal_samples_and_others_do_not():
     model = gpt()
     one, two, three = (
@@ -210,3 +224,49 @@ def test_a_space_at_the_end_belongs_to_the_next_word():
     after = pick(torch.randn(1, 320).expand(20, -1).clone(), list(range(20))).tolist()
     assert not all(WORDS.decode_bytes([i]).startswith(b" ") for i in after)
     assert encode_prompt(WORDS, "to  ")[1] == encode_prompt(WORDS, "\n ")[1] == b""
+
+
+# ---- what the engine calls -----------------------------------------------------------------------
+
+
+def test_eval_takes_all_of_ones_own_text_and_a_named_ones_last_part(toy, monkeypatch):
+    model, tokenizer, scored = gpt(block_size=16), windows("toy.txt")[0].tokenizer, []
+    flags = SampleFlags(eval="toy.txt", cache_dir="cache", batch_size=2)
+    text.sample(model, tokenizer, flags, {}, scored.append)
+    everything = (toy / "toy.txt").read_text(encoding="utf-8")
+    want = [tokenizer.special_tokens[END_OF_TEXT], *tokenizer.encode(everything)]
+    assert scored[0].ids[:].tolist() == want
+    assert scored[0].batch(0)["tokens"].shape == (2, 16)
+    monkeypatch.setattr(text, "NAMES", ("toy.txt",))
+    text.sample(model, tokenizer, flags, {}, scored.append)
+    assert scored[1].ids[:].tolist() == windows("toy.txt")[1].ids[:].tolist() != want
+
+
+def test_prompts_are_printed_and_shown_with_their_continuations(capsys):
+    model, flags = gpt(), {"max_new_tokens": 9, "temperature": 0}
+    (one,) = complete(model, WORDS, ["to"], SampleFlags(**flags))
+    text.sample(model, WORDS, SampleFlags(prompt=["to"], **flags), {}, print)
+    assert capsys.readouterr().out == f"to{one}\n"
+    text.sample(model, WORDS, SampleFlags(prompt=["to", "to"], **flags), {}, print)
+    parts = [f"--- prompt {i}, sample 1\nto{one}\n" for i in (1, 2)]
+    assert capsys.readouterr().out == "".join(parts)
+    data = SimpleNamespace(prompts=["to be", ""])
+    texts = complete(model, WORDS, data.prompts, SampleFlags())
+    assert text.show(model, WORDS, data, None) == [f"to be{texts[0]}", texts[1]]
+
+
+def test_more_of_the_kind_is_asked_for_with_the_first_prompt():
+    assert text.ask(["to be", "or"]) == ("--prompt", "to be")
+    assert text.ask([]) == text.ask([""]) == ()
+
+
+def test_the_plan_knows_the_shapes_of_a_batch(toy):
+    batch = windows("toy.txt")[0].batch(0)
+    assert text.batch_shapes(None, None, 3, 8) == {k: tuple(v.shape) for k, v in batch.items()}
+
+
+def test_flags_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="--eval and --prompt are two things to do: give one"):
+        SampleFlags(eval="toy.txt", prompt=["to"])
+    with pytest.raises(ValueError, match=r"--top_p 1.5 is out of range: choose between 0 and 1"):
+        SampleFlags(top_p=1.5)

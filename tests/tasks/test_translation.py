@@ -4,6 +4,7 @@ command line, and whole runs of the encoder-decoder."""
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from conftest import TOY_PAIRS, peer
 
 import convert
+import decoding
 import sample
 import train
 from bpe import GPT2_PATTERN, Tokenizer
@@ -19,8 +21,10 @@ from data.tokens import END_OF_TEXT
 from decoding import beam_search, write
 from engine import checkpoint as checkpoints
 from engine.config import resolve
+from engine.graphs import StaticAdvance
 from engine.presets import PRESETS
 from seq2seq import Seq2Seq, Seq2SeqConfig
+from tasks import translation
 from tasks.translation import (
     SampleFlags,
     cross_attention,
@@ -82,6 +86,16 @@ def test_any_batch_gives_what_each_sentence_gives_alone(settings, batch_size):
     assert together == alone
     assert together[1] == together[5] == "" and together[0] == together[7]
     assert len(set(together)) > 4
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_steps_of_a_fixed_size_take_the_place_of_growing_caches(monkeypatch, beam):
+    model, made, flags = untrained(), [], SampleFlags(beam=beam, max_new_tokens=12, batch_size=3)
+    want = translate(model, BYTES, LINES, flags)
+    monkeypatch.setattr(
+        decoding, "pair_steps", lambda *args: made.append(StaticAdvance(*args)) or made[0]
+    )
+    assert translate(model, BYTES, LINES, flags) == want and len(made) == 1
 
 
 @pytest.mark.parametrize("beam", [1, 3, 5])
@@ -190,6 +204,45 @@ def test_cross_attention_is_what_the_layers_used():
         y = F.linear(y.transpose(0, 1).flatten(1), attention.proj.weight, attention.proj.bias)
         torch.testing.assert_close(y, out[0])
     assert not model.decoder[0].cross._forward_hooks
+
+
+# ---- what the engine calls -----------------------------------------------------------------------
+
+
+def test_a_named_set_is_scored_in_the_languages_of_the_training(toy_pairs, capsys, monkeypatch):
+    model, asked = untrained(), []
+    flags = SampleFlags(eval="toy.tsv", max_new_tokens=2, beam=1)
+    translation.sample(model, BYTES, flags, {"train_config": {"languages": "en-de"}}, None)
+    said = capsys.readouterr().out
+    assert said.startswith("toy.tsv: 240 pairs test (the given files); greedy\nexact match ")
+    monkeypatch.setattr(translation, "open_pairs", lambda *args, **more: asked.append(more))
+    for name, given in (("multi30k", ""), ("multi30k", "en-fr"), ("toy.tsv", "")):
+        flags = SampleFlags(eval=name, languages=given)
+        translation.eval_pairs(flags, {"languages": "en-de"})
+    assert [more["languages"] for more in asked] == ["en-de", "en-fr", ""]
+
+
+def test_prompts_and_lines_are_translated_and_shown(capsys, monkeypatch):
+    model, flags = untrained(), {"max_new_tokens": 6, "beam": 2}
+    want = translate(model, BYTES, ["a cat", "x"], SampleFlags(**flags))
+    translation.sample(model, BYTES, SampleFlags(prompt=["a cat", "x"], **flags), {}, None)
+    assert capsys.readouterr().out.splitlines() == want
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a cat\nx\n"))
+    translation.sample(model, BYTES, SampleFlags(**flags), {}, None)
+    assert capsys.readouterr().out.splitlines() == want
+    data = SimpleNamespace(prompts=["a cat"], texts=lambda: iter([("x", "y")] * 2001))
+    monkeypatch.setattr(translation, "score_translations", lambda m, t, pairs, f: [f.search])
+    first, last = translation.show(model, BYTES, data, None)
+    assert first == f"a cat\n-> {translate(model, BYTES, ['a cat'], SampleFlags())[0]}"
+    assert last == "2,000 validation pairs, greedy:\ngreedy"
+    assert translation.ask(["a cat", "x"]) == ("--prompt", "a cat") and translation.ask([]) == ()
+
+
+def test_the_plan_knows_the_shapes_of_a_batch():
+    shapes = translation.batch_shapes(None, None, 3, 8)
+    batch = {k: torch.ones(v, dtype=torch.bool if k.endswith("keep") else torch.long)
+             for k, v in shapes.items()}  # fmt: skip
+    assert untrained()(**batch)["loss"].isfinite() and set(shapes.values()) == {(3, 8)}
 
 
 # ---- runs, and the command line ------------------------------------------------------------------

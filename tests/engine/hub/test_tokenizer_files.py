@@ -43,7 +43,7 @@ def exported_tokenizer(tokenizer: Tokenizer, task: str, folder: Path, **config):
 
 
 def our_ids(tokenizer: Tokenizer, task: str, text: str) -> list[int]:
-    """As sample.py reads a text."""
+    """As sample.py reads a text for each family of models."""
     if task == "gpt":
         return tokenizer.encode(text, allowed_special="all")
     if task == "seq2seq":
