@@ -115,16 +115,10 @@ class Data(InBuckets):
     @classmethod
     def splits(cls, flags: Flags, sizes: dict, tokenizer: AnyTokenizer | None = None):
         """(train, validation); the vocabulary is learnt from the training text only."""
-        corpus = open_sentences(
-            flags.data,
-            Path(flags.cache_dir),
-            valid=flags.valid,
-            layout=flags.layout,
-            by_sentence=sizes["nsp"],
-        )
-        names = ("tokens_per_step", "mlm_rate", "whole_words", "row_length")
-        more = {"special_tokens": cls.special_tokens, "border": SEP, "nsp": sizes["nsp"]}
-        more |= settings(flags, sizes, *names)
+        nsp, place = sizes["nsp"], {"valid": flags.valid, "layout": flags.layout}
+        corpus = open_sentences(flags.data, Path(flags.cache_dir), by_sentence=nsp, **place)
+        more = settings(flags, sizes, "tokens_per_step", "mlm_rate", "whole_words", "row_length")
+        more |= {"special_tokens": cls.special_tokens, "border": SEP, "nsp": nsp}
         return both_splits(cls, corpus, flags, sizes, tokenizer, **more)
 
     def batch(self, i: int) -> dict[str, Tensor]:
