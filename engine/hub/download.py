@@ -19,7 +19,7 @@ def snapshot(name: str, files: Sequence[str], revision: str = "main") -> Path:
     Raises ValueError, which says what happened and what to do about it.
     """
     try:
-        import huggingface_hub
+        from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import HFValidationError
     except ImportError as error:
         raise ValueError(
@@ -28,17 +28,14 @@ def snapshot(name: str, files: Sequence[str], revision: str = "main") -> Path:
         ) from error
     patterns = [glob.escape(file) for file in files]  # a name from a file of theirs may have a *
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise ValueError(
             f"{name!r} is neither a folder nor a repository: name a folder that exists, or "
             "owner/repo of letters, digits, '_', single '.' and '-'"
         ) from None
     except Exception as error:  # its own, those of the system, of httpx or (older) of requests
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        reason, remedy = explained(error, offline)
+        reason, remedy = explained(error, constants.HF_HUB_OFFLINE)
         raise ValueError(
             f"cannot download {name} ({reason}): {remedy}, or name a folder that has its files"
         ) from error

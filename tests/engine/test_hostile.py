@@ -241,6 +241,9 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         convert.main(["export", "out/gpt/best.pt", "--to=theirs"])
         fill(work)
         patch.setattr(urllib.request.OpenerDirector, "open", no_network)
+        with suppress(ImportError):  # it would read the environment, but may be imported already
+            constants = importlib.import_module("huggingface_hub.constants")
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
         # A run is not to last, nor is a measurement; what they say at the end is.
         patch.setattr("engine.setup.compiled", lambda model, *_: model)
         patch.setattr(bench_sampling, "peer", lambda name: None)

@@ -1,5 +1,7 @@
-"""Files of a repository by name, from a hub and a store on two ports of this machine."""
+"""A model by its name on the hub, from a hub and its store of large files on two ports of this
+machine. huggingface_hub talks to them; these tests are about what we ask of it, and what we say."""
 
+import errno
 import hashlib
 import http.server
 import json
@@ -12,25 +14,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import peer
+from conftest import ROOT, peer
 from converting import save_opus
 
 import convert
-import engine.hub.download
 from bpe import Tokenizer
 from engine import checkpoint as checkpoints
 from engine.config import TrainConfig
-from engine.hub.download import ETAG, follow, snapshot
+from engine.hub.download import snapshot
 from engine.hub.importing import import_model
 from model import GPT, GPTConfig
 
 COMMIT, LATER = "c0ffee" + "0" * 34, "beef" + "0" * 36
-SMALL, LARGE = b'{"n_layer": 2}', bytes(range(256)) * 1000  # 256,000 bytes, more than one block
-SUM = hashlib.sha256(LARGE).hexdigest()
+LARGE = 1000  # bytes from which on a file lies in the store
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
-    """Answers like huggingface.co: small files itself, large ones with an address of its store."""
+    """Answers like huggingface.co: lists and small files itself, large ones from its store."""
 
     protocol_version = "HTTP/1.1"
 
@@ -38,30 +38,36 @@ class Answer(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
-        hub = self.server.hub
-        hub.requests.append((self.command, self.server.role, self.path, dict(self.headers)))
+        hub, path = self.server.hub, self.path.partition("?")[0]
+        hub.requests.append((self.command, self.server.role, path, dict(self.headers)))
         if self.server.role == "store":
-            content = hub.files[self.path[1:].partition("?")[0]]
-            content = content if hub.stored is None else hub.stored
-            return self.body(content, {"ETag": f'"{"5" * 64}"'})  # the store's own sum
-        parts = self.path.split("/", 5)
-        _, owner, repo, _, revision, file = (urllib.parse.unquote(part) for part in parts)
-        if owner == "moved":
-            return self.say(307, {"Location": self.path.replace("moved", "owner", 1)})
-        headers = {"X-Repo-Commit": hub.commits.get(revision, revision)}
-        if file in hub.codes:
-            return self.say(*hub.codes[file])
-        if repo == "private" and self.headers["Authorization"] != "Bearer secret":
+            return self.body(hub.files[path[1:]], {})
+        if hub.refusal:
+            return self.say(*hub.refusal)
+        parts = [urllib.parse.unquote(part) for part in path.split("/")[1:]]
+        if parts[2] == "private" and self.headers["Authorization"] != "Bearer secret":
             return self.say(401, {"X-Error-Code": "RepoNotFound"})
+        if parts[0] == "api":
+            _, _, _, _, kind, revision = parts
+            names = [*hub.files, *hub.listed]
+            listed = [
+                {"type": "file", "path": n, "oid": "0", "size": len(hub.files.get(n, b""))}
+                for n in names
+            ]
+            about = {"id": "owner/model", "sha": hub.commits.get(revision, revision)}
+            about["siblings"] = [{"rfilename": name} for name in names]
+            found = json.dumps(about if kind == "revision" else listed).encode()
+            return self.body(found, {"Content-Type": "application/json"})
+        revision, file = parts[3], "/".join(parts[4:])
+        headers = {"X-Repo-Commit": hub.commits.get(revision, revision)}
         if file not in hub.files:
             return self.say(404, headers | {"X-Error-Code": "EntryNotFound"})
         content = hub.files[file]
-        if len(content) < 1000:
-            etag = hashlib.sha1(content, usedforsecurity=False).hexdigest()
-            return self.body(content, headers | {"ETag": f'W/"{etag}"'} | hub.headers)
-        headers |= {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"', "ETag": '"x"'}
-        headers |= {"X-Linked-Size": str(len(content)), "Location": f"{hub.store}/{file}?sign=1"}
-        return self.say(302, headers | hub.headers)
+        headers["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+        if len(content) < LARGE:
+            return self.body(content, headers)
+        headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(content))}
+        return self.say(302, headers | {"Location": f"{hub.store}/{file}?sign=1"})
 
     do_GET = do_HEAD
 
@@ -72,53 +78,51 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def body(self, content: bytes, headers: dict[str, str]):
-        hub, code = self.server.hub, 200
-        if self.headers["Range"] and hub.ranges:
+        """The content, or what Range asks for, or less: the next of hub.cuts bytes, and the end."""
+        hub, code, start, size = self.server.hub, 200, 0, len(content)
+        path = self.path.partition("?")[0]
+        if self.headers["Range"]:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                return self.say(416, {})
-            headers |= {"Content-Range": f"bytes {start + hub.shift}-{len(content) - 1}/*"}
-            code, content = 206, content[start:]
-        length = {} if hub.lengthless else {"Content-Length": str(len(content))}
-        if hub.chunked:
-            length = {"Transfer-Encoding": "chunked", "Content-Length": None}
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+            code = 206
         self.send_response(code)
-        for name, value in {**length, **headers}.items():
-            if value is not None:
-                self.send_header(name, value)
+        for name, value in {"Content-Length": str(size - start), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.close_connection = True
         if self.command == "GET":
-            content = content[: hub.cut]
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content) if hub.chunked else content)
-            if hub.chunked and hub.cut is None:
-                self.wfile.write(b"0\r\n\r\n")
+            end = size
+            if path == "/model.safetensors" and hub.cuts:
+                end, self.close_connection = start + hub.cuts.pop(0), True
+            self.wfile.write(content[start:end])
 
 
 class Hub:
     """What the servers have, what they do wrong, and what they were asked."""
 
     def __init__(self):
-        self.files = {"config.json": SMALL, "model.safetensors": LARGE, "onnx/model.onnx": LARGE}
-        self.stored = None  # what the store has instead of the right content
-        self.commits = {"main": COMMIT, "refs/pr/1": LATER}
-        self.codes, self.headers, self.requests = {}, {}, []
-        self.cut, self.shift, self.ranges = None, 0, True
-        self.lengthless = self.chunked = False
-        self.url = self.store = ""
+        self.files: dict[str, bytes] = {}
+        self.listed: list[str] = []  # more names in the list of files
+        self.commits = {"main": COMMIT}
+        self.refusal: tuple[int, dict[str, str]] | None = None
+        self.cuts: list[int] = []  # bytes of the weights that come each time before it hangs up
+        self.requests, self.url, self.store = [], "", ""
 
-    def asked(self) -> list[str]:
-        """The requests since the last look."""
-        seen = [f"{method} {role}" for method, role, _, _ in self.requests]
+    def downloaded(self) -> list[str]:
+        """The files whose content was asked for since the last look, sorted."""
+        small = [p for method, role, p, _ in self.requests if (method, role) == ("GET", "hub")]
+        found = {p.partition("/resolve/")[2].partition("/")[2] for p in small} - {""}
+        found |= {p[1:] for _, role, p, _ in self.requests if role == "store"}
         self.requests.clear()
-        return seen
+        return sorted(found)
 
 
 @pytest.fixture
 def hub(toy, monkeypatch):
-    """A hub at HF_ENDPOINT, with an empty cache and no token."""
+    """A hub with one model, an empty cache and no token. The library reads the environment when it
+    is imported; another test sets the variables themselves."""
+    constants = peer("huggingface_hub.constants")
     for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_CACHE")):
+        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")):
             monkeypatch.delenv(name)
     hub = Hub()
     servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) for _ in range(2)]
@@ -126,472 +130,99 @@ def hub(toy, monkeypatch):
         server.hub, server.role = hub, role
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     hub.url, hub.store = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
-    monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/")
-    monkeypatch.setenv("HF_HUB_CACHE", str(toy / "cache"))
+    hub.files = files_of_a_model()
+    use_hub(monkeypatch, hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(toy / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(toy / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of the library
     yield hub
     for server in servers:
         server.shutdown()
         server.server_close()
 
 
-HOME = Path("cache", "models--owner--repo")
-BLOB = HOME / "blobs" / SUM
-PARTIAL = HOME / "blobs" / f"{SUM}.incomplete"
+def use_hub(monkeypatch, url: str) -> None:
+    constants = peer("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def leftovers() -> list[str]:
-    """Blobs without a final name, and temporary files."""
-    return [p.name for p in Path("cache").rglob("*.*") if p.suffix in (".incomplete", ".part")]
+def files_of_a_model() -> dict[str, bytes]:
+    """ours.pt, a small GPT, and the files that convert.py makes of it."""
+    pytest.importorskip("safetensors")
+    tokenizer = Tokenizer.train(["one two three"] * 3, 260)
+    model = GPT(GPTConfig(300, 16, 2, 2, 24))
+    state = {"optimizer": {}, "step": 0, "best": 1.0, "skipped": 0, "data": ""}
+    packed = checkpoints.pack("gpt", model, tokenizer, train_config=TrainConfig(), **state)
+    checkpoints.save(Path("ours.pt"), packed)
+    convert.main(["export", "ours.pt", "--to=theirs"])
+    return {path.name: path.read_bytes() for path in Path("theirs").iterdir()}
+
+
+def assert_ours(path: str) -> None:
+    found, ours = checkpoints.load(Path(path)), checkpoints.load(Path("ours.pt"))
+    assert found["tokenizer_hash"] == ours["tokenizer_hash"]
+    assert found["model"].keys() == ours["model"].keys()
+    assert all(torch.equal(found["model"][name], t) for name, t in ours["model"].items())
+
+
+SNAPSHOT = Path("cache", "models--owner--model", "snapshots", COMMIT)
+NEEDED = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+def unfinished() -> list[str]:
+    return [path.name for path in Path("cache").rglob("*.incomplete")]
 
 
 # ---- what is downloaded, and what is not ---------------------------------------------------------
 
 
-def test_files_land_in_the_layout_of_the_hub_and_are_not_asked_for_again(hub):
-    wanted = ["config.json", "model.safetensors", "onnx/model.onnx"]
-    folder = snapshot("owner/repo", wanted)
-    assert folder == Path.cwd() / HOME / "snapshots" / COMMIT
-    assert (folder / "config.json").read_bytes() == SMALL
-    assert (folder / "onnx" / "model.onnx").read_bytes() == LARGE
-    assert (folder / "onnx" / "model.onnx").readlink() == Path("../../../blobs", SUM)
-    assert (HOME / "refs" / "main").read_bytes() == COMMIT.encode()
-    assert {p.name for p in (HOME / "blobs").iterdir()} == {SUM, hashlib.sha1(SMALL).hexdigest()}
-    small, large, same = ["HEAD hub", "GET hub"], ["HEAD hub", "GET store"], ["HEAD hub"]
-    assert hub.asked() == small + large + same  # the same content under two names comes once
-    assert snapshot("owner/repo", wanted) == folder
-    assert hub.asked() == []
-
-
-def test_all_files_are_of_the_commit_that_the_first_one_had(hub):
-    folder = snapshot("owner/repo", ["config.json"])
-    hub.commits["main"] = LATER  # somebody pushes
-    assert snapshot("owner/repo", ["config.json", "model.safetensors"]) == folder
-    assert f"/resolve/{COMMIT}/model.safetensors" in hub.requests[-2][2]
-    assert snapshot("owner/repo", ["config.json"], revision=LATER).name == LATER
-    assert not (HOME / "refs" / LATER).exists()  # a commit needs no reference
-    hub.codes["tokenizer.json"] = (200, {"X-Repo-Commit": LATER, "ETag": '"a"'})
-    with pytest.raises(ValueError, match=f"another commit, {LATER}"):
-        snapshot("owner/repo", ["tokenizer.json"])
-
-
-def test_a_revision_may_have_slashes(hub):
-    folder = snapshot("owner/repo", ["config.json"], revision="refs/pr/1")
-    assert folder.name == LATER == (HOME / "refs/refs/pr/1").read_text(encoding="utf-8")
-    assert "/resolve/refs%2Fpr%2F1/" in hub.requests[0][2]
-
-
-def test_a_blob_that_was_deleted_comes_again(hub):
-    folder = snapshot("owner/repo", ["model.safetensors"])
-    BLOB.unlink()
-    assert not (folder / "model.safetensors").exists()  # a dangling link
-    snapshot("owner/repo", ["model.safetensors"])
-    assert BLOB.read_bytes() == LARGE
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to("../../blobs/gone")
-    snapshot("owner/repo", ["model.safetensors"])
-    assert (folder / "model.safetensors").readlink() == Path("../../blobs", SUM)
-    BLOB.write_bytes(b"half")
-    (folder / "model.safetensors").unlink()
-    snapshot("owner/repo", ["model.safetensors"])
-    assert BLOB.read_bytes() == LARGE
-
-
-def test_optional_files_may_be_absent_and_that_is_remembered(hub):
-    folder = snapshot("owner/repo", ["config.json"], ["merges.txt", "model.safetensors"])
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert (HOME / ".no_exist" / COMMIT / "merges.txt").read_bytes() == b""
-    hub.asked()
-    snapshot("owner/repo", ["config.json"], ["merges.txt"])
-    assert hub.asked() == []
-    with pytest.raises(ValueError, match=r"answered 404 Not Found\): put merges\.txt of http"):
-        snapshot("owner/repo", ["merges.txt"])
-    hub.codes["vocab.json"] = (404, {"X-Error-Code": "RepoNotFound"})
-    with pytest.raises(ValueError, match="404"):  # not the file is absent, all is
-        snapshot("owner/repo", ["config.json"], ["vocab.json"])
-
-
-def test_without_links_the_file_is_copied(hub, monkeypatch):
-    def refuse(*args):
-        raise OSError("a required privilege is not held")
-
-    monkeypatch.setattr(Path, "symlink_to", refuse)
-    folder = snapshot("owner/repo", ["model.safetensors"])
-    assert not (folder / "model.safetensors").is_symlink()
-    assert (folder / "model.safetensors").read_bytes() == LARGE
-    assert leftovers() == []
-
-
-def test_a_folder_is_taken_as_it_is(hub):
-    Path("mine/onnx").mkdir(parents=True)
-    Path("mine/onnx/model.onnx").write_bytes(b"x")
-    assert snapshot("mine", ["onnx/model.onnx"], ["config.json"]) == Path("mine")
-    with pytest.raises(ValueError, match=r"the folder mine has no config\.json: put it there"):
-        snapshot("mine", ["config.json"])
-    assert hub.asked() == []
-
-
-def test_the_cache_lies_where_the_variables_say(hub, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("HF_HUB_CACHE")
-    assert engine.hub.download.cache_folder() == tmp_path / ".cache/huggingface/hub"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert engine.hub.download.cache_folder() == tmp_path / "cache/huggingface/hub"
-    monkeypatch.setenv("HF_HOME", "~/models")
-    assert engine.hub.download.cache_folder() == tmp_path / "models/hub"
-    monkeypatch.setenv("HF_HUB_CACHE", "$HF_HOME/other")
-    assert engine.hub.download.cache_folder() == tmp_path / "models/other"
-
-
-def test_without_network_the_cache_is_enough(hub, monkeypatch):
-    folder = snapshot("owner/repo", ["config.json"])
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert snapshot("owner/repo", ["config.json"]) == folder
-    with pytest.raises(ValueError, match=r"refused.*set HF_HUB_OFFLINE=1 to go on without it"):
-        snapshot("owner/repo", ["config.json"], ["vocab.json"])
-    with pytest.raises(ValueError, match=r"refused.*\): put vocab\.json of http://127\.0\.0\.1:9/"):
-        snapshot("owner/repo", ["vocab.json"])
-
-
-@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_offline_nothing_is_asked(hub, monkeypatch, variable):
-    folder = snapshot("owner/repo", ["config.json"])
-    hub.asked()
-    monkeypatch.setenv(variable, "1")
-    assert snapshot("owner/repo", ["config.json"], ["model.safetensors"]) == folder
-    for name, file in (("owner/repo", "model.safetensors"), ("owner/other", "config.json")):
-        with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set, and the cache does not"):
-            snapshot(name, [file], [file])
-    assert hub.asked() == []
-
-
-# ---- the token -----------------------------------------------------------------------------------
-
-
-def test_the_token_goes_to_the_hub_and_to_no_other_host(hub, monkeypatch):
-    with pytest.raises(ValueError, match=r"answered 401 Unauthorized\): set HF_TOKEN if owner/pri"):
-        snapshot("owner/private", ["config.json"])
-    monkeypatch.setenv("HF_TOKEN", "secret\n")
-    hub.asked()
-    snapshot("moved/private", ["config.json", "model.safetensors"])  # a redirect on the same host
-    sent = {(role, headers.get("Authorization")) for _, role, _, headers in hub.requests}
-    assert sent == {("hub", "Bearer secret"), ("store", None)}
-    moved = ["HEAD hub", "HEAD hub"]
-    assert hub.asked() == [*moved, "GET hub", *moved, "GET store"]
-
-
-def test_a_mirror_that_redirects_to_a_hub_works_and_keeps_the_token(hub, monkeypatch):
-    """The mirror's redirect has no metadata, so the question itself is followed, unsigned."""
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    hub.codes["config.json"] = (308, {"Location": f"{hub.store}/x"})
-    hub.files["x"] = SMALL
-    with pytest.raises(ValueError, match="no hub of models: X-Repo-Commit is ''"):
-        snapshot("owner/repo", ["config.json"])
-    assert [headers.get("Authorization") for *_, headers in hub.requests] == ["Bearer secret", None]
-
-
-def test_a_token_that_cannot_be_sent_is_not_printed(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "sec\nret")
-    with pytest.raises(ValueError, match="HF_TOKEN has a character") as error:
-        snapshot("owner/repo", ["config.json"])
-    assert "sec" not in str(error.value)
-    assert hub.asked() == []
-
-
-def test_redirects_stay_on_the_web_and_encrypted(hub):
-    assert follow("https://a.b/c/d", "../e?f") == "https://a.b/e?f"
-    assert follow("http://a.b/c", "https://d.e/") == "https://d.e/"
-    for url, location in (("https://a.b/", "http://a.b/"), ("http://a.b/", "file:///etc/passwd")):
-        with pytest.raises(ValueError, match="is not followed"):
-            follow(url, location)
-    hub.codes["config.json"] = (302, {"Location": "file:///etc/passwd"})
-    with pytest.raises(ValueError, match="file scheme is not followed"):
-        snapshot("owner/repo", ["config.json"])
-    hub.codes["config.json"] = (307, {"Location": "config.json"})
-    with pytest.raises(ValueError, match="more than 10 redirects"):
-        snapshot("owner/repo", ["config.json"])
-
-
-@pytest.mark.parametrize(
-    "endpoint,message",
-    [
-        ("file:///etc", "an address of file scheme is not followed"),
-        ("huggingface.co", "an address of no scheme is not followed"),
-        ("http://", "no host given"),
-        ("http://a b", "URL can't contain control characters"),
-    ],
-)
-def test_an_endpoint_that_is_no_address_is_refused(hub, monkeypatch, endpoint, message):
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    with pytest.raises(ValueError, match=rf"^cannot download config\.json of .* \(.*{message}"):
-        snapshot("owner/repo", ["config.json"])
-
-
-# ---- interruptions, damage and lies --------------------------------------------------------------
-
-
-def test_an_interrupted_download_goes_on_where_it_stopped(hub):
-    hub.cut = 100_000
-    with pytest.raises(ValueError, match="100,000 of 256,000 bytes arrived"):
-        snapshot("owner/repo", ["model.safetensors"])
-    assert PARTIAL.read_bytes() == LARGE[:100_000] and not BLOB.exists()
-    assert not (HOME / "refs").exists() and not (HOME / "snapshots").exists()
-    hub.cut = None
-    folder = snapshot("owner/repo", ["model.safetensors"])
-    assert hub.requests[-1][3]["Range"] == "bytes=100000-"
-    assert (folder / "model.safetensors").read_bytes() == LARGE
-    assert leftovers() == []
-
-
-def test_a_server_without_ranges_sends_it_anew(hub):
-    hub.ranges = False
-    PARTIAL.parent.mkdir(parents=True)
-    PARTIAL.write_bytes(b"x" * 1000)  # would be a wrong start, if it were kept
-    assert (snapshot("owner/repo", ["model.safetensors"]) / "model.safetensors").is_file()
-    assert BLOB.read_bytes() == LARGE and "Range" in hub.requests[-1][3]
-
-
-@pytest.mark.parametrize("part", [LARGE, LARGE + b"more", b""])
-def test_parts_that_leave_nothing_to_ask_for(hub, part):
-    PARTIAL.parent.mkdir(parents=True)
-    PARTIAL.write_bytes(part)
-    snapshot("owner/repo", ["model.safetensors"])
-    assert BLOB.read_bytes() == LARGE and leftovers() == []
-    assert hub.asked() == (["HEAD hub"] if part == LARGE else ["HEAD hub", "GET store"])
-    assert all("Range" not in headers for *_, headers in hub.requests)
-
-
-def test_small_files_begin_anew_because_no_checksum_tells_whether_parts_fit(hub):
-    blobs = HOME / "blobs"
-    blobs.mkdir(parents=True)
-    (blobs / f"{hashlib.sha1(SMALL).hexdigest()}.incomplete").write_bytes(b"xxxx")
-    folder = snapshot("owner/repo", ["config.json"])
-    assert (folder / "config.json").read_bytes() == SMALL
-
-
-def test_a_wrong_part_is_found_by_the_checksum_and_deleted(hub):
-    PARTIAL.parent.mkdir(parents=True)
-    PARTIAL.write_bytes(b"x" * 1000)
-    with pytest.raises(ValueError, match=rf"SHA-256 .*… instead of {SUM[:12]}…, so it was deleted"):
-        snapshot("owner/repo", ["model.safetensors"])
-    assert leftovers() == [] and not BLOB.exists()
-    snapshot("owner/repo", ["model.safetensors"])
-    assert BLOB.read_bytes() == LARGE
-
-
-@pytest.mark.parametrize(
-    "stored,shift,message", [(LARGE[:500], 0, "416"), (LARGE, 1, "another ra")]
-)
-def test_ranges_that_cannot_be_joined_are_dropped(hub, stored, shift, message):
-    PARTIAL.parent.mkdir(parents=True)
-    PARTIAL.write_bytes(LARGE[:1000])
-    hub.stored, hub.shift = stored, shift
-    with pytest.raises(ValueError, match=message):
-        snapshot("owner/repo", ["model.safetensors"])
-    assert leftovers() == []
-    hub.stored = LARGE
-    snapshot("owner/repo", ["model.safetensors"])
-    assert BLOB.read_bytes() == LARGE
-
-
-def test_more_than_was_said_is_not_kept(hub):
-    hub.stored = LARGE + b"more"
-    with pytest.raises(ValueError, match="more than 256,000 bytes arrived"):
-        snapshot("owner/repo", ["model.safetensors"])
-    assert leftovers() == [] and not BLOB.exists()
-
-
-@pytest.mark.parametrize("headers", [{}, {"X-Linked-Size": "many"}])
-def test_the_limit_holds_whatever_the_server_says(hub, headers):
-    hub.headers = headers
-    with pytest.raises(ValueError, match=r"than the limit of 5,000\)|more than 5,000 bytes arr"):
-        snapshot("owner/repo", ["model.safetensors"], limit=5000)
-    assert leftovers() == []
-    hub.chunked = True  # endless, as far as anyone can know
-    with pytest.raises(ValueError, match="more than 10 bytes arrived"):
-        snapshot("owner/repo", ["config.json"], limit=10)
-    assert leftovers() == []
-
-
-def test_a_size_of_10_to_the_12_is_refused_before_it_is_asked_for(hub):
-    hub.headers = {"X-Linked-Size": str(10**12)}
-    with pytest.raises(ValueError, match="1,000,000,000,000 bytes are more than the limit"):
-        snapshot("owner/repo", ["model.safetensors"])
-    assert hub.asked() == ["HEAD hub"]
-
-
-def test_files_of_unknown_size_come_whole_or_not_at_all(hub):
-    hub.headers = {"X-Linked-Size": ""}  # and the redirect's own length is 0
-    snapshot("owner/repo", ["model.safetensors"])
-    assert BLOB.read_bytes() == LARGE
-    hub.headers = {}
-    hub.chunked, hub.cut = True, 5
-    with pytest.raises(ValueError, match="IncompleteRead"):
-        snapshot("owner/repo", ["config.json"])
-    assert not (HOME / "snapshots" / COMMIT / "config.json").exists()
-    hub.cut = None
-    folder = snapshot("owner/repo", ["config.json"])
-    assert (folder / "config.json").read_bytes() == SMALL
-    hub.chunked, hub.lengthless = False, True
-    hub.files["vocab.json"] = b"{}"
-    with pytest.raises(ValueError, match="does not say how long it is"):
-        snapshot("owner/repo", ["vocab.json"])
-    hub.lengthless, hub.headers = False, {"Content-Encoding": "gzip"}
-    with pytest.raises(ValueError, match="sent it compressed"):
-        snapshot("owner/repo", ["vocab.json"])
-    assert not (folder / "vocab.json").exists()
-
-
-def test_a_cache_that_cannot_be_written_is_one_sentence(hub):
-    HOME.mkdir(parents=True)
-    (HOME / "refs").write_bytes(b"")  # a file where a folder should be
-    with pytest.raises(ValueError, match=r"^cannot download config\.json .*refs.*\): put config"):
-        snapshot("owner/repo", ["config.json"])
-
-
-@pytest.mark.parametrize("code,remedy", [(403, "set HF_TOKEN"), (500, "try again"), (404, "put")])
-def test_refusals_say_what_the_server_answered(hub, code, remedy):
-    hub.codes["config.json"] = (code, {"X-Repo-Commit": COMMIT})
-    with pytest.raises(ValueError, match=rf"the server answered {code} .*\): {remedy}") as error:
-        snapshot("owner/repo", ["config.json"])
-    assert f"{hub.url}/owner/repo/resolve/main/config.json" in str(error.value)
-    if code != 404:  # only an answer of 404 says that a file is absent
-        with pytest.raises(ValueError, match=f"answered {code}"):
-            snapshot("owner/repo", ["model.safetensors"], ["config.json"])
-
-
-def test_a_server_that_is_silent(hub, monkeypatch):
-    monkeypatch.setattr(engine.hub.download, "TIMEOUT", 0.2)
-    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as silent:  # accepts and says nothing
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.server_address[1]}")
-        with pytest.raises(ValueError, match="timed out"):
-            snapshot("owner/repo", ["config.json"])
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"X-Repo-Commit": "../../evil"},
-        {"X-Repo-Commit": ""},
-        {"ETag": '"../../../evil"'},
-        {"ETag": f'"{"a" * 200}"'},
-        {"ETag": ""},
-    ],
-)
-def test_headers_that_become_names_are_checked(hub, headers):
-    hub.headers = headers
-    with pytest.raises(ValueError, match="no hub of models"):
-        snapshot("owner/repo", ["config.json"])
-    assert not Path("cache").exists()
-
-
-def test_an_etag_cannot_be_that_of_a_part():
-    assert not ETAG.fullmatch(f"{SUM}.incomplete")
-
-
-def test_a_reference_that_is_no_commit_is_asked_for_again(hub):
-    (HOME / "refs").mkdir(parents=True)
-    (HOME / "refs" / "main").write_bytes(b"../../..\xff")
-    assert snapshot("owner/repo", ["config.json"]).name == COMMIT
-    assert (HOME / "refs" / "main").read_bytes() == COMMIT.encode()
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../repo", "owner/..", "a/b/c", "owner/", "/repo", "a--b", "a b/c", "a/b..c", "x" * 97, "é/é"],
-)
-def test_names_of_repositories_are_checked(hub, name):
-    with pytest.raises(ValueError, match="is neither a folder nor a repository"):
-        snapshot(name, ["config.json"])
-    assert hub.asked() == []
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "../x",
-        "/etc/passwd",
-        "a/../../x",
-        "a//b",
-        "",
-        ".",
-        "a/",
-        "a\\..\\x",
-        "C:x",
-        "a\n",
-        "é",
-        "a/" * 101 + "a",
-        "\0",
-    ],
-)
-def test_paths_that_climb_out_are_refused(hub, path):
-    Path("mine").mkdir()
-    for call in (
-        {"name": "owner/repo", "files": [path]},
-        {"name": "owner/repo", "files": ["config.json"], "optional": [path]},
-        {"name": "owner/repo", "files": ["config.json"], "revision": path},
-        {"name": "mine", "files": [path]},
-    ):
-        with pytest.raises(ValueError, match="is no path inside a repository"):
-            snapshot(**call)
-    assert hub.asked() == []
-
-
-def test_one_process_at_a_time_downloads_a_file(hub):
-    pytest.importorskip("fcntl")
-    lock = Path("cache/.locks/models--owner--repo") / f"{SUM}.lock"
-    other = threading.Thread(target=snapshot, args=("owner/repo", ["model.safetensors"]))
-    with engine.hub.download.locked(lock):
-        other.start()
-        other.join(0.5)
-        assert other.is_alive() and "GET store" not in hub.asked()
-        BLOB.parent.mkdir(parents=True)
-        BLOB.write_bytes(LARGE)  # what the other process was about
-    other.join(10)
-    assert hub.asked() == [] and (HOME / "snapshots" / COMMIT / "model.safetensors").is_file()
-
-
-# ---- the same cache as huggingface_hub -----------------------------------------------------------
-
-
-def test_huggingface_hub_finds_what_we_downloaded(hub):
-    theirs = peer("huggingface_hub")
-    folder = snapshot("owner/repo", ["config.json", "onnx/model.onnx"], ["vocab.json"])
-    cache = Path.cwd() / "cache"
-    for file in ("config.json", "onnx/model.onnx"):
-        assert theirs.try_to_load_from_cache("owner/repo", file, cache) == str(folder / file)
-        found = theirs.hf_hub_download("owner/repo", file, cache_dir=cache, local_files_only=True)
-        assert found == str(folder / file)
-    absent = theirs.try_to_load_from_cache("owner/repo", "vocab.json", cache)
-    assert absent is theirs._CACHED_NO_EXIST
-    (repo,) = theirs.scan_cache_dir(cache).repos
-    assert (repo.repo_id, repo.nb_files, repo.size_on_disk) == ("owner/repo", 2, 256_014)
-    assert repo.refs["main"].commit_hash == COMMIT
-    assert not theirs.scan_cache_dir(cache).warnings
-
-
-def test_what_huggingface_hub_downloaded_is_used(hub):
-    """A process of its own, because it reads HF_ENDPOINT when it is imported."""
-    peer("huggingface_hub")
-    script = """if True:
-        from huggingface_hub import hf_hub_download
-        for file in ("config.json", "onnx/model.onnx", "vocab.json"):
-            try:
-                print(hf_hub_download("owner/repo", file))
-            except Exception as error:
-                print(type(error).__name__)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"},
-    )
-    config, model, absent = done.stdout.split()
-    assert hub.asked() and "EntryNotFound" in absent
-    folder = snapshot("owner/repo", ["config.json", "onnx/model.onnx"], ["vocab.json"])
-    assert [str(folder / "config.json"), str(folder / "onnx" / "model.onnx")] == [config, model]
-    assert (folder / "onnx" / "model.onnx").read_bytes() == LARGE
-    assert hub.asked() == []
+def in_form(files: dict[str, bytes], form: str) -> tuple[dict[str, bytes], list[str]]:
+    """(the files with the weights in this form, the names of those that have to be downloaded)."""
+    safetensors = peer("safetensors.torch")
+    files, rest = dict(files), [name for name in NEEDED if name != "model.safetensors"]
+    tensors = safetensors.load(files["model.safetensors"])
+
+    def packed(tensors: dict, name: str) -> bytes:
+        if name.endswith(".safetensors"):
+            return safetensors.save(tensors)
+        torch.save(tensors, "theirs.bin")
+        return Path("theirs.bin").read_bytes()
+
+    files["pytorch_model.bin"] = packed(tensors, ".bin")
+    if form == "safetensors":
+        return files, NEEDED
+    del files["model.safetensors"]
+    if form == "bin":
+        return files, sorted([*rest, "pytorch_model.bin"])
+    suffix = form.partition(" ")[0]
+    placed = {name: f"part-{i % 2}[a*].{suffix}" for i, name in enumerate(tensors)}
+    index = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    index = f"{index}.index.json"
+    files[index] = json.dumps({"weight_map": placed}).encode()
+    for shard in set(placed.values()):
+        part = {name: t for name, t in tensors.items() if placed[name] == shard}
+        files[shard] = packed(part, shard)
+        files[shard.replace("[a*]", "a")] = b"what the name would mean as a pattern"
+    return files, sorted([*rest, index, *set(placed.values())])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "safetensors shards", "bin shards"])
+def test_a_model_is_imported_by_its_name(hub, form, monkeypatch):
+    """No more is downloaded than is read: where there are safetensors, no pickles."""
+    hub.files, needed = in_form(hub.files, form)
+    hub.files |= {"README.md": b"x", "tf_model.h5": b"x", "onnx/config.json": b"x"}
+    convert.main(["import", "owner/model", "--out=first.pt"])
+    assert hub.downloaded() == needed
+    convert.main(["import", "owner/model", "--out=second.pt"])
+    assert hub.downloaded() == []
+    use_hub(monkeypatch, "http://127.0.0.1:9")  # nobody listens
+    convert.main(["import", "owner/model", "--out=third.pt"])
+    for path in ("first.pt", "second.pt", "third.pt"):
+        assert_ours(path)
+    assert not list(Path("cache").rglob("README.md"))
 
 
 def test_a_translator_comes_with_its_sentencepiece_models(hub):
@@ -599,46 +230,247 @@ def test_a_translator_comes_with_its_sentencepiece_models(hub):
     files = {path.name: path.read_bytes() for path in Path("there").iterdir()}
     hub.files = {**files, "README.md": b"not asked for"}
     convert.main(["import", "owner/opus", "--out=opus.pt"])
-    paths = [path.partition("?")[0] for method, _, path, _ in hub.requests if method == "GET"]
-    asked = {path.rpartition("/")[2] for path in paths}
-    assert {"source.spm", "target.spm", "vocab.json"} <= asked and "README.md" not in asked
+    asked = hub.downloaded()
+    assert {"source.spm", "target.spm", "vocab.json"} <= {*asked} and "README.md" not in asked
     found, _ = import_model("there")
     again = checkpoints.load(Path("opus.pt"))
     assert again["tokenizer_hash"] == found["tokenizer_hash"]
     assert torch.equal(again["model"]["output_bias"], theirs.final_logits_bias[0])
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin", "shards"])
-def test_a_model_is_imported_by_its_name(hub, form):
-    """Out to a folder, onto the hub, and in again under its name, then without the hub."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    tokenizer = Tokenizer.train(["one two three"] * 3, 260)
-    model = GPT(GPTConfig(300, 16, 2, 2, 24))
-    state = {"optimizer": {}, "step": 0, "best": 1.0, "skipped": 0, "data": ""}
-    packed = checkpoints.pack("gpt", model, tokenizer, train_config=TrainConfig(), **state)
-    checkpoints.save(Path("ours.pt"), packed)
-    convert.main(["export", "ours.pt", "--to=theirs"])
-    files = {path.name: path.read_bytes() for path in Path("theirs").iterdir()}
-    if form != "safetensors":
-        tensors = safetensors.load(files.pop("model.safetensors"))
-        if form == "bin":
-            torch.save(tensors, "theirs.bin")
-            files["pytorch_model.bin"] = Path("theirs.bin").read_bytes()
-        else:
-            placed = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
-            index = json.dumps({"weight_map": placed}).encode()
-            files["model.safetensors.index.json"] = index
-            for shard in set(placed.values()):
-                part = {name: t for name, t in tensors.items() if placed[name] == shard}
-                files[shard] = safetensors.save(part)
-    hub.files = files
-    convert.main(["import", "owner/model", "--out=again.pt"])
-    hub.url = hub.files = None  # whatever is asked now fails
-    hub.requests.clear()
-    convert.main(["import", "owner/model", "--out=cached.pt"])
+def test_all_files_are_of_the_commit_that_the_first_ones_had(hub, monkeypatch):
+    hub.files, _ = in_form(hub.files, "bin")
+    answer = Answer.do_HEAD
+
+    def push_after_the_config(self):  # somebody pushes before the weights are asked for
+        answer(self)
+        if self.path.endswith("/config.json"):
+            hub.commits["main"] = LATER
+
+    monkeypatch.setattr(Answer, "do_GET", push_after_the_config)
+    convert.main(["import", "owner/model", "--out=first.pt"])
+    resolved = [path for *_, path, _ in hub.requests if "/resolve/" in path]
+    assert any(path.endswith(f"/{COMMIT}/pytorch_model.bin") for path in resolved)
+    assert not any(LATER in path for path in resolved)
+
+
+def test_a_newer_commit_is_used(hub):
+    snapshot("owner/model", ["config.json"])
+    hub.commits["main"] = LATER
+    assert snapshot("owner/model", ["config.json"]).name == LATER
+    assert hub.downloaded() == ["config.json"]  # once: the content is the same
+
+
+def test_a_hostile_list_of_files_leads_nowhere(hub):
+    hub.listed = [
+        "../../evil",
+        "/etc/evil",
+        "a/../../../evil",
+        "..\\evil",
+        "config.json/../../evil",
+    ]
+    convert.main(["import", "owner/model", "--out=first.pt"])
+    assert hub.downloaded() == NEEDED and not list(Path.cwd().rglob("*evil*"))
+    hub.files = {n: content for n, content in hub.files.items() if n != "model.safetensors"}
+    placed = json.dumps({"weight_map": {"a": "../../evil.safetensors"}}).encode()
+    hub.files["model.safetensors.index.json"] = placed
+    hub.commits["main"] = LATER
+    with pytest.raises(ValueError, match="which is no file beside it"):
+        convert.main(["import", "owner/model", "--out=second.pt"])
+    assert not any("evil" in path for *_, path, _ in hub.requests)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_what_a_repository_lacks_is_named(hub, lost):
+    del hub.files[lost]
+    with pytest.raises(ValueError, match=rf"{COMMIT}.* neither {lost}|has no {lost} in .*{COMMIT}"):
+        convert.main(["import", "owner/model", "--out=first.pt"])
+    assert not Path("first.pt").exists()
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(hub, monkeypatch):
+    """Within one call, at the last whole block; the library's have 10 MB."""
+    monkeypatch.setattr(peer("huggingface_hub.constants"), "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.cuts = [20_000]
+    convert.main(["import", "owner/model", "--out=first.pt"])
+    asked = [h for _, role, path, h in hub.requests if path == "/model.safetensors"]
+    assert [h.get("Range", h.get("range")) for h in asked] == [None, "bytes=20000-"]
+    assert_ours("first.pt")
+    assert not unfinished()
+
+
+def test_a_failed_download_leaves_no_half_file_and_the_next_one_fetches_the_rest(hub):
+    hub.cuts = [100, *[0] * 100]
+    with pytest.raises(ValueError, match=r"^cannot download owner/model \(.*\): check the network"):
+        convert.main(["import", "owner/model", "--out=first.pt"])
+    assert not Path("first.pt").exists() and not (SNAPSHOT / "model.safetensors").exists()
+    hub.downloaded()
+    hub.cuts = []
+    convert.main(["import", "owner/model", "--out=first.pt"])
+    assert "model.safetensors" in hub.downloaded()
+    assert_ours("first.pt")
+
+
+# ---- the cache of transformers -------------------------------------------------------------------
+
+
+def test_transformers_finds_what_we_downloaded(hub):
+    transformers, cache = peer("transformers"), {"cache_dir": "cache", "local_files_only": True}
+    convert.main(["import", "owner/model", "--out=first.pt"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("owner/model", **cache)
+    tokens = torch.arange(9)[None]
+    ours, _ = checkpoints.restore(Path("ours.pt"), checkpoints.load(Path("ours.pt")))
+    torch.testing.assert_close(ours.eval()(tokens), theirs(tokens).logits)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("owner/model", **cache)
+    assert tokenizer("one two")["input_ids"]
+
+
+def test_what_was_downloaded_for_transformers_is_used(hub, monkeypatch):
+    """It downloads file by file, and lists nothing."""
+    theirs = peer("huggingface_hub")
+    for file in NEEDED:
+        theirs.hf_hub_download("owner/model", file)
+    hub.downloaded()
+    convert.main(["import", "owner/model", "--out=first.pt"])
+    assert hub.downloaded() == []
+    monkeypatch.setattr(peer("huggingface_hub.constants"), "HF_HUB_OFFLINE", True)
+    convert.main(["import", "owner/model", "--out=second.pt"])
+    assert_ours("second.pt")
     assert not hub.requests
-    for path in ("again.pt", "cached.pt"):
-        found = checkpoints.load(Path(path))
-        assert found["tokenizer_hash"] == tokenizer.hash
-        assert found["model"].keys() == packed["model"].keys()
-        assert all(torch.equal(found["model"][name], t) for name, t in packed["model"].items())
+
+
+def test_the_environment_says_where_from_and_where_to(hub):
+    """A process of its own, for the library reads these variables when it is imported."""
+    said = {"HF_HOME": "home", "HF_ENDPOINT": hub.url, "HF_TOKEN": "secret"}
+
+    def run(**more: str) -> str:
+        command = [sys.executable, str(ROOT / "convert.py"), "import", "owner/private"]
+        command += ["--out=first.pt"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | said | more)
+        return done.stderr
+
+    told = run(HF_HOME="empty", HF_HUB_OFFLINE="1")
+    assert told.startswith("error: cannot download owner/private (HF_HUB_OFFLINE is set, and")
+    assert not hub.requests
+    run()
+    assert_ours("first.pt")
+    assert hub.downloaded() == NEEDED
+    assert Path("home/hub/models--owner--private/refs/main").read_text("utf-8") == COMMIT
+
+
+def test_the_token_goes_to_the_hub_and_not_to_the_store(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    convert.main(["import", "owner/private", "--out=first.pt"])
+    sent = {
+        (role, headers.get("Authorization", headers.get("authorization")))
+        for _, role, _, headers in hub.requests
+    }
+    assert sent == {("hub", "Bearer secret"), ("store", None)}
+
+
+# ---- errors are one sentence each ----------------------------------------------------------------
+
+FOLDER = ", or name a folder that has its files"
+
+
+@pytest.mark.parametrize(
+    "refusal,message",
+    [
+        (
+            (401, {"X-Error-Code": "RepoNotFound"}),
+            "401 Unauthorized): check the name, set HF_TOKEN",
+        ),
+        ((404, {"X-Error-Code": "RepoNotFound"}), "404 Not Found): check the name, set HF_TOKEN"),
+        ((404, {"X-Error-Code": "RevisionNotFound"}), "404 Not Found): check the name"),
+        ((403, {"X-Error-Code": "GatedRepo"}), "403 Forbidden): accept its conditions on its page"),
+        ((403, {}), "403 Forbidden): check the name"),
+        ((500, {}), "500 Internal Server Error): try again later"),
+        ((503, {}), "503 Service Unavailable): try again later"),
+    ],
+    ids=str,
+)
+def test_refusals_say_what_the_server_answered(hub, refusal, message):
+    hub.refusal = refusal
+    with pytest.raises(ValueError) as error:
+        convert.main(["import", "owner/model", "--out=first.pt"])
+    said = str(error.value)
+    assert said.startswith(f"cannot download owner/model (the server answered {message}"), said
+    assert said.endswith(FOLDER) and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "endpoint,message",
+    [
+        ("http://127.0.0.1:9", "refused"),
+        ("huggingface.co", "protocol"),
+        ("file:///etc", "protocol"),
+        ("http://", "host|protocol"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached(hub, monkeypatch, endpoint, message):
+    use_hub(monkeypatch, endpoint)
+    wanted = (
+        rf"^cannot download owner/model \(.*({message}).*\): check the network, and HF_ENDPOINT"
+    )
+    with pytest.raises(ValueError, match=wanted) as error:
+        snapshot("owner/model", ["config.json"])
+    assert str(error.value).endswith(FOLDER)
+
+
+def test_a_server_that_is_no_hub(hub):
+    hub.refusal = (200, {})  # and nothing in the answer
+    with pytest.raises(ValueError, match=r"^cannot download owner/model \(.+\): check the network"):
+        snapshot("owner/model", ["config.json"])
+
+
+def test_offline_nothing_is_asked(hub, monkeypatch):
+    snapshot("owner/model", ["config.json"])
+    hub.requests.clear()
+    monkeypatch.setattr(peer("huggingface_hub.constants"), "HF_HUB_OFFLINE", True)
+    assert snapshot("owner/model", ["config.json"]) == Path.cwd() / SNAPSHOT
+    for name, file in (("owner/model", "model.safetensors"), ("owner/other", "config.json")):
+        message = r"\(HF_HUB_OFFLINE is set, and the cache does not have it\): unset HF_HUB_OFFLINE"
+        with pytest.raises(ValueError, match=message):
+            snapshot(name, [file])
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_cache_that_cannot_be_written(hub, monkeypatch, number):
+    def fails(*args, **kwargs):
+        raise OSError(number, os.strerror(number), "cache/x")
+
+    monkeypatch.setattr(peer("huggingface_hub"), "snapshot_download", fails)
+    with pytest.raises(
+        ValueError, match=rf"\(.*{os.strerror(number)}.*\): make space, or set HF_HO"
+    ):
+        snapshot("owner/model", ["config.json"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../repo", "owner/..", "a/b/c", "owner/", "/repo", "a--b", "a b/c", "a/b..c", "x" * 97, "é/é"],
+)
+def test_names_of_repositories_are_checked(hub, name):
+    with pytest.raises(ValueError, match="is neither a folder nor a repository: name a folder"):
+        convert.main(["import", name, "--out=first.pt"])
+    assert not hub.requests
+
+
+def test_a_folder_is_taken_as_it_is(hub):
+    convert.main(["import", "theirs", "--out=first.pt"])
+    assert_ours("first.pt")
+    Path("theirs/config.json").unlink()
+    with pytest.raises(ValueError, match=r"the folder theirs has no config\.json: put it there"):
+        convert.main(["import", "theirs", "--out=second.pt"])
+    assert not hub.requests
+
+
+def test_without_huggingface_hub_folders_are_read_and_names_end_in_a_sentence(hub, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    convert.main(["import", "theirs", "--out=first.pt"])
+    with pytest.raises(ValueError, match=r"needs huggingface_hub: pip install huggingface_hub$"):
+        convert.main(["import", "owner/model", "--out=second.pt"])
