@@ -4,8 +4,8 @@
     python sample.py --checkpoint out/gpt/best.pt --prompt "A" --prompt "Once upon" --num_samples 2
 
 Told in small steps: tokens -> logits -> distribution -> token (`decoding.py`), tokens -> text
-(`TextStream`). What is said here of GPT's continuations,
-`translate.py` says of translations, `fill.py` of masked words and embeddings.
+(`TextStream`). What is said here of GPT's continuations, `translate.py` says of translations,
+`fill.py` of masked words and embeddings.
 """
 
 import codecs
