@@ -84,8 +84,7 @@ class KVCache:
     """
 
     def __init__(self, max_len: int):
-        self.max_len = max_len
-        self.length = 0
+        self.max_len, self.length = max_len, 0
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
@@ -180,10 +179,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tenso
     `is_causal` beside a mask without a word; and it adds a 0/1 float mask to the scores. A query
     that may look at nothing yields zeros (softmax of an empty set would be NaN).
     """
-    T, S = q.size(2), k.size(2)
     if isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f'mask={mask!r} is not known: pass None, "causal" or a bool tensor')
+        T, S = q.size(2), k.size(2)
         if T == S:
             return attention_kernel(q, k, v, is_causal=True, dropout_p=dropout)
         # A single new position sees all that is cached: no mask, and so the fast path.
@@ -375,11 +374,8 @@ class GPT(nn.Module):
             Block(config, pre_ln=config.pre_ln, act=tanh_gelu) for _ in range(config.n_layer)
         )
         # A pre-LN stack ends without a norm of its own; post-LN blocks have already normalised.
-        self.norm = (
-            nn.LayerNorm(config.n_embd, config.ln_eps, bias=config.bias)
-            if config.pre_ln
-            else nn.Identity()
-        )
+        norm = nn.LayerNorm(config.n_embd, config.ln_eps, bias=config.bias)
+        self.norm = norm if config.pre_ln else nn.Identity()
         init_gpt(self)
 
     def forward(
@@ -399,10 +395,7 @@ class GPT(nn.Module):
         return {"loss": cross_entropy(features, self.token_embedding.weight, targets)[0]}
 
     def features(
-        self,
-        tokens: Tensor,
-        mask: Mask = "causal",
-        caches: list[KVCache] | None = None,
+        self, tokens: Tensor, mask: Mask = "causal", caches: list[KVCache] | None = None
     ) -> Tensor:
         """tokens (B, T) -> (B, T, C), what the head turns into logits.
 
@@ -466,9 +459,6 @@ def initialise(model: nn.Module, matrix: Callable[[str, Tensor], None]) -> None:
             nn.init.ones_(parameter)
         else:
             matrix(name, parameter)
-
-
-# ---- counting ------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> int:

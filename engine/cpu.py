@@ -152,6 +152,7 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     them, torch's own does not.
     """
     pack = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # not where torch lacks oneDNN
+    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     for module in model.modules():
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
@@ -160,13 +161,10 @@ def lay_out_for_decoding(model: nn.Module) -> None:
         elif module.weight.dtype == torch.bfloat16 and pack and isinstance(module, nn.Linear):
             module.forward = packed(module.weight, module.bias)
             module.weight = None
-    if model.token_embedding.weight.dtype != torch.bfloat16:
-        return
-    for module in model.modules():
-        if isinstance(module, Attention):
-            for layer in (module.k, module.v):
-                layer.forward = in_fp32(layer.forward)
-    if pack and hasattr(model, "head"):
+    for attention in (m for m in model.modules() if half and isinstance(m, Attention)):
+        for layer in (attention.k, attention.v):
+            layer.forward = in_fp32(layer.forward)
+    if half and pack and hasattr(model, "head") and hasattr(model, "token_embedding"):
         # The embedding is looked up row by row, too, and stays.
         bias = getattr(model, "output_bias", None)
         model.head = packed(model.token_embedding.weight, bias)

@@ -111,6 +111,7 @@ def test_the_table_has_the_first_and_the_last_exponent_of_each():
 AWKWARD = [Size(13, 128, 2, 3, 37), Size(37, 64, 3, 1, 130), Size(8, 192, 1, 5, 7)]
 
 
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("size", AWKWARD)
 def test_operations_are_those_that_torch_counts(size):
     step, _ = growth.make_step(size, CPU)
@@ -149,6 +150,7 @@ def kept(size: Size) -> int:
     return sum(found.values())
 
 
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("T", [256, 1024])
 def test_activations_and_scores_are_what_autograd_keeps(T):
     """Of three layers and one, what two more keep; at 1,024 positions no scores."""
@@ -184,6 +186,7 @@ def test_one_size_grows_at_a_time_and_doubles():
         assert base in sizes
 
 
+@pytest.mark.usefixtures("installed")
 def test_memory_is_that_of_a_step_that_adds_to_gradients():
     size = Size(37, 64, 2, 3, 130)
     step, held = growth.make_step(size, CPU)

@@ -1,0 +1,112 @@
+"""kernels.py: what is installed on which device, that runs use it, and that it changes no result.
+
+Each kernel by itself stands beside its plain form in test_cpu.py, test_losses.py, test_graphs.py.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PLACES, TOY, TOY_BERT, TOY_PAIRS, write_pairs
+
+import decoding
+import model
+import sample
+import train
+from bert import BERT, BERTConfig
+from engine import cpu, graphs, kernels, losses
+from engine.processes import pick_device
+from model import GPT, GPTConfig
+from seq2seq import Seq2Seq, Seq2SeqConfig
+
+
+def test_the_concept_files_begin_with_the_plain_forms():
+    assert [getattr(model, name) for name in PLACES[model]] == [
+        F.scaled_dot_product_attention,
+        F.dropout,
+        model.plain_cross_entropy,
+    ]
+    assert decoding.text_steps is decoding.pair_steps is None
+
+
+def test_each_device_gets_its_own_and_loses_those_of_another():
+    kernels.install(torch.device("cpu"))
+    assert (model.attention_kernel, model.dropout_kernel) == (cpu.attention, cpu.dropout)
+    assert decoding.text_steps is decoding.pair_steps is None
+    kernels.install(torch.device("cuda"))
+    plain = F.scaled_dot_product_attention, F.dropout
+    assert (model.attention_kernel, model.dropout_kernel) == plain
+    steps = decoding.text_steps, decoding.pair_steps
+    assert steps == (graphs.GPTSteps, graphs.StaticAdvance)
+    kernels.install(torch.device("mps"))
+    assert (model.attention_kernel, model.dropout_kernel) == plain
+    assert decoding.text_steps is decoding.pair_steps is None
+    assert model.cross_entropy is losses.linear_cross_entropy
+
+
+def test_a_picked_device_has_its_kernels():
+    pick_device("cpu")
+    found = model.attention_kernel, model.dropout_kernel, model.cross_entropy
+    assert found == (cpu.attention, cpu.dropout, losses.linear_cross_entropy)
+
+
+@pytest.mark.parametrize("flags", [TOY, TOY_BERT, TOY_PAIRS], ids=["gpt", "bert", "seq2seq"])
+def test_a_run_uses_them(toy, monkeypatch, flags):
+    write_pairs(toy)
+    used = set()
+
+    def watched(name, function):
+        return lambda *args, **more: used.add(name) or function(*args, **more)
+
+    for module, name in ((cpu, "attention"), (cpu, "dropout"), (losses, "linear_cross_entropy")):
+        monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    for name in PLACES[model]:  # what is replaced is called by nobody
+        monkeypatch.setattr(model, name, None)
+    train.main([*flags, "--dropout=0.1", "--steps=1", "--out=run"])
+    assert used == {"attention", "dropout", "linear_cross_entropy"}
+
+
+def test_writing_takes_the_steps_that_are_installed(toy, monkeypatch):
+    """As on a GPU, where they are captured: the same steps run on a CPU too."""
+    train.main([*TOY, "--steps=2", "--out=run"])
+    net, tokenizer, _ = sample.load_model(toy / "run/latest.pt", torch.device("cpu"))
+    config = sample.SampleConfig(max_new_tokens=20, num_samples=2)
+    want, made = sample.complete(net, tokenizer, ["1 times"], config), []
+
+    def steps(*args):
+        made.append(graphs.GPTSteps(*args))
+        return made[-1]
+
+    monkeypatch.setattr(decoding, "text_steps", steps)
+    assert sample.complete(net, tokenizer, ["1 times"], config) == want
+    assert len(made) == 1
+
+
+MODELS = {
+    "gpt": (GPT, GPTConfig(37, 13, 2, 4, 28, 44)),
+    "bert": (BERT, BERTConfig(37, 13, 2, 4, 28, 44, dropout=0, attention_dropout=0)),
+    "seq2seq": (Seq2Seq, Seq2SeqConfig(37, 13, 2, 4, 28, 44, dropout=0)),
+}
+
+
+def batch_for(name: str) -> dict[str, torch.Tensor]:
+    tokens, keep = torch.randint(37, (3, 13)), torch.arange(13) < torch.tensor([[13], [5], [0]])
+    targets = torch.randint(37, (3, 13)).masked_fill(~keep, -100)
+    if name == "bert":
+        places = {"mlm_positions": torch.arange(39), "mlm_targets": targets.flatten()}
+        return {"tokens": tokens, "keep": keep, **places, "nsp_targets": torch.tensor([0, 1, 1])}
+    source = {"source": tokens.flip(1), "source_keep": keep} if name == "seq2seq" else {}
+    return {"tokens": tokens, "targets": targets, **source}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_of_each_model_are_those_of_the_plain_forms(name):
+    Model, config = MODELS[name]
+    net, batch, found = Model(config).double(), batch_for(name), []
+    for install in (False, True):
+        if install:
+            kernels.install(torch.device("cpu"))
+        sums = net(**batch)
+        loss = sum(value for key, value in sums.items() if value.requires_grad)
+        found.append([*sums.values(), *torch.autograd.grad(loss, list(net.parameters()))])
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)

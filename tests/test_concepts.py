@@ -1,0 +1,99 @@
+"""Each concept is a file that can be copied: in an empty folder, with nothing of ours but the files
+it names, it runs and shows what its text says."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# In an isolated interpreter the folder of a script is no place to import from: it is added, alone.
+RUN = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path(sys.argv[1], run_name='__main__')"
+
+
+def run_alone(file: str, needed: tuple[str, ...], folder: Path) -> str:
+    """What the file prints in a folder that holds it and `needed`."""
+    for name in (file, *needed):
+        shutil.copy(ROOT / name, folder)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", RUN, file],
+        cwd=folder,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses_in(said: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", said)]
+
+
+def says_the_verse(said: str) -> None:
+    losses = losses_in(said)
+    assert losses[-1] < 0.05 * losses[0]
+    assert said.endswith("What immortal hand or eye\n")
+
+
+def fills_the_holes(said: str) -> None:
+    losses = losses_in(said)
+    assert losses[-1] < 0.1 * losses[0]
+    holes, filled = said.splitlines()[-2:]
+    assert holes.count("_") > 20 and filled.startswith("every position sees all others")
+
+
+def reverses(said: str) -> None:
+    losses = losses_in(said)
+    assert losses[-1] < 0.05 * losses[0]
+    pairs = re.findall(r"(\d{6}) -> (\d{6})", said)
+    assert len(pairs) == 3 and all(wrote == read[::-1] for read, wrote in pairs)
+
+
+def draws_the_schedules(said: str) -> None:
+    drawn = dict(re.findall(r"(\w+) \|(.{64})\|", said))
+    assert list(drawn) == ["cosine", "linear", "inverse_sqrt", "constant"]
+    assert all(line[0] == "." and line[7] == "@" for line in drawn.values())
+    gradient, update = (
+        [float(x) for x in re.findall(r"\d\.\d+", line)] for line in said.splitlines()[-2:]
+    )
+    assert max(gradient) > 100 * min(gradient) and 0.6 < min(update) < max(update) < 1.3
+
+
+def shows_the_settings(said: str) -> None:
+    rows = {row[0]: row[1:] for row in map(str.split, said.splitlines()[2:10])}
+    assert {"mat", "moon"} < set(rows) and all(len(row) == 5 for row in rows.values())
+    for column, kept in enumerate([8, 8, 8, 3, 4]):  # as it is, two temperatures, top_k, top_p
+        shares = [float(row[column].strip("%")) for row in rows.values() if row[column] != "-"]
+        assert len(shares) == kept and sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def adapts_and_merges(said: str) -> None:
+    losses = losses_in(said)
+    assert losses[-1] < 0.8 * losses[0]
+    learning, every = re.search(r"([\d,]+) of ([\d,]+) parameters learn", said).groups()
+    assert int(learning.replace(",", "")) < 0.1 * int(every.replace(",", ""))
+    assert float(re.search(r"more than (\S+)$", said)[1]) < 1e-5
+
+
+# file: (the others of ours that it needs, what its output must show)
+CONCEPTS = {
+    "model.py": ((), says_the_verse),
+    "bert.py": (("model.py",), fills_the_holes),
+    "seq2seq.py": (("model.py",), reverses),
+    "optim.py": ((), draws_the_schedules),
+    "decoding.py": ((), shows_the_settings),
+    "finetune.py": ((), adapts_and_merges),
+}
+
+
+@pytest.mark.parametrize("file", CONCEPTS)
+def test_a_copy_runs_in_an_empty_folder(file, tmp_path):
+    needed, check = CONCEPTS[file]
+    check(run_alone(file, needed, tmp_path))
