@@ -22,28 +22,20 @@ import torch.nn as nn
 
 from bert import BERT, BERTConfig, EncoderConfig
 from data.completions import Completions
-from data.labelled import LabelledTexts
 from data.masked import MaskedText
 from data.pairs import Pairs
-from data.questions import Questions
 from data.similar import SimilarPairs
-from data.tagged import TaggedSentences
 from data.tokens import AnyTokenizer, tokenizer_from_json
 from data.windows import Windows
 from finetune import (
-    AnswerConfig,
-    Answerer,
-    Classifier,
-    LabelConfig,
     Similarity,
-    TagConfig,
-    Tagger,
     adapter_rank,
     add_adapters,
     merged_state,
 )
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
+from tasks import answer, classify, tag
 
 FORMAT = 1
 
@@ -53,9 +45,9 @@ TASKS = {
     "bert": (BERTConfig, BERT, MaskedText),
     "seq2seq": (Seq2SeqConfig, Seq2Seq, Pairs),
     # Fine-tuning: a pretrained encoder, or GPT, with labelled data.
-    "classify": (LabelConfig, Classifier, LabelledTexts),
-    "tag": (TagConfig, Tagger, TaggedSentences),
-    "answer": (AnswerConfig, Answerer, Questions),
+    "classify": (classify.LabelConfig, classify.Classifier, classify.Data),
+    "tag": (tag.TagConfig, tag.Tagger, tag.Data),
+    "answer": (answer.AnswerConfig, answer.Answerer, answer.Data),
     "similar": (EncoderConfig, Similarity, SimilarPairs),
     "complete": (GPTConfig, GPT, Completions),
 }

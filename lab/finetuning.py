@@ -31,8 +31,10 @@ from engine.checkpoint import TASKS
 from engine.config import CONFIGS, divide_step
 from engine.evaluation import score
 from engine.processes import Processes
-from finetune import LEARNT, label_sums, span_sums, take_weights
+from finetune import LEARNT, take_weights
 from lab.peers import hugging_face_encoder, peer
+from tasks.answer import span_sums
+from tasks.encoders import label_sums
 from train import gradients
 
 

@@ -11,16 +11,11 @@ from converting import noisy
 from test_seq2seq import without
 
 from bert import BERT, BERTConfig, EncoderConfig
-from finetune import (
-    AnswerConfig,
-    Answerer,
-    Classifier,
-    LabelConfig,
-    Similarity,
-    TagConfig,
-    Tagger,
-)
+from finetune import Similarity
 from model import GPT, GPTConfig
+from tasks.answer import AnswerConfig, Answerer
+from tasks.classify import Classifier, LabelConfig
+from tasks.tag import TagConfig, Tagger
 
 # ---- models --------------------------------------------------------------------------------------
 

@@ -16,17 +16,12 @@ import torch
 from torch import Tensor
 
 from bert import BERT, SEGMENTS, BERTConfig, EncoderConfig
-from finetune import (
-    AnswerConfig,
-    Answerer,
-    Classifier,
-    LabelConfig,
-    Similarity,
-    TagConfig,
-    Tagger,
-)
+from finetune import Similarity
 from model import GPT, GPTConfig, causal_mask
 from seq2seq import Seq2Seq, Seq2SeqConfig, sinusoids
+from tasks.answer import AnswerConfig, Answerer
+from tasks.classify import Classifier, LabelConfig
+from tasks.tag import TagConfig, Tagger
 
 Get = Callable[[str], Tensor]  # a tensor by Hugging Face's name
 

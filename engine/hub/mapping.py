@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data.conll import split_tag
 from engine.hub.families import BASES, FAMILIES, KINDS, Family, Get, stream_order
-from entities import split_tag
 from seq2seq import ACTIVATIONS
 
 # The largest sizes that are believed: beyond all published models of these families.

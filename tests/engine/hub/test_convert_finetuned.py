@@ -14,7 +14,9 @@ from bert import EncoderConfig
 from engine import checkpoint as checkpoints
 from engine.checkpoint import TASKS
 from engine.config import CONFIGS
-from finetune import AnswerConfig, LabelConfig, TagConfig
+from tasks.answer import AnswerConfig
+from tasks.classify import LabelConfig
+from tasks.tag import TagConfig
 
 LABELS = ("very bad", "so so", "good")
 OURS = {

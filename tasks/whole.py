@@ -1,0 +1,17 @@
+"""One labelled file as a task's evaluation: what `sample.py --eval FILE` scores."""
+
+from dataclasses import fields
+from pathlib import Path
+
+from data.tokens import AnyTokenizer
+
+
+def whole_file(Flags: type, Data: type, tokenizer: AnyTokenizer, flags, checkpoint: dict):
+    """All of the file flags.eval as a task's validation data, read as in the run that the
+    checkpoint is from. Flags and Data are the task's. Raises ValueError."""
+    if not Path(flags.eval).is_file():
+        raise ValueError(f"--eval {flags.eval} is no file here: name one as for --data")
+    names = {f.name for f in fields(Flags)}
+    settings = {k: v for k, v in checkpoint["train_config"].items() if k in names}
+    settings |= {"data": flags.eval, "valid": flags.eval, "eval_tokens": 0}
+    return Data.splits(Flags(**settings), checkpoint["model_config"], tokenizer)[1]
