@@ -173,13 +173,10 @@ def encode_question(tokenizer: AnyTokenizer, text: str, T: int) -> np.ndarray:
 def windows(n_question: int, n_context: int, T: int) -> list[Window]:
     """All that a context of n_context tokens needs in rows of at most T tokens: one where it fits,
     else full windows with OVERLAP, the last of them perhaps shorter."""
-    size, first, found = T - 3 - n_question, n_question + 2, []
-    step = size - min(OVERLAP, size // 2)
-    for start in range(0, n_context, step):
-        found.append(Window(start, min(start + size, n_context), first))
-        if start + size >= n_context:
-            break
-    return found
+    size = T - 3 - n_question
+    overlap = min(OVERLAP, size // 2)
+    starts = range(0, max(1, n_context - overlap), size - overlap)
+    return [Window(start, min(start + size, n_context), n_question + 2) for start in starts]
 
 
 def make_row(
@@ -421,33 +418,6 @@ class SampleFlags(TextFlags):
     context: str = ""  # the file with the text that holds the answers
 
 
-def answer_questions(
-    model: nn.Module, tokenizer: AnyTokenizer, asked: list[tuple[str, str]], flags: SampleFlags
-) -> list[str]:
-    """(question, context) -> "answer 87.3%: … the context around [answer] …"; of a model that may
-    abstain also "no answer 65.0%"."""
-    answers = []
-    for question, text in asked:
-        context, found, rows = question_rows(tokenizer, question, text, model.config.block_size)
-        logits: list[np.ndarray] = []
-        for start in range(0, len(rows), flags.batch_size):
-            ids, segments = zip(*rows[start : start + flags.batch_size], strict=True)
-            logits += list(outputs(model, collate(ids, tokenizer, segments)).cpu().numpy())
-        best = read_answer(context, found, logits, model.config.may_abstain)
-        answers.append(shown_answer(text, best.start, best.end, best.probability))
-    return answers
-
-
-def shown_answer(text: str, start: int, end: int, probability: float, around: int = 40) -> str:
-    if start == end:
-        return f"no answer {probability:.1%}"
-    before, behind = text[max(0, start - around) : start], text[end : end + around]
-    before = f"…{before}" if start > around else before
-    behind = f"{behind}…" if end + around < len(text) else behind
-    place = " ".join(f"{before}[{text[start:end]}]{behind}".split())
-    return f"{text[start:end]} {probability:.1%}: {place}"
-
-
 def answer(
     model: nn.Module,
     tokenizer: AnyTokenizer,
@@ -456,17 +426,35 @@ def answer(
     bar: tqdm | None = None,
     first: int = 0,
 ) -> list[str]:
-    """Answers to questions about --context or, where that is empty, to a question and its context
-    with a line end between them, as in Data.prompts."""
-    if flags.context:
-        text = "\n".join(read_lines(Path(flags.context)))
-        asked = [(prompt.strip(), text) for prompt in prompts]
-    else:
-        asked = [tuple(prompt.split("\n", 1)) for prompt in prompts]
-    found = answer_questions(model, tokenizer, asked, flags)
-    if bar is not None:
-        bar.update(len(prompts))
-    return found
+    """For each question "answer 87.3%: … the context around [answer] …"; of a model that may
+    abstain also "no answer 65.0%". The context is the file --context or, where that is empty,
+    stands in each prompt, a line end behind the question, as in Data.prompts."""
+    text = "\n".join(read_lines(Path(flags.context))) if flags.context else ""
+    answers = []
+    for prompt in prompts:
+        question, context = (prompt.strip(), text) if flags.context else prompt.split("\n", 1)
+        encoded, found, rows = question_rows(tokenizer, question, context, model.config.block_size)
+        logits: list[np.ndarray] = []
+        for start in range(0, len(rows), flags.batch_size):
+            ids, segments = zip(*rows[start : start + flags.batch_size], strict=True)
+            logits += list(outputs(model, collate(ids, tokenizer, segments)).cpu().numpy())
+        answers.append(
+            shown(context, read_answer(encoded, found, logits, model.config.may_abstain))
+        )
+        if bar is not None:
+            bar.update()
+    return answers
+
+
+def shown(text: str, answer: Answer, around: int = 40) -> str:
+    _, start, end, probability = answer
+    if start == end:
+        return f"no answer {probability:.1%}"
+    before, behind = text[max(0, start - around) : start], text[end : end + around]
+    before = f"…{before}" if start > around else before
+    behind = f"{behind}…" if end + around < len(text) else behind
+    place = " ".join(f"{before}[{text[start:end]}]{behind}".split())
+    return f"{text[start:end]} {probability:.1%}: {place}"
 
 
 def sample(model: nn.Module, tokenizer: AnyTokenizer, flags: SampleFlags, checkpoint: dict, score):

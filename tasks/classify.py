@@ -238,8 +238,7 @@ def encode_parts(
 
 
 def collate(rows: Sequence[list[np.ndarray]], tokenizer: AnyTokenizer) -> dict[str, Tensor]:
-    """Rows of one text, or all of two -> {"tokens": (B, T)}; for pairs also "segments": (B, T);
-    if some rows are shorter than others, "keep": (B, T), False at padding."""
+    """Rows of one text, or all of two, as `encoders.collate` has them; pairs have segments."""
     special = tokenizer.special_tokens
     ids, segments = zip(*(assemble(r, special[CLS], special[SEP]) for r in rows), strict=True)
     return encoders.collate(ids, tokenizer, segments if len(rows[0]) > 1 else None)

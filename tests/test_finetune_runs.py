@@ -16,7 +16,7 @@ from engine import checkpoint as checkpoints
 from engine.evaluation import GOALS
 from engine.logs import read_log
 from finetune import adapter_rank
-from tasks.answer import SampleFlags, answer_questions
+from tasks.answer import SampleFlags, answer
 
 # Found by trying: each learns its problem in well under a second.
 LEARN = ["--beta2=0.95", "--weight_decay=0", "--pre_ln"]
@@ -373,7 +373,7 @@ def test_an_answer_is_found_in_any_window(files, capsys, monkeypatch):
     model, tokenizer, _ = sample.load_model(best, torch.device("cpu"))
     model.register_forward_pre_hook(lambda model, args, given: seen.append(given), with_kwargs=True)
     text, seen = Path("long.txt").read_text(encoding="utf-8"), []
-    answer_questions(model, tokenizer, [(asked[0], text)], SampleFlags())
+    answer(model, tokenizer, [f"{asked[0]}\n{text}"], SampleFlags())
     tokens, segments, keep = (seen[0][k] for k in ("tokens", "segments", "keep"))
     ends = tokenizer.special_tokens["[SEP]"]
     first = (tokens == ends).int().argmax(1, keepdim=True)  # of the question
