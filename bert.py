@@ -3,7 +3,7 @@
 Every position sees all others, so the model cannot be asked for the next word. Instead some words
 of the input are hidden and asked for (masked language modelling, MLM), and the first position says
 whether the second part of the input follows the first in its document (next-sentence prediction,
-NSP). Which words, which pairs: `data/masked.py` and `data/sentence_pairs.py`.
+NSP). Which words, which pairs: `tasks/masked.py` and `data/sentence_pairs.py`.
 
 Left out on purpose: the variants of RoBERTa, ALBERT and ELECTRA, except what is a setting here
 (`nsp`, `pre_ln`, and the masking rate of the data). Heads of other tasks are in `heads.py`.

@@ -85,8 +85,8 @@ class InBuckets:
         *,
         block_size: int,
         batch_size: int,
-        tokens_per_step: int,
-        seed: int,
+        tokens_per_step: int = 0,
+        seed: int = 0,
     ) -> None:
         """lengths (rows,) are those of all rows that are to be learnt from, or scored."""
         self.tokens_per_batch = batch_size * block_size

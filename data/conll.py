@@ -1,8 +1,7 @@
 r"""CoNLL files -> sentences of tagged words: what a model learns from to find named entities.
 
 A file has a word a line, its columns apart by tabs or by white space, the word in the first and its
-tag in the last, and a blank line between sentences. The tags are in any scheme of `entities.py`,
-and become IOB2.
+tag in the last, and a blank line between sentences.
 
 - If its first row has a tab, a file is divided at tabs alone, otherwise at spaces and tabs. Other
   white space (U+00A0, U+2028) is part of a word, and so is all that cannot be printed.
@@ -14,13 +13,33 @@ and become IOB2.
 
 Without a file that validates, one sentence in ten does: see `data/division.py`.
 
-Left out: entities in other columns than the last, words in other columns than the first (CoNLL-U,
-GermEval), tags without a type, documents (their sentences are taken one by one).
+An entity is (type, start, end): the words start to end - 1, as a slice has them. Four schemes write
+entities as tags; with L for a location and P for a person,
+
+    words    Ada   of   Grace   Hopper   Alan   Turing   ,   Rome
+    IOB1     I-P   O    I-P     I-P      B-P    I-P      O   I-L     B only behind the same type
+    IOB2     B-P   O    B-P     I-P      B-P    I-P      O   B-L     B begins every entity
+    IOBES    S-P   O    B-P     E-P      B-P    E-P      O   S-L     E ends it, S is a single word
+    BILOU    U-P   O    B-P     L-P      B-P    L-P      O   U-L     the same in other letters
+
+A file may be in any of them, or in a mixture, as may what a model makes up; here it becomes IOB2.
+No sequence of tags is an error: an I behind another type, or behind O, begins an entity. Between
+two words that have tags there is a border if their types differ, if the second has B or S, or if
+the first has E or S. For B, I and O these are the chunk rules of conlleval, the script that scored
+the CoNLL tasks. It knows no S, and with it a B behind an E of the same type goes on with the
+entity; here that begins another, as IOBES means it.
+
+Left out: nested and discontinuous entities, entities in other columns than the last, words in other
+columns than the first (CoNLL-U, GermEval), tags without a type, documents (their sentences are
+taken one by one).
+
+Papers: Ramshaw and Marcus 1995 (arXiv:cmp-lg/9505040); Tjong Kim Sang and Veenstra 1999, who name
+the schemes (arXiv:cs/9907006); Ratinov and Roth 2009, BILOU (aclanthology.org/W09-1119).
 """
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +47,20 @@ from typing import NamedTuple
 from data.division import divide
 from data.lines import read_lines
 from data.text import check_text, name_of
-from entities import TAG, entities, scheme_of, to_iob2
 
 HELD_OUT = 10  # one sentence in so many validates where no file does
 COMMENT, DOCUMENT = "# ", "-DOCSTART-"
 BLANK = " \t"
+
+Entity = tuple[str, int, int]  # type, start, end
+
+TAG = re.compile(r"O|[BIESLU]-.+")
+SCHEMES = {  # what stands before the type at an entity's only, first, inner and last word
+    "IOB2": "BBII",
+    "IOB1": "IIII",
+    "IOBES": "SBIE",
+    "BILOU": "UBIL",
+}
 
 
 class Sentence(NamedTuple):
@@ -176,3 +204,58 @@ def fault(cells: list[str], width: int) -> str:
     if not cells[0]:
         return "no word before its tag"
     return f"{cells[-1][:30]!r} is no tag: write O, or B-TYPE with one of B I E S L U in front"
+
+
+# ---- tags ----------------------------------------------------------------------------------------
+
+
+def split_tag(tag: str) -> tuple[str, str]:
+    """("B", "person") of "B-person", ("O", "") of "O"; ValueError for what is no tag."""
+    if not TAG.fullmatch(tag):
+        raise ValueError(f"{tag!r} is no tag: write O, or B-TYPE with one of B I E S L U in front")
+    return tag[0], tag[2:]
+
+
+def entities(tags: Iterable[str]) -> list[Entity]:
+    """The entities of one sentence, in order. ValueError for what is no tag, never for a sequence
+    of tags."""
+    found, start, last, last_type = [], 0, "O", ""
+    for i, tag in enumerate([*tags, "O"]):
+        prefix, type_ = split_tag(tag)
+        # Outside of entities the type is "", so O needs no rule of its own.
+        if type_ != last_type or prefix in "BSU" or last in "ESLU":
+            if last_type:
+                found.append((last_type, start, i))
+            start = i
+        last, last_type = prefix, type_
+    return found
+
+
+def spelled(found: Iterable[Entity], length: int, scheme: str = "IOB2") -> list[str]:
+    """The tags, in one of SCHEMES, of a sentence of `length` words with these entities, which are
+    in order and do not overlap."""
+    alone, first, inner, last = SCHEMES[scheme]
+    tags = ["O"] * length
+    for type_, start, end in found:
+        size = end - start
+        prefixes = alone if size == 1 else first + inner * (size - 2) + last
+        if scheme == "IOB1" and start and tags[start - 1][2:] == type_:
+            prefixes = "B" + prefixes[1:]
+        tags[start:end] = [f"{prefix}-{type_}" for prefix in prefixes]
+    return tags
+
+
+def to_iob2(tags: list[str]) -> list[str]:
+    """The same entities in IOB2, whatever scheme or mixture the tags are in."""
+    return spelled(entities(tags), len(tags))
+
+
+def scheme_of(sentences: Iterable[list[str]]) -> str:
+    """The first of SCHEMES in which all of these tags are written; "" for a mixture or a mistake.
+
+    Where several fit, they mean the same: tags without any B- are IOB1, or the poorer "IO"."""
+    fitting = list(SCHEMES)
+    for tags in sentences:
+        found = entities(tags)
+        fitting = [scheme for scheme in fitting if spelled(found, len(tags), scheme) == tags]
+    return fitting[0] if fitting else ""

@@ -1,4 +1,5 @@
-"""SQuAD's files: paragraphs of text, questions about them, and answers that are pieces of the text.
+"""SQuAD: paragraphs of text, questions about them, answers that are pieces of the text, and how
+right an answer is.
 
 A file is JSON (also .gz), {"data": [{"paragraphs": [{"context", "qas"}]}]}; each of the "qas" has
 a "question" and "answers" [{"text", "answer_start"}], the start in characters of the context. In
@@ -6,23 +7,31 @@ version 2.0, a question whose "is_impossible" is true has no answer.
 
 Left out: the titles of the articles, the plausible answers of version 2.0, downloads.
 
-Papers: SQuAD 1.1 (Rajpurkar et al. 2016, arXiv:1606.05250), SQuAD 2.0 (Rajpurkar et al. 2018,
-arXiv:1806.03822).
+Papers: SQuAD 1.1 (Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1: both metrics), SQuAD 2.0
+(Rajpurkar et al. 2018, arXiv:1806.03822: questions without an answer).
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
+
+import numpy as np
 
 from data.division import divide
 from data.text import Part, blocks, name_of
 
 HELD_OUT = 5  # one paragraph in so many validates where no file does
 MOST_MISPLACED = 0.1  # share of the answered questions; above it, the file is refused
+
+ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True)
@@ -147,3 +156,48 @@ def check_places(paragraphs: Paragraphs, name: str) -> None:
             f"which counts characters of the context from 0; {short(wrong[0].answers[0])} is one, "
             f"asked for by {short(wrong[0].text)}"
         )
+
+
+# ---- how right it is -----------------------------------------------------------------------------
+
+
+def normalise(text: str) -> str:
+    """What the metrics compare: lower case, without ASCII punctuation, then without the words a,
+    an and the, with single spaces."""
+    return " ".join(ARTICLE.sub(" ", text.lower().translate(NO_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    return float(normalise(prediction) == normalise(answer))
+
+
+def f1(prediction: str, answer: str) -> float:
+    """The harmonic mean of precision and recall over words, each counted as often as it occurs.
+    Where one side has no words, 1 if the other has none either."""
+    a, b = normalise(prediction).split(), normalise(answer).split()
+    if not a or not b:
+        return float(a == b)
+    return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b))
+
+
+def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """{"exact_match", "f1"}: means over the questions, in percent, each question with the best of
+    its answers. No answers, or only such as normalise to nothing, mean that "" is right. Figures
+    of the questions with and without an answer follow where there are both kinds; for the latter,
+    F1 is the exact match.
+    """
+    golds = [[a for a in given if normalise(a)] or [""] for given in answers]
+    pairs = list(zip(predictions, golds, strict=True))
+    exact = np.array([max(exact_match(p, gold) for gold in given) for p, given in pairs])
+    overlap = np.array([max(f1(p, gold) for gold in given) for p, given in pairs])
+    has = np.array([bool(given) for given in answers])
+    report = {"exact_match": percent(exact), "f1": percent(overlap)}
+    if has.any() and not has.all():
+        report["answerable_exact_match"] = percent(exact[has])
+        report["answerable_f1"] = percent(overlap[has])
+        report["unanswerable_exact_match"] = percent(exact[~has])
+    return report
+
+
+def percent(values: np.ndarray) -> float:
+    return round(100 * float(values.mean()), 6)

@@ -34,7 +34,8 @@ from engine.hub.families import HEADS
 from engine.hub.peers import hugging_face_encoder, peer
 from engine.processes import Processes
 from finetune import take_weights
-from heads import label_sums, span_sums
+from tasks.answer import span_sums
+from tasks.encoders import label_sums
 from train import gradients
 
 

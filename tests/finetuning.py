@@ -11,16 +11,11 @@ from converting import noisy
 from test_seq2seq import without
 
 from bert import BERT, BERTConfig, EncoderConfig
-from heads import (
-    AnswerConfig,
-    Answerer,
-    Classifier,
-    LabelConfig,
-    Similarity,
-    TagConfig,
-    Tagger,
-)
 from model import GPT, GPTConfig
+from tasks.answer import AnswerConfig, Answerer
+from tasks.classify import Classifier, LabelConfig
+from tasks.similar import Similarity
+from tasks.tag import TagConfig, Tagger
 
 # ---- models --------------------------------------------------------------------------------------
 

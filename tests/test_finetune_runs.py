@@ -10,14 +10,13 @@ import torch
 from finetuning import FILES, RUN, TASKS, flags, of, squad, write_files
 from test_train import assert_equal, flatten, losses, torchrun, weights
 
-import predict
 import sample
 import train
 from engine import checkpoint as checkpoints
 from engine.evaluation import GOALS
 from engine.logs import read_log
 from finetune import adapter_rank
-from predict import AskConfig
+from tasks.answer import SampleFlags, answer
 
 # Found by trying: each learns its problem in well under a second.
 LEARN = ["--beta2=0.95", "--weight_decay=0", "--pre_ln"]
@@ -372,10 +371,10 @@ def test_an_answer_is_found_in_any_window(files, capsys, monkeypatch):
     long = say(capsys, best, "--context=long.txt", f"--prompt={asked[0]}")
     assert long.startswith("Carl ") and "[Carl]" in long and long.count("…") == 2
     model, tokenizer, _ = sample.load_model(best, torch.device("cpu"))
-    model.register_forward_pre_hook(lambda model, given: seen.append(given))
+    model.register_forward_pre_hook(lambda model, args, given: seen.append(given), with_kwargs=True)
     text, seen = Path("long.txt").read_text(encoding="utf-8"), []
-    predict.answer_questions(model, tokenizer, [(asked[0], text)], AskConfig())
-    tokens, segments, keep = seen[0]
+    answer(model, tokenizer, [f"{asked[0]}\n{text}"], SampleFlags())
+    tokens, segments, keep = (seen[0][k] for k in ("tokens", "segments", "keep"))
     ends = tokenizer.special_tokens["[SEP]"]
     first = (tokens == ends).int().argmax(1, keepdim=True)  # of the question
     assert torch.equal(segments == 1, (torch.arange(tokens.size(1)) > first) & keep)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import tasks
+from data.conll import split_tag
 from engine.hub.families import BASES, FAMILIES, KINDS, Family, Get, family_of, stream_order
 
 # The largest sizes that are accepted: beyond all published models of these families.
@@ -76,8 +77,6 @@ def our_config(settings: dict) -> tuple[str, Any]:
     if task == "classify" and len(found["labels"]) < 2:
         raise ValueError("a single label is a regression, which is not supported")
     if task == "tag":
-        from entities import split_tag
-
         for label in found["labels"]:
             split_tag(label)  # ValueError unless it is O, B-TYPE, I-TYPE, …
     for name, task_of in (("pairs", "classify"), ("may_abstain", "answer")):

@@ -1,4 +1,5 @@
-"""data/conll.py: files as they are found, and what is refused in them."""
+"""data/conll.py: files as they are found, what is refused in them, and tags against a table of
+their rules."""
 
 import gzip
 import re
@@ -7,12 +8,20 @@ from pathlib import Path
 
 import pytest
 from conftest import shared
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data.text
-from data.conll import open_tagged, read_conll
-from entities import SCHEMES, entities, spelled
+from data.conll import (
+    SCHEMES,
+    entities,
+    open_tagged,
+    read_conll,
+    scheme_of,
+    spelled,
+    split_tag,
+    to_iob2,
+)
 
 SENTENCES = [
     (["Ada", "met", "Grace", "Hopper", "."], ["B-P", "O", "B-P", "I-P", "O"]),
@@ -296,3 +305,110 @@ def test_wnut17():
             assert lines[line - 1 : line - 1 + len(got)] == got
     words = {word for s in text.splits["validation"] for word in s.words}
     assert {"#", "watched\u200bwas", "Dubbz\ufeff"} <= words
+
+
+# ---- tags ----------------------------------------------------------------------------------------
+
+TYPES = ("P", "creative-work", "x")
+# Two tags of one type: the second ones before which an entity ends and another begins.
+BORDERS = {"B": "BSU", "I": "BSU", "E": "BIESLU", "S": "BIESLU", "L": "BIESLU", "U": "BIESLU"}
+ROWS = {  # the table at the top of data/conll.py
+    "IOB1": "I-P O I-P I-P B-P I-P O I-L",
+    "IOB2": "B-P O B-P I-P B-P I-P O B-L",
+    "IOBES": "S-P O B-P E-P B-P E-P O S-L",
+    "BILOU": "U-P O B-P L-P B-P L-P O U-L",
+}
+FOUND = [("P", 0, 1), ("P", 2, 4), ("P", 4, 6), ("L", 7, 8)]
+
+tags = st.sampled_from(["O", "O", *(f"{prefix}-{type_}" for prefix in BORDERS for type_ in TYPES)])
+sequences = st.lists(tags, max_size=12)
+
+
+@st.composite
+def sentences(draw, longest: int = 5):
+    """(entities, length): apart, or side by side."""
+    found, at = [], 0
+    for _ in range(draw(st.integers(0, 4))):
+        start = at + draw(st.integers(0, 2))
+        at = start + draw(st.integers(1, longest))
+        found.append((draw(st.sampled_from(TYPES)), start, at))
+    return found, at + draw(st.integers(0, 2))
+
+
+def slow_entities(tags: list[str]) -> list[tuple[str, int, int]]:
+    """Every span is tried: no O in it, no border inside, one at either end."""
+
+    def border(i: int) -> bool:  # between the words i - 1 and i
+        a, b = (tags[k] if 0 <= k < len(tags) else "O" for k in (i - 1, i))
+        if a == "O" or b == "O":
+            return True
+        return a.split("-", 1)[1] != b.split("-", 1)[1] or b[0] in BORDERS[a[0]]
+
+    return [
+        (tags[a].split("-", 1)[1], a, b)
+        for a in range(len(tags))
+        for b in range(a + 1, len(tags) + 1)
+        if "O" not in tags[a:b] and [k for k in range(a, b + 1) if border(k)] == [a, b]
+    ]
+
+
+@given(sequences)
+@example(["I-P", "I-x", "O", "E-P", "I-P", "S-P", "E-P", "B-P", "E-P", "B-P", "I-P", "E-P", "I-P"])
+def test_entities_are_those_of_the_table_of_rules(tags):
+    assert entities(tags) == slow_entities(tags)
+
+
+def test_every_pair_of_tags_by_itself():
+    """All 19 · 19 of them, so that none is left to chance."""
+    known = ["O", *(f"{prefix}-{type_}" for prefix in BORDERS for type_ in TYPES)]
+    for a in known:
+        for b in known:
+            assert entities([a, b]) == slow_entities([a, b]), (a, b)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_scheme_by_hand(scheme):
+    row = ROWS[scheme].split()
+    assert entities(row) == FOUND and spelled(FOUND, 8, scheme) == row
+    assert scheme_of([row]) == scheme and scheme_of([["O"], row, []]) == scheme
+    assert to_iob2(row) == ROWS["IOB2"].split()
+
+
+@given(sentences())
+def test_what_a_scheme_writes_is_read_again(sentence):
+    found, length = sentence
+    for scheme in SCHEMES:
+        tags = spelled(found, length, scheme)
+        assert (
+            len(tags) == length and entities(tags) == found and to_iob2(tags) == spelled(*sentence)
+        )
+        fitting = scheme_of([tags])
+        assert spelled(found, length, fitting) == tags
+
+
+def test_iob1_has_a_b_only_between_neighbours_of_one_type():
+    found = [("x", 0, 2), ("P", 2, 3), ("P", 3, 5), ("P", 6, 7)]
+    assert spelled(found, 7, "IOB1") == ["I-x", "I-x", "I-P", "B-P", "I-P", "O", "I-P"]
+    # A type that ends like another is another.
+    assert spelled([("work", 0, 1), ("k", 1, 2)], 2, "IOB1") == ["I-work", "I-k"]
+
+
+@given(sequences)
+def test_iob2_of_any_mixture_keeps_its_entities(tags):
+    once = to_iob2(tags)
+    assert entities(once) == entities(tags) and to_iob2(once) == once
+    assert [tag == "O" for tag in once] == [tag == "O" for tag in tags]
+
+
+def test_a_mixture_or_a_mistake_is_no_scheme():
+    iob1, iob2, iobes = (ROWS[name].split() for name in ("IOB1", "IOB2", "IOBES"))
+    assert scheme_of([iob1, iob2]) == scheme_of([iob2, iobes]) == ""
+    assert scheme_of([["B-P", "I-x"]]) == scheme_of([["O", "E-P"]]) == ""
+    assert scheme_of([["I-P", "I-P", "O"]]) == "IOB1" and scheme_of([["O"]]) == "IOB2"
+
+
+@pytest.mark.parametrize("tag", ["", "o", "B", "B-", "-P", "b-P", "BP", "B_P", "M-P", "O-P", " O"])
+def test_what_is_no_tag_is_refused(tag):
+    with pytest.raises(ValueError, match=f"{re.escape(repr(tag))} is no tag: write O"):
+        entities(["O", tag])
+    assert split_tag("B-a-b c") == ("B", "a-b c") and split_tag("O") == ("O", "")

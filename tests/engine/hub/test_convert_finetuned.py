@@ -14,7 +14,9 @@ import tasks
 from bert import EncoderConfig
 from engine import checkpoint as checkpoints
 from engine.hub.importing import import_model
-from heads import AnswerConfig, LabelConfig, TagConfig
+from tasks.answer import AnswerConfig
+from tasks.classify import LabelConfig
+from tasks.tag import TagConfig
 
 LABELS = ("very bad", "so so", "good")
 OURS = {

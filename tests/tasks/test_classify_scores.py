@@ -1,4 +1,5 @@
-"""scores.py: the figures of a confusion matrix, against their definitions; what they look like."""
+"""tasks/classify.py: the figures of a confusion matrix, against their definitions, and what they
+look like."""
 
 import sys
 import warnings
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scores import (
+from tasks.classify import (
     LARGEST_MATRIX,
     accuracy,
     confusion_matrix,

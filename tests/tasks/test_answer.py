@@ -1,4 +1,4 @@
-"""data/questions.py: rows of a question and a window, once an epoch, and answers read from them."""
+"""tasks/answer.py: rows of a question and a window, once an epoch, and answers read from them."""
 
 import json
 import math
@@ -17,12 +17,10 @@ from conftest import shared
 
 from bert import BERT, BERTConfig
 from bpe import Tokenizer
-from data.contexts import encode_context, windows
 from data.encoding import CLS, PAD, SEP, encode_text
-from data.questions import Questions
-from engine.config import MaskedConfig
 from engine.evaluation import evaluate
 from engine.processes import Processes
+from tasks.answer import Data, Flags, encode_context, windows
 from wordpiece import WordPiece
 
 T = 48
@@ -75,10 +73,10 @@ def splits(data="train", valid="valid", *, tokenizer="bpe", block_size=T, **sett
     settings.setdefault("tokens_per_step", settings["batch_size"] * block_size)
     paths = {"data": f"{data}.json", "valid": f"{valid}.json" if valid else ""}
     sizes = {"vocab_size": 270, "block_size": block_size}
-    return Questions.splits(MaskedConfig(**paths, **settings), sizes, TOKENIZERS.get(tokenizer))
+    return Data.splits(Flags(**paths, **settings), sizes, TOKENIZERS.get(tokenizer))
 
 
-def rows_of(data: Questions, batch: dict[str, torch.Tensor]) -> list[tuple]:
+def rows_of(data: Data, batch: dict[str, torch.Tensor]) -> list[tuple]:
     """(ids, start, end) of a batch's rows; none of a micro-batch that is not to be counted."""
     assert {*batch} - {"keep"} == {"tokens", "segments", "start_targets", "end_targets"}
     special = data.tokenizer.special_tokens
@@ -97,7 +95,7 @@ def rows_of(data: Questions, batch: dict[str, torch.Tensor]) -> list[tuple]:
     return [(tuple(ids[kept].tolist()), start, end) for ids, kept, start, end in found]
 
 
-def epoch(data: Questions, number: int = 0) -> list[tuple]:
+def epoch(data: Data, number: int = 0) -> list[tuple]:
     steps = range(number * data.n_batches, (number + 1) * data.n_batches)
     return [row for i in steps for row in rows_of(data, data.batch(i))]
 
@@ -220,7 +218,7 @@ def test_a_limited_evaluation_takes_evenly_spaced_questions_with_all_windows(fol
     assert len(splits(eval_tokens=tokens)[1].chosen) == n
 
 
-def perfect(data: Questions) -> dict[int, np.ndarray]:
+def perfect(data: Data) -> dict[int, np.ndarray]:
     """Logits that are highest at the targets; windows without the answer are less sure of that
     than the one with it is of the answer. What is no target is noise."""
     random, predicted = np.random.default_rng(0), {}
@@ -407,8 +405,8 @@ def test_a_tokenizer_is_learnt_from_the_training_half(folder):
 
 
 def test_real_questions_with_windows():
-    config = MaskedConfig(data=str(shared("xquad.en.json")), eval_tokens=0, batch_size=8, seed=5)
-    train, validation = Questions.splits(config, {"block_size": 300}, TOKENIZERS["bpe"])
+    config = Flags(data=str(shared("xquad.en.json")), eval_tokens=0, batch_size=8, seed=5)
+    train, validation = Data.splits(config, {"block_size": 300}, TOKENIZERS["bpe"])
     assert len(train.questions) + len(validation.questions) == 1190
     assert len(validation.rows) > 2 * len(validation.questions)
     figures = validation.measure(perfect(validation))

@@ -1,4 +1,4 @@
-"""data/tagged.py: every word asked for once, and its label read again at the same place."""
+"""tasks/tag.py: every word asked for once, and its label read again at the same place."""
 
 import re
 from itertools import accumulate, pairwise
@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from bpe import Tokenizer
 from data.conll import open_tagged
 from data.encoding import CLS, MASK, PAD, SEP, SPECIAL, encode_text
-from data.tagged import TaggedSentences, join_rows, sentence_rows, windows
-from entities import entity_scores
+from tasks.tag import Data, entity_scores, join_rows, sentence_rows, windows
 from wordpiece import UNK, WordPiece
 
 TYPES = ("person", "place", "x")
@@ -65,10 +64,10 @@ def splits(data="train", valid="valid", tokenizer=DIGITS, *, block_size=T, label
     paths = {"data": f"{data}.conll", "valid": valid and f"{valid}.conll", "cache_dir": "cache"}
     config = SimpleNamespace(**paths, tokenizer="", pattern="gpt2", **settings)
     sizes = {"vocab_size": 300, "block_size": block_size, "labels": labels}
-    return TaggedSentences.splits(config, sizes, tokenizer)
+    return Data.splits(config, sizes, tokenizer)
 
 
-def read_rows(data: TaggedSentences, batch: dict) -> list[list[tuple[str, str | None]]]:
+def read_rows(data: Data, batch: dict) -> list[list[tuple[str, str | None]]]:
     """[(word, label asked for or None)] of each row, from the tensors alone."""
     keep = batch.get("keep", torch.ones_like(batch["tokens"], dtype=torch.bool))
     assert ("keep" in batch) == (not keep.all()) and batch["tokens"].dtype == torch.int64
@@ -92,7 +91,7 @@ def read_rows(data: TaggedSentences, batch: dict) -> list[list[tuple[str, str | 
     return rows
 
 
-def epoch(data: TaggedSentences, number: int = 0) -> list[list[tuple[str, str | None]]]:
+def epoch(data: Data, number: int = 0) -> list[list[tuple[str, str | None]]]:
     numbers = range(number * data.n_batches, (number + 1) * data.n_batches)
     batches = [data.batch(i) for i in numbers]
     return [row for b in batches if (b["targets"] != -100).any() for row in read_rows(data, b)]
@@ -250,7 +249,7 @@ def test_report_is_per_word(folder):
 # ---- what is measured ----------------------------------------------------------------------------
 
 
-def guesses(data: TaggedSentences, label_of: dict[str, str], seed: int = 0) -> dict:
+def guesses(data: Data, label_of: dict[str, str], seed: int = 0) -> dict:
     """What a model that gives each word this label predicts, with noise where none is asked for."""
     random, index = np.random.default_rng(seed), {x: i for i, x in enumerate(data.labels)}
     found = {}
@@ -362,7 +361,7 @@ def test_real_tweets_keep_their_words_and_labels():
     tokenizer = WordPiece.train((t for t, _ in text.pieces("train")), 1000)
     for T in (24, 128):
         sizes = {"block_size": T, "batch_size": 8, "tokens_per_step": 32 * T}
-        data = TaggedSentences(text, "validation", tokenizer, text.labels, **sizes)
+        data = Data(text, "validation", tokenizer, text.labels, **sizes)
         batches = [data.batch(i) for i in range(data.n_batches)]
         assert sum(int((b["targets"] != -100).sum()) for b in batches) == 15733
         assert max(b["tokens"].size(1) for b in batches) == T

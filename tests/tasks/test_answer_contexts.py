@@ -1,4 +1,4 @@
-"""data/contexts.py: from a question and its context to rows, and back to the text's characters."""
+"""tasks/answer.py: from a question and its context to rows, and back to the text's characters."""
 
 import json
 import unicodedata
@@ -11,20 +11,20 @@ from conftest import gpt2_files, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
-from answers import exact_match
 from bpe import Tokenizer
-from data.contexts import (
+from data.encoding import CLS, PAD, SEP, encode_text
+from data.gpt2_files import read_gpt2_files
+from data.squad import exact_match
+from tasks.answer import (
     Answer,
     Window,
-    ask,
     encode_context,
     encode_question,
     make_row,
+    question_rows,
     read_answer,
     windows,
 )
-from data.encoding import CLS, PAD, SEP, encode_text
-from data.gpt2_files import read_gpt2_files
 from wordpiece import WordPiece
 
 TEXT = (
@@ -195,7 +195,7 @@ def test_questions_are_cut_to_64_tokens_and_half_of_the_room():
 
 @pytest.mark.parametrize("question", ["Why\tso?", ""])
 def test_a_row_is_cls_question_sep_window_sep(question):
-    context, found, rows = ask(BPE, question, TEXT, 37)
+    context, found, rows = question_rows(BPE, question, TEXT, 37)
     special, asked = BPE.special_tokens, encode_text(BPE, question)
     assert len(found) > 1 and context.text == TEXT
     for window, (ids, segments) in zip(found, rows, strict=True):
@@ -208,7 +208,7 @@ def test_a_row_is_cls_question_sep_window_sep(question):
 
 def test_a_context_without_words_is_refused():
     with pytest.raises(ValueError, match=r"the context ' \\n' has no words in it"):
-        ask(BPE, "why?", " \n", 37)
+        question_rows(BPE, "why?", " \n", 37)
 
 
 # ---- logits -> text ------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def quiet(found, T, noise=0.0, seed=0):
 @pytest.mark.parametrize("tokenizer", [BPE, PIECES[True], PIECES[False]])
 @pytest.mark.parametrize("said", ["Über 6½", "(2,700 sq mi)", "x2... don't!", "naïve", "a\u00adb"])
 def test_the_answer_is_the_text_of_the_best_window(tokenizer, said):
-    context, found, rows = ask(tokenizer, "what?", TEXT, 45)
+    context, found, rows = question_rows(tokenizer, "what?", TEXT, 45)
     start = TEXT.index(said)
     tokens = context.tokens(start, start + len(said))
     inside = [i for i, window in enumerate(found) if window.places(tokens) != (0, 0)]
@@ -245,7 +245,7 @@ def test_the_answer_is_the_text_of_the_best_window(tokenizer, said):
 
 
 def test_no_answer_where_every_window_says_so():
-    context, found, _ = ask(BPE, "what?", TEXT, 45)
+    context, found, _ = question_rows(BPE, "what?", TEXT, 45)
     assert len(found) > 2
     logits = quiet(found, 45)
     for i, x in enumerate(logits):

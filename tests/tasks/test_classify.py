@@ -1,9 +1,8 @@
-"""data/labelled.py: rows of labelled texts, each once an epoch, with the label that it has."""
+"""tasks/classify.py: rows of labelled texts, each once an epoch, with the label that it has."""
 
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -16,22 +15,14 @@ from conftest import peer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.labelled import LabelledTexts, collate, encode_parts
-from engine.config import TrainConfig
 from engine.hub.wordpiece_json import wordpiece_to_json
+from tasks.classify import Data, Flags, collate, encode_parts
 from wordpiece import WordPiece
 
 T = 24
 SPECIAL = {"[PAD]": 7, "[CLS]": 5, "[SEP]": 6}
 LABELS = {"red": 150, "green": 41, "blue": 9}  # of training; blue, green, red in their order
 BOTH = pytest.mark.parametrize("pairs", [False, True])
-
-
-@dataclass
-class Config(TrainConfig):
-    valid: str = ""
-    row_length: int = 0
-    class_weights: bool = False
 
 
 def examples(pairs: bool, counts: dict[str, int], seed: int = 0) -> list[tuple[str, ...]]:
@@ -71,12 +62,12 @@ def splits(pairs=False, *, block_size=64, labels=(), tokenizer=None, **settings)
     settings = {"batch_size": 4, "eval_tokens": 0, "pattern": "char", **settings}
     settings.setdefault("tokens_per_step", settings["batch_size"] * block_size)
     data, valid = write("train.tsv", train_rows(pairs)), write("valid.tsv", valid_rows(pairs))
-    config = Config(data=data, valid=valid, cache_dir="cache", **settings)
+    flags = Flags(data=data, valid=valid, cache_dir="cache", **settings)
     sizes = {"vocab_size": 300, "block_size": block_size, "labels": labels}
-    return LabelledTexts.splits(config, sizes, tokenizer)
+    return Data.splits(flags, sizes, tokenizer)
 
 
-def rows_of(data: LabelledTexts, batch: dict[str, torch.Tensor]) -> list[tuple]:
+def rows_of(data: Data, batch: dict[str, torch.Tensor]) -> list[tuple]:
     """(text, …, label) of a batch's rows, read from the tensors; none of one that is not to be
     counted. Checks what holds for all."""
     special, tokens, targets = data.tokenizer.special_tokens, batch["tokens"], batch["targets"]
@@ -102,7 +93,7 @@ def rows_of(data: LabelledTexts, batch: dict[str, torch.Tensor]) -> list[tuple]:
     return rows
 
 
-def epoch(data: LabelledTexts, number: int = 0) -> list[tuple]:
+def epoch(data: Data, number: int = 0) -> list[tuple]:
     n = data.n_batches
     return [row for i in range(number * n, number * n + n) for row in rows_of(data, data.batch(i))]
 
@@ -349,9 +340,9 @@ def test_a_vocabulary_is_learnt_from_the_training_texts_only():
     assert validation.tokenizer is train.tokenizer
     assert {"[PAD]", "[CLS]", "[SEP]", "[MASK]"} == set(train.tokenizer.special_tokens)
     write("valid.tsv", [(f"{row[0]} q q qq", *row[1:]) for row in valid_rows(True)])
-    config = Config(data="train.tsv", valid="valid.tsv", cache_dir="elsewhere")
+    flags = Flags(data="train.tsv", valid="valid.tsv", cache_dir="elsewhere")
     sizes = {"vocab_size": 300, "block_size": 64, "labels": ()}
-    other, _ = LabelledTexts.splits(config, sizes)
+    other, _ = Data.splits(flags, sizes)
     assert other.tokenizer.ranks == train.tokenizer.ranks
 
 
