@@ -50,7 +50,7 @@ from tasks.whole import whole_file
 from wordpiece import IDEOGRAPH
 
 Flags = FinetuneConfig
-GOAL = "f1"
+GOAL, LOWER_IS_BETTER = "f1", False
 
 SHOWN = 4  # questions, after training
 MAX_ANSWER = 30  # tokens of the longest span that is considered

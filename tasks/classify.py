@@ -49,7 +49,7 @@ from tasks.encoders import TextFlags, label_sums, outputs, similar_lengths
 from tasks.flags import FinetuneConfig
 from tasks.whole import whole_file
 
-GOAL = "accuracy"
+GOAL, LOWER_IS_BETTER = "accuracy", False
 
 # ---- the network ---------------------------------------------------------------------------------
 

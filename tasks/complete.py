@@ -37,8 +37,7 @@ from tasks.flags import FinetuneConfig
 from tasks.text import SampleFlags, split_space
 from tasks.whole import whole_file
 
-GOAL = "loss"
-LOWER_IS_BETTER = True
+GOAL, LOWER_IS_BETTER = "loss", True
 FORMS = [("prompt", "completion")]
 SHOWN = 4  # prompts, after training
 

@@ -248,7 +248,7 @@ def groups(pairs: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.nda
 
 # ---- the score -----------------------------------------------------------------------------------
 
-GOAL = "mrr"
+GOAL, LOWER_IS_BETTER = "mrr", False
 TIE = 1e-6  # cosines of float32 vectors that are closer than this count as equal
 BLOCK = 1024  # rows of similarities held at a time
 

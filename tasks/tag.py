@@ -45,7 +45,7 @@ from tasks.whole import whole_file
 from wordpiece import UNK
 
 Flags = FinetuneConfig
-GOAL = "f1"
+GOAL, LOWER_IS_BETTER = "f1", False
 
 # ---- the network ---------------------------------------------------------------------------------
 

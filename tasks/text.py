@@ -34,8 +34,7 @@ from data.tokens import TokenFile, both_splits, tokenize
 from decoding import choose, distribution, generate
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
-GOAL = "loss"
-LOWER_IS_BETTER = True
+GOAL, LOWER_IS_BETTER = "loss", True
 
 Flags = TrainConfig  # of train.py: the common ones, and no others
 

@@ -38,8 +38,7 @@ from decoding import Advance, beam_search, choose, distribution, write
 from model import Attention
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
-GOAL = "loss"
-LOWER_IS_BETTER = True
+GOAL, LOWER_IS_BETTER = "loss", True
 PICTURES = (".png", ".svg", ".pdf")
 
 

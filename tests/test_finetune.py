@@ -1,4 +1,4 @@
-"""heads.py beside Hugging Face's classes, by perturbation, and every way to learn less."""
+"""The heads in tasks/ beside Hugging Face's classes, by perturbation; every way to learn less."""
 
 import json
 import os
@@ -32,16 +32,15 @@ from finetuning import (
     model_of,
 )
 
-import heads
+import tasks
 from bpe import Tokenizer
 from data.buckets import pad_rows
 from data.encoding import SPECIAL
-from engine.config import resolve
+from engine.config import from_data, resolve
 from engine.evaluation import evaluate
 from engine.processes import Processes
 from tasks import similar
 from tasks.similar import mean_pooled
-from train import TASKS
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 HEADS = pytest.mark.parametrize("task", ["classify", "tag", "answer"])
@@ -255,11 +254,11 @@ def reports(group: Processes, batch_size: int) -> dict[str, dict[str, float]]:
         config, sizes, _ = resolve(flags)
         if task == "similar":  # there a step is one batch, and an evaluation has such batches too
             config.tokens_per_step = 24 * batch_size
-        Config, Model, Data = TASKS[task]
-        _, data = Data.splits(config, sizes)
+        Model = tasks.network(task)
+        _, data = tasks.task(task).Data.splits(config, sizes)
         torch.manual_seed(1)
-        sizes |= {name: getattr(data, name) for name in heads.LEARNT if name in sizes}
-        model = noisy(Model(Config(**{**sizes, "vocab_size": 448})))
+        sizes |= {name: getattr(data, name) for name in from_data(Model.Config)}
+        model = noisy(Model(Model.Config(**{**sizes, "vocab_size": 448})))
         found[task] = evaluate(model, data, group, nullcontext)
     return found
 

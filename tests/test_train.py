@@ -23,7 +23,9 @@ from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from engine import checkpoint as checkpoints
 from engine import kernels
-from engine.config import MaskedConfig, TrainConfig, divide_step, prepare_folder, resolve
+from engine.config import divide_step, resolve
+from engine.saving import prepare_folder
+from tasks.flags import TrainConfig
 from engine.logs import read_log
 from engine.processes import Processes
 from engine.setup import compiled, recompute_blocks
@@ -260,7 +262,7 @@ def test_batches_of_many_lengths_compile_to_a_few_graphs(toy, monkeypatch):
     torch._dynamo.reset()
     sizes = {"vocab_size": 320, "block_size": 16, "nsp": True}
     settings = {"data": "long.txt", "layout": "lines", "batch_size": 4, "tokens_per_step": 64}
-    data, _ = MaskedText.splits(MaskedConfig(**settings), sizes)
+    data, _ = masked.Data.splits(masked.Flags(**settings), sizes)
     model = BERT(BERTConfig(**sizes, n_layer=1, n_head=2, n_embd=16, dropout=0))
     first = [data.batch(i) for i in range(8)]
     fast, late = compiled(model, first, no_autocast), set()
