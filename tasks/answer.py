@@ -252,8 +252,8 @@ class Span(NamedTuple):
 
 def best_span(logits: np.ndarray, first: int, stop: int, max_answer: int = MAX_ANSWER) -> Span:
     """logits (2, T): of starts and of ends. Both ends of the span lie in first to stop - 1, where
-    the text is; it has at most max_answer tokens. Of equal spans the one that starts first, and of
-    these the shortest."""
+    the text is; it has at most max_answer tokens. Among equal spans, the one that starts first, and
+    among these the shortest."""
     starts, ends = logits[:, first:stop].astype(np.float64)
     # Row i holds the ends i, i + 1, ... of spans that start at i; behind the text nothing ends.
     reach = min(max_answer, len(ends))
