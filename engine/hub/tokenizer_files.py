@@ -1,9 +1,9 @@
 """The tokenizer files of Hugging Face, in and out: tokenizer.json, or vocab.json and merges.txt,
 or vocab.txt, or vocab.json and the two *.spm of a translator.
 
-Of what these files can say, ours is a part: byte-level BPE, split by one of our patterns, BERT's
-WordPiece and Marian's SentencePiece. Every field that changes ids is checked, and what we would not
-do exactly so is refused by its name.
+These files can describe more than we have: byte-level BPE split by one of our patterns, BERT's
+WordPiece and Marian's SentencePiece. Every field that changes ids is checked, and a value that we
+do not support is refused, with the name of its field.
 
 Left out: Unigram and BPE on characters in a tokenizer.json; settings for padding and truncation.
 """
@@ -65,9 +65,9 @@ def read_json(path: Path) -> dict:
 
 # ---- out -----------------------------------------------------------------------------------------
 
-# Our patterns in the words of Oniguruma, the engine of Hugging Face's tokenizers: there {1,3}+ is
-# not possessive but a repeat of the repeat, and (?m) is what (?s) is here. ($ ends a line there,
-# but where we have it, all newlines are already taken.)
+# Our patterns in the syntax of Oniguruma, the engine of Hugging Face's tokenizers. There {1,3}+ is
+# not possessive, it repeats the repetition, and (?m) means what (?s) means here. ($ matches at the
+# end of a line there, but where we use it, all newlines have been matched already.)
 SPLITS = {
     GPT2_PATTERN: GPT2_PATTERN,
     GPT4_PATTERN: GPT4_PATTERN.replace("{1,3}+", "{1,3}"),
@@ -77,10 +77,10 @@ SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace())  # of str.sp
 
 
 def framing(task: str, special: dict[str, int]) -> tuple[dict | None, dict | None]:
-    """(normalizer, post_processor): what each task does to a text before and behind its tokens.
+    """(normalizer, post_processor): what each task does to a text before and after it is split.
 
-    BERT: white space collapsed, one space in front, between [CLS] and [SEP]; encoder-decoder: no
-    white space at the ends, the end token behind. GPT: nothing.
+    BERT collapses white space, puts one space in front and places the tokens between [CLS] and
+    [SEP]; the encoder-decoder strips white space and appends the end token; GPT does nothing.
     """
     if task == "gpt":
         return None, None
@@ -109,9 +109,10 @@ def framing(task: str, special: dict[str, int]) -> tuple[dict | None, dict | Non
 
 
 def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
-    """What tokenizer.json says. Raises ValueError for a pattern whose wording there is not known.
+    """The content of tokenizer.json. Raises ValueError for a pattern that has no form there.
 
-    Their tokenizer finds the names of special tokens in every text, ours where they are allowed.
+    Their tokenizer finds the names of special tokens in every text, ours only where they are
+    allowed.
     """
     if isinstance(tokenizer, WordPiece):
         return wordpiece_to_json(tokenizer)
@@ -159,9 +160,9 @@ def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
 
 
 def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
-    """From a translator's *.spm, from tokenizer.json, or vocab.json and merges.txt, or vocab.txt;
-    what tokenizer_config.json says of WordPiece or the *.spm must agree. ValueError for what ours
-    cannot equal."""
+    """From a translator's *.spm, from tokenizer.json, from vocab.json and merges.txt, or from
+    vocab.txt. What tokenizer_config.json says of WordPiece or the *.spm must be what we do. Raises
+    ValueError for a tokenizer that ours cannot equal."""
     path, settings = folder / "tokenizer.json", {}
     if task != "gpt" and (folder / "tokenizer_config.json").is_file():
         settings = read_json(folder / "tokenizer_config.json")
@@ -186,7 +187,8 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         pairs = [line.split(" ") for line in lines if line]
         pairs = pairs[1:] if pairs and pairs[0][0] == "#version:" else pairs
         made = {"".join(pair) for pair in pairs} | byte_characters().keys()
-        # The files do not say which tokens are special: those that look so and no merge makes.
+        # The files do not say which tokens are special: those that look special and that no merge
+        # makes.
         named = re.compile(r"<.+>|\[.+\]").fullmatch
         special = {name: i for name, i in vocab.items() if name not in made and named(name)}
         tokenizer = from_merges(vocab, pairs, GPT2_PATTERN, special, path)
@@ -204,7 +206,7 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         ours = {"do_lower_case": tokenizer.lowercase, "tokenize_chinese_chars": True}
         ours |= {"do_basic_tokenize": True, "strip_accents": tokenizer.lowercase}
         ours |= {"never_split": [], "unk_token": UNK}
-        agree(ours, settings, folder / "tokenizer_config.json")
+        check_settings(ours, settings, folder / "tokenizer_config.json")
     needed = SPECIAL if task == "bert" else (END_OF_TEXT,)
     if missing := [name for name in needed if name not in tokenizer.special_tokens]:
         raise ValueError(f"{path} has no token {', '.join(missing)}, which a {task} needs here")
@@ -212,13 +214,13 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
 
 
 def is_wordpiece(state: dict) -> bool:
-    """Files of 2020 leave the model's type out, but only WordPiece has a limit for words."""
+    """Files of 2020 leave out the type of the model; only WordPiece limits the length of a word."""
     model = state.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     return kind == "WordPiece" or (kind is None and "max_input_chars_per_word" in (model or {}))
 
 
-# What MarianTokenizer can be told, and what ours does.
+# Settings of MarianTokenizer, with the only value that we support.
 MARIAN_SETTINGS = {"separate_vocabs": False, "sp_model_kwargs": {}, "eos_token": END_PIECE}
 MARIAN_SETTINGS |= {"unk_token": UNK_PIECE, "pad_token": START_PIECE}
 MARIAN_SETTINGS |= {"additional_special_tokens": [], "extra_special_tokens": []}
@@ -226,7 +228,7 @@ MARIAN_SETTINGS |= {"additional_special_tokens": [], "extra_special_tokens": []}
 
 def read_sentencepieces(folder: Path, settings: dict) -> SentencePieces:
     path = folder / "tokenizer_config.json"
-    agree(MARIAN_SETTINGS, settings, path)
+    check_settings(MARIAN_SETTINGS, settings, path)
     added = settings.get("added_tokens_decoder") or {}
     tokens = list(added.values()) if isinstance(added, dict) else [added]
     for token in tokens:
@@ -246,9 +248,9 @@ def read_sentencepieces(folder: Path, settings: dict) -> SentencePieces:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def agree(ours: dict, settings: dict, path: Path) -> None:
-    """tokenizer_config.json can overrule the other files in what their tokenizer does: ValueError
-    unless it says the same."""
+def check_settings(ours: dict, settings: dict, path: Path) -> None:
+    """tokenizer_config.json can override what the other files say: raises ValueError unless it has
+    our values."""
     for name, value in ours.items():
         found = settings.get(name)
         if isinstance(found, dict):  # an added token, with how it is found in a text
@@ -258,7 +260,7 @@ def agree(ours: dict, settings: dict, path: Path) -> None:
 
 
 def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:
-    """Every field that changes ids is checked: ValueError names the one that ours does not have."""
+    """Every field that changes ids is checked: ValueError names the one that is not supported."""
     model, added = state.get("model"), state.get("added_tokens") or []
     if not isinstance(model, dict):
         raise ValueError(f"{path} has no model")
@@ -291,7 +293,7 @@ def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:
 
 
 def split_pattern(state: dict, path: Path) -> str:
-    """Which of our patterns the pre_tokenizer is."""
+    """The one of our patterns by which the pre_tokenizer splits."""
     whole = state.get("pre_tokenizer")
     steps = whole.get("pretokenizers") if isinstance(whole, dict) else None
     steps = steps if isinstance(steps, list) and steps else [whole]
@@ -309,8 +311,8 @@ def split_pattern(state: dict, path: Path) -> str:
 def from_merges(
     vocab: Any, merges: Any, pattern: str, special: dict[str, int], path: Path
 ) -> Tokenizer:
-    """vocab: token -> id; merges: pairs, or pairs joined by a space, in their order. The pairs must
-    be those that the ids alone imply, for they are all that our Tokenizer keeps."""
+    """vocab: token -> id; merges: pairs in their order, or pairs joined by a space. The ids alone
+    must imply the same pairs, because our Tokenizer keeps nothing but the ids."""
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError(f"{path} has no vocab or no merges")
     byte_of, tokens, pairs = byte_characters(), {}, []
