@@ -24,13 +24,13 @@ from bpe import Tokenizer
 from engine import checkpoint as checkpoints
 from engine import kernels
 from engine.config import divide_step, resolve
-from engine.saving import prepare_folder
-from tasks.flags import TrainConfig
 from engine.logs import read_log
 from engine.processes import Processes
+from engine.saving import prepare_folder
 from engine.setup import compiled, recompute_blocks
 from model import GPT, GPTConfig
-from tasks.masked import Data as MaskedText
+from tasks import masked
+from tasks.flags import TrainConfig
 
 ALL_TASKS = pytest.mark.parametrize(
     "small", [TOY, TOY_PAIRS, TOY_BERT], ids=["gpt", "seq2seq", "bert"]
@@ -146,7 +146,7 @@ def test_log_of_a_resumed_run_drops_what_lies_behind_its_checkpoint(toy):
 
 def test_a_run_without_an_input_to_show_ends_all_the_same(toy, capsys, monkeypatch):
     """No sentence of a text may fit into the model; asking for the first one was an IndexError."""
-    monkeypatch.setattr(MaskedText, "describe", lambda self: self.prompts.clear() or "nothing")
+    monkeypatch.setattr(masked.Data, "describe", lambda self: self.prompts.clear() or "nothing")
     train.main([*TOY_BERT, "--steps=2"])
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("go on with: python sample.py --checkpoint") and "--prompt" not in said

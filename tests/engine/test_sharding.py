@@ -26,11 +26,12 @@ import sample
 import train
 from engine import checkpoint as checkpoints
 from engine import parts, sharding
-from engine.config import TrainConfig, resolve
+from engine.config import resolve
 from engine.evaluation import evaluate
 from engine.logs import read_log
 from engine.processes import Processes
 from model import GPT, GPTConfig
+from tasks.flags import TrainConfig
 
 divides = pytest.mark.skipif(not DIVIDES_ON_CPU, reason="--shard model needs torch 2.7 on CPUs")
 

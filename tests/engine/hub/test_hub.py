@@ -20,10 +20,10 @@ from converting import save_opus
 import convert
 from bpe import Tokenizer
 from engine import checkpoint as checkpoints
-from engine.config import TrainConfig
 from engine.hub.download import snapshot
 from engine.hub.importing import import_model
 from model import GPT, GPTConfig
+from tasks.flags import TrainConfig
 
 COMMIT, LATER = "c0ffee" + "0" * 34, "beef" + "0" * 36
 LARGE = 1000  # bytes from which on a file lies in the store
