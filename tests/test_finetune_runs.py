@@ -11,9 +11,9 @@ from finetuning import FILES, RUN, TASKS, flags, of, squad, write_files
 from test_train import assert_equal, flatten, losses, torchrun, weights
 
 import sample
+import tasks
 import train
 from engine import checkpoint as checkpoints
-from engine.evaluation import GOALS
 from engine.logs import read_log
 from finetune import adapter_rank
 from tasks.answer import SampleFlags, answer
@@ -65,9 +65,9 @@ def test_a_small_problem_is_learnt_shown_and_scored_again(files, capsys, task):
     """By chance: a third of the labels, and of the others next to nothing."""
     folder = learnt(task)
     out = capsys.readouterr().out
-    goal = GOALS.get(task, "loss")
+    goal, lower = tasks.task(task).GOAL, tasks.task(task).LOWER_IS_BETTER
     last_first = evaluations(folder)[::-1]  # of equals the last is the best
-    best = (max if task in GOALS else min)(last_first, key=lambda r: r[goal])
+    best = (min if lower else max)(last_first, key=lambda r: r[goal])
     if task == "complete":
         assert best["loss"] < 0.2
         assert best["perplexity"] == pytest.approx(torch.tensor(best["loss"]).exp().item())
