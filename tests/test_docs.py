@@ -60,8 +60,12 @@ LABS = {
     "lab.bench": ["--only=optim", "--repeats=2"],
     "lab.runs": ["--small", "--repeats=1", "--steps=6"],
     "lab.growth": ["--repeats=1"],
-    "lab.finetuning": ["--model=classify", "--data=toy.csv", "--valid=toy.csv", "--repeats=1"],
+    "lab.finetuning": [
+        *("--model=classify", "--init=out/minilm/best.pt", "--repeats=1"),
+        *("--data=toy.csv", "--valid=toy.csv"),
+    ],
 }
+IN_LABS = {c for c in SCRIPTS if any(name in c for name in LABS)}
 
 
 # ---- every command runs --------------------------------------------------------------------------
@@ -128,24 +132,22 @@ def marked(command: str):
     return pytest.param(command, marks=[] if command in QUICK else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize("command", [marked(c) for c in sorted(SCRIPTS - SEVERAL_MACHINES)])
+@pytest.mark.parametrize(
+    "command", [marked(c) for c in sorted(SCRIPTS - SEVERAL_MACHINES - IN_LABS)]
+)
 def test_command(have, command):
     """Names of data that would be downloaded become the toy text, sizes become toy sizes."""
     command, _, redirected = command.partition(" < ")
     words = shlex.split(command)
-    script = next(i for i, word in enumerate(words) if re.search(r"\.py$|^lab\.", word))
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     name, flags = words[script], words[script + 1 :]
     prepare = {"train.py": for_training, "sample.py": for_sampling, "convert.py": for_converting}
     if name in prepare:
         flags = prepare[name](have, flags)
-    elif name in LABS:
-        if init := value(flags, "--init"):
-            have(folder_of(flags, "--init"), "bert")
-        flags = [*LABS[name], *(["--init", init] if init else [])]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    start = ["-m", name] if name in LABS else [str(ROOT / name)]
+    launcher = launcher * (words[0] == "torchrun")
     lines = "3 plus 4\n" if redirected else None
-    said = run(*launcher * (words[0] == "torchrun"), *start, *flags, lines=lines)
+    said = run(*launcher, str(ROOT / name), *flags, lines=lines)
     translates = name == "sample.py" and task_of(folder_of(flags, "--checkpoint")) == "seq2seq"
     assert said if translates else said.strip()  # an untrained translator may write empty lines
 
@@ -186,6 +188,18 @@ def for_converting(have, flags: list[str]) -> list[str]:
     have("out/made", task_of(folder_of(flags, "--out")))
     run(str(ROOT / "convert.py"), "export", "out/made/best.pt", "--to=theirs")
     return [flags[0], "theirs", *flags[2:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LABS)
+def test_lab(have, name):
+    """Each runs once, at toy size, and knows the flags that the pages give it."""
+    shown = run("-m", name, "--help")
+    for command in IN_LABS:
+        if name in command:
+            assert all(word in shown for word in shlex.split(command) if word.startswith("--"))
+    have("out/minilm", "bert")
+    assert run("-m", name, *LABS[name]).strip()
 
 
 def run(*words: str, lines: str | None = None) -> str:
