@@ -58,10 +58,10 @@ FILES = ("--data", "--valid", "--languages", "--layout", "--tokenizer", "--minut
 SIZES = ("--vocab_size", "--block_size", "--n_layer", "--n_head", "--n_embd", "--n_ff")
 LABS = {
     "lab.bench": ["--only=optim", "--repeats=2"],
-    "lab.runs": ["--small", "--repeats=1", "--steps=6"],
+    "lab.runs": ["--only=saving", "--small", "--repeats=1", "--steps=6"],
     "lab.growth": ["--repeats=1"],
     "lab.finetuning": [
-        *("--model=classify", "--init=out/minilm/best.pt", "--repeats=1"),
+        *("--model=classify", "--init=out/minilm/best.pt", "--repeats=2"),
         *("--data=toy.csv", "--valid=toy.csv"),
     ],
 }
