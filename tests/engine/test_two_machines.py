@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, TOY
+from test_docs import SEVERAL_MACHINES
 from test_invariance import NOISE
-from test_readme import BLOCKS, SEVERAL_MACHINES
 from test_train import losses, weights
 
 import train
@@ -32,7 +32,8 @@ from engine.processes import Processes
 # All of these runs leave after step 6, without the curves and samples of one that has ended.
 FLAGS = [*TOY, "--tokens_per_step=256", "--steps=7", "--eval_interval=3", "--dropout=0.1"]
 TO_STEP_6 = [*FLAGS, "--stop_after=6"]
-SLURM = next(block for block in BLOCKS if "#SBATCH" in block)
+PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+SLURM = next(b for b in re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S) if "#SBATCH" in b)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="bash and namespaces of Linux")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
 
