@@ -2,8 +2,9 @@
 
 old_checkpoints/ has, of every task, the latest.pt of a run that was interrupted after 4 of its 8
 steps (packed by xz) and its data; expected.json says what the code that wrote them answered, and
-what it logged where the run was not interrupted. With the same torch on the same kind of processor
-the numbers are equal to the last bit; elsewhere, sums are rounded in another order.
+what it logged where the run was not interrupted. With as many threads of the same torch on the
+same kind of processor, the numbers are equal to the last bit; elsewhere, sums are rounded in
+another order.
 """
 
 import json
@@ -23,11 +24,16 @@ MADE_WITH = EXPECTED.pop("made_with")
 ALL = pytest.mark.parametrize("name", EXPECTED)
 
 
-def here() -> list[str]:
-    """What the last bit of a sum depends on: torch, and the processor."""
+def here() -> list:
+    """What the last bit of a sum depends on: threads, torch, and the processor."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
-    return [torch.__version__, torch.backends.cpu.get_cpu_capability(), *lines[1:6]]
+    return [
+        torch.get_num_threads(),
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        *lines[1:6],
+    ]
 
 
 def assert_same(found: dict, wanted: dict) -> None:
