@@ -2,9 +2,8 @@
 
 old_checkpoints/ has, of every task, the latest.pt of a run that was interrupted after 4 of its 8
 steps (packed by xz) and its data; expected.json says what the code that wrote them answered, and
-what it logged where the run was not interrupted. With as many threads of the same torch on the
-same kind of processor, the numbers are equal to the last bit; elsewhere, sums are rounded in
-another order.
+what it logged where the run was not interrupted. With the same torch on the same kind of processor
+the numbers are equal to the last bit; elsewhere, sums are rounded in another order.
 """
 
 import json
@@ -28,12 +27,8 @@ def here() -> list:
     """What the last bit of a sum depends on: threads, torch, and the processor."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
-    return [
-        torch.get_num_threads(),
-        torch.__version__,
-        torch.backends.cpu.get_cpu_capability(),
-        *lines[1:6],
-    ]
+    kind = torch.backends.cpu.get_cpu_capability()
+    return [torch.get_num_threads(), torch.__version__, kind, *lines[1:6]]
 
 
 def assert_same(found: dict, wanted: dict) -> None:
