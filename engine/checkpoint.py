@@ -215,7 +215,7 @@ def load(path: Path, whole: bool = True) -> dict:
         known = ", ".join(tasks.TABLE)
         raise ValueError(f"{path} holds the task {checkpoint['task']!r}, known are {known}")
     if isinstance(checkpoint.get("parts"), dict):
-        import parts  # which takes a second
+        from engine import parts  # which takes a second
 
         parts.find(path, checkpoint, whole)
     return checkpoint

@@ -2,36 +2,28 @@
 
 Import and export read the same rows. What is not in a table is refused: a setting that we do not
 have must have the value that we compute with, and a tensor that is missing, surplus or of another
-shape is an error that lists all of them. Models are named as "module:class" and imported when they
-are needed.
+shape is an error that lists all of them. The networks are those of tasks.TABLE.
 
 Two differences are more than names. GPT-2 stores its matrices transposed, and q, k and v in one.
 Marian has all sines before all cosines, Seq2Seq has them in turns; so the residual stream of a
 trained model is in another order, and every weight that reads, writes or scales it is reordered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bert import BERTConfig, EncoderConfig
-    from model import GPTConfig
-    from seq2seq import Seq2SeqConfig
-
 Get = Callable[[str], Tensor]  # a tensor by Hugging Face's name
 
-# Kinds of modules: what is done to their weight and their bias on the way to ours.
+# Kinds of modules, with what is done to their weight and their bias to make ours.
 KINDS = {
     "table": {"weight": ""},
     "plain": {"weight": "", "bias": ""},
     "conv1d": {"weight": "transposed", "bias": ""},
-    "lone": {"": ""},  # a parameter that belongs to no module of ours
-    "row": {"": "row"},  # one that is a matrix of one row there
+    "lone": {"": ""},  # a parameter that is in none of our modules
+    "row": {"": "row"},  # such a parameter that is a matrix of one row there
     # Marian's, where the residual stream is in another order:
     "stream_table": {"weight": "columns"},
     "reads_stream": {"weight": "columns", "bias": ""},
@@ -40,11 +32,11 @@ KINDS = {
 
 
 class Derived(NamedTuple):
-    """A tensor that others determine. Files may have it; it is checked, not read."""
+    """A tensor that others determine. If a file has it, it is checked and not loaded."""
 
     what: str
-    holds: Callable[[Tensor, Get, Any], bool]  # (it, the others, our config); sizes first
-    make: Callable[[Any], Tensor] | None = None  # for one that has to be written
+    holds: Callable[[Tensor, Get, Any], bool]  # (tensor, get, our config) -> whether it is right
+    make: Callable[[Any], Tensor] | None = None  # our config -> the tensor, if it must be written
 
 
 class Family(NamedTuple):
@@ -52,17 +44,18 @@ class Family(NamedTuple):
     model_type: str
     architecture: str
     pipeline: str  # what the hub's search calls the task
-    settings: dict[str, tuple[str, Any]]  # theirs -> (ours, their default); None says nothing
+    settings: dict[str, tuple[str, Any]]  # theirs -> (ours, their default; None: not set)
     fixed: dict[str, tuple[Any, tuple]]  # theirs -> (their default, what we compute with)
-    own: dict[str, Any]  # settings of ours that they have in this one value only
-    prefix: str  # of all tensors but the heads'; files without heads leave it out
-    heads: tuple[str, ...]  # how the names outside it begin
-    modules: tuple[tuple[str, str, str], ...]  # (theirs, ours, kind); {}: number of the layer
+    own: dict[str, Any]  # settings of ours for which they have no other value
+    prefix: str  # of all tensors except the heads'; files without heads leave it out
+    heads: tuple[str, ...]  # the beginnings of the names that do not have the prefix
+    modules: tuple[tuple[str, str, str], ...]  # (theirs, ours, kind); {} is the layer's number
     derived: dict[str, Derived]
 
 
 def stream_order(C: int) -> Tensor:
-    """theirs[stream_order(C)] is ours: sine 0, cosine 0, sine 1, … from all sines, all cosines."""
+    """theirs[stream_order(C)] is ours: sine 0, cosine 0, sine 1, … Theirs is all sines, then all
+    cosines."""
     return torch.arange(C).view(2, -1).t().flatten()
 
 
@@ -70,23 +63,23 @@ def same_as(name: str) -> Derived:
     return Derived(name, lambda tensor, get, config: torch.equal(tensor, get(name)))
 
 
-def is_causal_mask(tensor: Tensor, get: Get, config: GPTConfig) -> bool:
+def is_causal_mask(tensor: Tensor, get: Get, config: Any) -> bool:
     from model import causal_mask
 
     T = config.block_size
     return tensor.shape == (1, 1, T, T) and torch.equal(tensor[0, 0].bool(), causal_mask(T, T))
 
 
-def is_masked_bias(tensor: Tensor, get: Get, config: GPTConfig) -> bool:
+def is_masked_bias(tensor: Tensor, get: Get, config: Any) -> bool:
     return tensor.numel() == 1 and tensor.item() <= -1e4
 
 
-def counts_up(tensor: Tensor, get: Get, config: BERTConfig) -> bool:
+def counts_up(tensor: Tensor, get: Get, config: Any) -> bool:
     T = config.block_size
     return tensor.shape == (1, T) and torch.equal(tensor[0].long(), torch.arange(T))
 
 
-def is_sinusoids(tensor: Tensor, get: Get, config: Seq2SeqConfig) -> bool:
+def is_sinusoids(tensor: Tensor, get: Get, config: Any) -> bool:
     from seq2seq import sinusoids
 
     T, C = config.block_size, config.n_embd
@@ -96,7 +89,7 @@ def is_sinusoids(tensor: Tensor, get: Get, config: Seq2SeqConfig) -> bool:
     return apart.item() <= max(1e-6, torch.finfo(tensor.dtype).eps)
 
 
-def is_one_row(tensor: Tensor, get: Get, config: Seq2SeqConfig) -> bool:
+def is_one_row(tensor: Tensor, get: Get, config: Any) -> bool:
     return tensor.shape == (1, config.vocab_size)
 
 
@@ -212,7 +205,7 @@ BERT_FAMILY = Family(
 
 
 def marian_layer(side: str, attentions: dict[str, str]) -> tuple[tuple[str, str, str], ...]:
-    """The modules of one layer; attentions: their name -> ours, which its norm has too."""
+    """The modules of one layer; attentions: their name -> ours, also that of its norm."""
     there, here, rows = f"model.{side}.layers.{{}}.", f"{side}.{{}}.", []
     for theirs, ours in attentions.items():
         rows += [(f"{theirs}.{x}_proj", f"{ours}.{x}", "reads_stream") for x in "qkv"]
@@ -278,7 +271,7 @@ MARIAN = Family(
 )
 
 
-def is_pooler(tensor: Tensor, get: Get, config: EncoderConfig) -> bool:
+def is_pooler(tensor: Tensor, get: Get, config: Any) -> bool:
     return set(tensor.shape) == {config.n_embd}
 
 

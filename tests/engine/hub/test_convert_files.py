@@ -3,11 +3,13 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import peer
+from conftest import ROOT, peer
 from converting import (
     OURS,
     TASK,
@@ -384,6 +386,12 @@ def test_wrong_commands_end_in_a_sentence(flags, message, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=message):
         convert.main(flags)
     assert [p.name for p in tmp_path.iterdir()] == ["here.pt"]
+
+
+def test_the_command_line_is_there_before_torch():
+    """--help and the errors of flags come at once; what a command needs, it imports itself."""
+    program = "import sys, convert; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_the_card_of_a_model_that_was_never_trained(tmp_path, folder):
