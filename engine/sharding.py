@@ -19,25 +19,29 @@ Papers: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), its stages 3 and 1; FS
 2023, arXiv:2304.11277).
 """
 
+from __future__ import annotations
+
 import math
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import optim
 from engine.processes import Processes
 from model import MLP, Attention, Block
 from optim import Together, one_by_one
+
+if TYPE_CHECKING:  # a second to import, which only --shard needs
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 PARTS_FROM = 32 * 2**30  # bytes of a state from which on no process gathers it
 
@@ -62,6 +66,9 @@ def divide_model(shard: str, group: Processes, model: nn.Module, dtype: torch.dt
             f"--shard model on CPUs needs torch 2.7 or newer, this is {torch.__version__}: update "
             "it, or choose --shard optimizer"
         )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     # It is a warning of what our blocks do not do: change the output of a layer in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(group.device.type, (group.world,))
@@ -75,9 +82,14 @@ def divide_model(shard: str, group: Processes, model: nn.Module, dtype: torch.dt
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
+def is_divided(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each process has some rows."""
+    return hasattr(tensor, "full_tensor")
+
+
 def parallel(model: nn.Module, group: Processes) -> nn.Module:
     """The model for training: behind DistributedDataParallel, unless it is divided or alone."""
-    if group.world == 1 or any(isinstance(p, DTensor) for p in model.parameters()):
+    if group.world == 1 or any(is_divided(p) for p in model.parameters()):
         return model
     ids = [group.device] if group.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids)
@@ -93,7 +105,7 @@ def clip(model: nn.Module, limit: float) -> Tensor:
     """Scales the gradient down to that norm, 0: to none. -> its norm before, of all processes, on
     the device: nothing has waited for it."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_divided(norm) else norm
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -109,6 +121,8 @@ def my_rows(height: int, mesh: DeviceMesh) -> tuple[int, int]:
 
 def as_rows(mine: Tensor, like: DTensor) -> DTensor:
     """A tensor of the shape of `like`, from the rows of it that this process has."""
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         mine.to(like.device, copy=True),
         like.device_mesh,
@@ -233,7 +247,7 @@ def whole_state(model: nn.Module, optimizer, group: Processes) -> tuple[dict, di
     same: every tensor is put together by all, one after the other."""
 
     def whole(tensor: Tensor) -> Tensor | None:
-        if not isinstance(tensor, DTensor):
+        if not is_divided(tensor):
             return tensor
         tensor = tensor.full_tensor()
         return tensor.cpu() if group.main else None
@@ -267,7 +281,7 @@ def state_to_save(path: Path, step: int, model: nn.Module, optimizer, group: Pro
     at `path`; all must call it. Above PARTS_FROM the tensors are on the disk then, in a folder of
     their own, and there are "parts" in their place."""
     divided = isinstance(optimizer, DividedOptimizer)
-    divided |= any(isinstance(p, DTensor) for p in model.parameters())
+    divided |= any(is_divided(p) for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     size *= 3 if optimizer else 1  # AdamW has two moments
     if not divided or size < PARTS_FROM:
@@ -311,7 +325,7 @@ def load_optimizer(optimizer, state: dict) -> None:
 def part_for(parameter: Tensor, whole) -> Tensor:
     """Of a moment (a Tensor or parts.Stored) the rows that a divided parameter needs; all of one
     without rows, the number of steps."""
-    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+    if not is_divided(parameter) or whole.shape != parameter.shape:
         return whole[...]
     first, count = my_rows(len(parameter), parameter.device_mesh)
     return as_rows(whole[first : first + count], parameter)

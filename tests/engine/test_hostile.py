@@ -420,7 +420,9 @@ SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(He
 
 
 def test_every_script_is_here():
-    scripts = {p.stem for p in ROOT.glob("*.py") if "cli.run(main)" in p.read_text("utf-8")}
+    files = [*ROOT.glob("*.py"), *(ROOT / "lab").glob("*.py")]
+    found = [p.relative_to(ROOT) for p in files if "cli.run(main)" in p.read_text("utf-8")]
+    scripts = {".".join(path.with_suffix("").parts) for path in found}
     assert scripts == {command.main.__module__ for command in COMMANDS.values()}
 
 
