@@ -31,10 +31,9 @@ from converting import (
 )
 
 import convert
-import sample
 from bert import BERT, BERTConfig
 from data.tokens import END_OF_TEXT
-from decoding import beam_search, write
+from decoding import beam_search, generate, write
 from engine.hub.exporting import export_model
 from engine.hub.importing import import_model
 from engine.hub.mapping import our_config, rows, their_settings, to_ours, to_theirs
@@ -110,7 +109,7 @@ def test_greedy_gpt_writes_the_same_tokens(tmp_path, tokenizers):
         eos_token_id=None,
         pad_token_id=0,
     )
-    steps = sample.generate(ours, prompts.tolist(), lambda logits, _: logits.argmax(-1), 9)
+    steps = generate(ours, prompts.tolist(), lambda logits, _: logits.argmax(-1), 9)
     assert torch.tensor(list(steps)).T.tolist() == want[:, 4:].tolist()
 
 

@@ -370,7 +370,7 @@ def test_an_answer_is_found_in_any_window(files, capsys, monkeypatch):
     Path("long.txt").write_text(f"{filler}Carl has the cup today {filler}", encoding="utf-8")
     long = say(capsys, best, "--context=long.txt", f"--prompt={asked[0]}")
     assert long.startswith("Carl ") and "[Carl]" in long and long.count("…") == 2
-    model, tokenizer, _ = sample.load_model(best, torch.device("cpu"))
+    model, tokenizer, _ = checkpoints.load_model(best, torch.device("cpu"))
     model.register_forward_pre_hook(lambda model, args, given: seen.append(given), with_kwargs=True)
     text, seen = Path("long.txt").read_text(encoding="utf-8"), []
     answer(model, tokenizer, [f"{asked[0]}\n{text}"], SampleFlags())

@@ -15,6 +15,7 @@ import sample
 import train
 from data.tokens import END_OF_TEXT
 from decoding import choose, context_start, distribution, generate
+from engine import checkpoint as checkpoints
 from model import GPT, GPTConfig
 
 
@@ -213,7 +214,7 @@ def test_any_text_is_scored_whole(run, capsys):
         (folder / f"{name}.txt").write_text(text + name, encoding="utf-8")
     sample.main(["--eval=texts", "--device=cpu", "--batch_size=2"])
     figures = capsys.readouterr().out.split("\n")[-2].split()
-    model, tokenizer, _ = sample.load_model(Path("out/gpt/best.pt"), torch.device("cpu"))
+    model, tokenizer, _ = checkpoints.load_model(Path("out/gpt/best.pt"), torch.device("cpu"))
     end, T = tokenizer.special_tokens[END_OF_TEXT], model.config.block_size
     ids = torch.tensor([i for x in "ab" for i in (end, *tokenizer.encode(text + x))])
     nll = 0.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import data.layouts
-import data.parallel
+import data.lines
 import data.sentences
 import data.text
 from data.download import Remote
@@ -139,7 +139,7 @@ def test_a_large_text_is_opened_by_its_first_twenty_documents(tmp_path, monkeypa
             yield block
 
     monkeypatch.setattr(data.text, "blocks", counted)
-    monkeypatch.setattr(data.parallel, "blocks", counted)
+    monkeypatch.setattr(data.lines, "blocks", counted)
     corpus = open_sentences(str(tmp_path / "a.txt"), tmp_path)
     assert 0 < read < 10_000 < len(text)
     assert len(documents(corpus, "validation")) == 1000

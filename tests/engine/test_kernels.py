@@ -10,13 +10,14 @@ from conftest import PLACES, TOY, TOY_BERT, TOY_PAIRS, write_pairs
 
 import decoding
 import model
-import sample
 import train
 from bert import BERT, BERTConfig
+from engine import checkpoint as checkpoints
 from engine import cpu, graphs, kernels, losses
 from engine.processes import pick_device
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
+from tasks import text
 
 
 def test_the_concept_files_begin_with_the_plain_forms():
@@ -68,16 +69,16 @@ def test_a_run_uses_them(toy, monkeypatch, flags):
 def test_writing_takes_the_steps_that_are_installed(toy, monkeypatch):
     """As on a GPU, where they are captured: the same steps run on a CPU too."""
     train.main([*TOY, "--steps=2", "--out=run"])
-    net, tokenizer, _ = sample.load_model(toy / "run/latest.pt", torch.device("cpu"))
-    config = sample.SampleConfig(max_new_tokens=20, num_samples=2)
-    want, made = sample.complete(net, tokenizer, ["1 times"], config), []
+    net, tokenizer, _ = checkpoints.load_model(toy / "run/latest.pt", torch.device("cpu"))
+    config = text.SampleFlags(max_new_tokens=20, num_samples=2)
+    want, made = text.complete(net, tokenizer, ["1 times"], config), []
 
     def steps(*args):
         made.append(graphs.GPTSteps(*args))
         return made[-1]
 
     monkeypatch.setattr(decoding, "text_steps", steps)
-    assert sample.complete(net, tokenizer, ["1 times"], config) == want
+    assert text.complete(net, tokenizer, ["1 times"], config) == want
     assert len(made) == 1
 
 

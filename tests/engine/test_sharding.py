@@ -201,7 +201,7 @@ def test_parts_are_one_checkpoint_for_every_reader(runs, capsys):
     whole = state_of("parts")
     assert "parts" not in whole
     assert_equal(checkpoints.load(Path("parts/previous.pt"))["model"], whole["model"])
-    model, _, _ = sample.load_model(Path("parts/best.pt"), torch.device("cpu"))
+    model, _, _ = checkpoints.load_model(Path("parts/best.pt"), torch.device("cpu"))
     assert_equal(model.state_dict(), whole["model"])  # the last evaluation was the best one
     convert.main(["average", "--run=parts"])
     mean = checkpoints.load(Path("parts/average.pt"))["model"]

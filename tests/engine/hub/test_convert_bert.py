@@ -74,7 +74,7 @@ def test_a_folder_of_the_hub_comes_in_and_goes_out(lowercase, kind, tmp_path):
     tokenizer = wordpiece(lowercase)
     put_tokenizer(there, tokenizer, kind)
     convert.main(["import", str(there), "--out", str(path)])
-    ours, found, _ = sample.load_model(path, torch.device("cpu"))
+    ours, found, _ = checkpoints.load_model(path, torch.device("cpu"))
     assert (found.tokens, found.lowercase) == (tokenizer.tokens, lowercase)
     assert_same_function("bert", ours, theirs, torch.float32)
 
