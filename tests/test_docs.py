@@ -59,7 +59,7 @@ SIZES = ("--vocab_size", "--block_size", "--n_layer", "--n_head", "--n_embd", "-
 LABS = {
     "lab.bench": ["--only=optim", "--repeats=2"],
     "lab.runs": ["--only=saving", "--small", "--repeats=1", "--steps=6"],
-    "lab.growth": ["--repeats=1"],
+    "lab.growth": ["--help"],  # runs in tests/lab/test_growth.py, with smaller sizes
     "lab.finetuning": [
         *("--model=classify", "--init=out/minilm/best.pt", "--repeats=2"),
         *("--data=toy.csv", "--valid=toy.csv"),
