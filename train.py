@@ -39,7 +39,7 @@ from engine.evaluation import count_targets, evaluate, goal_of, to_device, to_mi
 from engine.logs import RunLog
 from engine.prefetch import Prefetch
 from engine.processes import Interruption, Processes, precision
-from engine.steps import Step, Steps
+from engine.steps import Step, StepQueue
 from tasks.flags import TrainConfig
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class Run:
                 config, checkpoint, self.model, self.optimizer, group, say=self.say
             )
             self.step, self.best = checkpoint["step"], checkpoint["best"]
-        self.steps = Steps(config, group, checkpoint["skipped"] if config.resume else 0)
+        self.steps = StepQueue(config, group, checkpoint["skipped"] if config.resume else 0)
         self.prepare_forward()
 
     def prepare_forward(self) -> None:

@@ -81,7 +81,7 @@ def to_host(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", non_blocking=tensor.is_cuda)
 
 
-class Steps:
+class StepQueue:
     """The steps that are queued and not yet read. Reading logs them, and counts those that were
     skipped because the norm of their gradient was not finite: `skipped` in all, and in a row."""
 
