@@ -19,11 +19,9 @@ network's forward, and a network that returns one summed loss for each "…targe
 Left out: fp16 with loss scaling (bf16 needs none), learning-rate search.
 """
 
-import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,10 +30,10 @@ from torch import Tensor
 
 import optim
 import tasks
-from engine import cli, closing, plan, processes, saving, setup, sharding, steps
+from engine import cli, closing, plan, processes, saving, seeds, setup, sharding, steps
 from engine.checkpoint import LATEST
 from engine.config import divide_step, resolve
-from engine.evaluation import count_targets, evaluate, goal_of, to_device, to_minimise
+from engine.evaluation import count_targets, evaluate, to_device, to_minimise
 from engine.logs import RunLog
 from engine.prefetch import Prefetch
 from engine.processes import Interruption, Processes, precision
@@ -291,23 +289,6 @@ def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Proc
             folder.rmdir()  # the run could not even start
 
 
-def train_seeds(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes):
-    """--seeds runs that differ in their seed alone, each in its own folder, and their summary."""
-    folder, best = config.out or f"out/{config.model}", []
-    for seed in range(config.seed, config.seed + config.seeds):
-        one = replace(config, seed=seed, seeds=1, out=f"{folder}-seed-{seed}")
-        run = train(one, sizes, dict(checkpoint) if checkpoint else None, group)
-        if run.step < one.steps:
-            return  # interrupted
-        goal, figure = goal_of(tasks.task(config.model), run.best)
-        best.append(figure)
-        del run  # the next one needs its memory
-    if group.main:
-        each = ", ".join(f"{value:.4f}" for value in best)
-        mean, spread = statistics.mean(best), statistics.stdev(best)
-        print(f"{len(best)} seeds: best validation {goal} {mean:.4f} ± {spread:.4f} ({each})")
-
-
 def main(argv: list[str] | None = None) -> None:
     config, sizes, checkpoint = resolve(sys.argv[1:] if argv is None else argv)
     if config.dry_run:
@@ -316,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     group = processes.start(config.device, config.timeout)
     try:
         if getattr(config, "seeds", 1) > 1:
-            train_seeds(config, sizes, checkpoint, group)
+            seeds.repeat(train, config, sizes, checkpoint, group)
         else:
             train(config, sizes, checkpoint, group)
     except RuntimeError as error:

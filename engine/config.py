@@ -29,10 +29,10 @@ FREE_ON_RESUME = {
 RATES = {"dropout", "attention_dropout", "label_smoothing"}
 
 DESCRIPTION = """\
-Train a Transformer. Every flag has a default: what is shown is the value of the run that would
-start with the flags beside --help, its preset (see engine/presets.py) or, without one, that of a
-first run on this machine. The flags are those of a task: add --model NAME to see another's; the
-names are """
+Train a Transformer. Every flag has a default. Those shown are of the run that the other flags on
+this command line would start: with --preset NAME that preset's (see engine/presets.py), else those
+of a first run on this machine. Each task has flags of its own: add --model NAME to see them, of
+"""
 
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
@@ -75,7 +75,7 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     else:
         sizes |= {size: wanted[size] for size in sizes.keys() & wanted.keys()}
     if asks_help:
-        parser = cli.Parser(DESCRIPTION + ", ".join(tasks.TABLE) + ".")
+        parser = cli.Parser(f"{DESCRIPTION}{', '.join(tasks.TABLE)}.")
         cli.add_flags(parser, Flags, "training", wanted)
         cli.add_flags(parser, Config, f"sizes of the model ({name})", sizes)
         parser.print_help()

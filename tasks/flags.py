@@ -87,7 +87,7 @@ class TrainConfig:
     floor: float = ranged(0.0, 0, 1)  # last learning rate, as a share of the peak
     # steps between evaluations, each of which also saves; 0: an epoch
     eval_interval: int = ranged(250, 0)
-    # keep the weights of this many of the last evaluations, for average.py
+    # keep the weights of this many of the last evaluations, for convert.py average
     keep: int = ranged(0, 0)
     # validation tokens scored, evenly spaced over the text; 0: all
     eval_tokens: int = ranged(131072, 0)
