@@ -165,6 +165,7 @@ def test_training_refuses(arguments, message):
 # ---- encoding and decoding
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(
     text=st.text()
@@ -177,6 +178,7 @@ def test_both_paths_agree_and_round_trip(tok, text):
     assert tok.decode(ids) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_code_point(tok, pattern):
     """Rust's Unicode tables are older than those of `regex`; neither may show in the ids.
@@ -222,6 +224,7 @@ def test_decode_replaces_what_is_not_utf8(tok):
 MILLION = 1_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["a" * MILLION, " " * MILLION, "\n" * MILLION], ids=["a", "space", "newline"]
 )
@@ -236,6 +239,7 @@ def test_a_million_equal_characters(text):
         assert tok.encode(text) == ids
 
 
+@pytest.mark.slow
 def test_a_million_spaces_before_a_word():
     """Here tiktoken itself panics: "called `Result::unwrap()` on an `Err` value: StackOverflow"."""
     tok = Tokenizer.train([" " * 40], 258, GPT4_PATTERN)

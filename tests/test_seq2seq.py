@@ -358,6 +358,7 @@ def test_bf16_on_a_cpu_stays_near_float32():
     assert 0 < (flat[0] - flat[1]).norm() < 0.15 * flat[1].norm()  # 0.01 to 0.07
 
 
+@pytest.mark.usefixtures("installed")
 def test_attention_in_bf16_that_trains_is_float32s_rounded():
     keep = torch.rand(2, 1, 7, 13) < 0.7
     for mask, S in ((None, 13), ("causal", 7), ("causal", 13), (keep, 13)):
@@ -391,6 +392,7 @@ def reversals(n: int, random: torch.Generator) -> dict[str, torch.Tensor]:
     return {"source": source, "tokens": tokens, "targets": targets, "source_keep": place <= lengths}
 
 
+@pytest.mark.slow
 def test_it_learns_to_reverse_what_it_reads():
     """All parts at once, from the loss to greedy decoding with caches; unseen rows, all correct."""
     random = torch.Generator().manual_seed(0)

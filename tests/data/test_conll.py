@@ -121,6 +121,7 @@ word = word.filter(lambda w: not w.startswith("-DOCSTART-"))
 sentence = st.lists(st.tuples(word, st.sampled_from(["O", "B-x", "I-x", "S-é z"])), min_size=1)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(sentence, max_size=4), st.booleans())
 def test_what_is_written_is_read(tmp_path, sentences, tabs):

@@ -27,6 +27,7 @@ from data.dates import (
 from data.parallel import open_pairs
 
 
+@pytest.mark.slow
 def test_dates_of_one_split_are_in_no_other():
     """Split by spelling, a date that training shows in one spelling would be validated in another,
     and the number would tell nothing of dates that were never seen."""
@@ -40,6 +41,7 @@ def test_dates_of_one_split_are_in_no_other():
     assert set(split_days("validation", seed=1)) != set(days["validation"])
 
 
+@pytest.mark.slow
 def test_a_spelling_means_one_date():
     seen: dict[str, str] = {}
     for split, n in (("train", 290_000), ("validation", 0), ("test", 0)):
@@ -47,6 +49,7 @@ def test_a_spelling_means_one_date():
             assert seen.setdefault(spelling.lower(), iso) == iso
 
 
+@pytest.mark.slow
 def test_numbers_mean_one_date_whatever_the_spelling():
     """3/4/05 and 3.4.05 differ by their separators, 20030405 and 2003.04.05 by their length."""
     seen: dict[str, date] = {}
@@ -56,6 +59,7 @@ def test_numbers_mean_one_date_whatever_the_spelling():
             assert seen.setdefault(spell(day, spelling), day) == day
 
 
+@pytest.mark.slow
 def test_words_mean_one_date_whatever_the_spelling():
     """In lower case, since that joins most; every date of two months is enough, as months are named
     by words (or, in Roman digits, between dots), of which May is the same in short and in full."""
@@ -105,6 +109,7 @@ def test_years_in_words():
     assert len({year_in_words(year) for year in range(1950, 2050)}) == 100
 
 
+@pytest.mark.slow
 def test_every_spelling_occurs_and_none_prevails():
     pairs = list(dates("train", 20_000))
     assert 0.1 < sum(s.isupper() for s, _ in pairs) / len(pairs) < 0.3

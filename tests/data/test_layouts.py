@@ -63,6 +63,7 @@ def test_what_the_splitter_cannot_know():
     assert len(split_sentences("It works. iPhones do too.")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [".", ". ", "A. ", '." ', "(. ", "。", "a.", '" . ', "\n"])
 def test_a_million_equal_characters_do_not_hang(text):
     """A row of dots took more than ten minutes where each of them began a search of its own."""

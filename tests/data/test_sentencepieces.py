@@ -76,6 +76,7 @@ def pieces_of(folder) -> list[str]:
 # ---- the same ids and texts ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_ids_of_sources_and_targets_are_marians(folder):
     ours, theirs = read_tokenizer(folder, "seq2seq"), theirs_of(folder)
 

@@ -341,6 +341,7 @@ def test_beam_search_finds_the_same_and_every_logit_is_equal(beam, start, device
     assert search_both(BATCHES, beam, start, device) >= {1, 2, 3, 4}
 
 
+@pytest.mark.slow
 def test_the_search_is_the_same_when_steps_are_recorded(recorded):
     """Where a step that is tried before it is recorded must move no cache."""
     search_both(BATCHES[::2], 2, 256, "cpu")

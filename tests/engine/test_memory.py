@@ -98,6 +98,7 @@ def even_pairs(toy) -> Path:
     return toy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "flags",
@@ -408,7 +409,7 @@ def test_every_task_has_a_plan(task, capsys):
     "flags,message",
     [
         (["--world=2"], "--world 2 is for a plan alone: add --dry_run"),
-        (["--world=0", "--dry_run"], "--world 0 is out of range: choose 1 or more"),
+        (["--world=0", "--dry_run"], "--world 0 is out of range: choose between 1 and 1000000"),
         (["--world=3", "--dry_run", "--preset=gpt2"], "for each of 3 processes: choose 525312"),
     ],
 )

@@ -33,6 +33,8 @@ from engine.processes import Processes
 from model import GPT, GPTConfig
 from tasks.flags import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 divides = pytest.mark.skipif(not DIVIDES_ON_CPU, reason="--shard model needs torch 2.7 on CPUs")
 
 
@@ -376,7 +378,7 @@ def test_all_processes_evaluate_as_many_batches(batches, world):
             return {**sums, "counted": counts["loss"]}
 
     class Group(Processes):
-        def sum(self, numbers, dtype=torch.float64):
+        def all_reduce(self, numbers, dtype=torch.float64):
             sent.append(numbers)
             return numbers
 

@@ -12,6 +12,8 @@ from engine.hub.peers import hugging_face_encoder
 from lab import finetuning as bench_finetune
 from lab.finetuning import Theirs, random_batches
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("task", ["classify", "tag", "answer"])
 def test_their_class_gives_our_sums(task):

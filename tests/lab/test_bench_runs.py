@@ -6,6 +6,8 @@ import pytest
 
 from lab import runs as bench_runs
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_measure_is_taken(toy, capsys, monkeypatch):
     monkeypatch.setattr(bench_runs, "SMALL", [*bench_runs.SMALL, "--data=toy.txt"])

@@ -319,6 +319,7 @@ def test_rows_are_full_but_for_a_tenth(folder):
     assert (rows.lengths[~long] > 3).all() and (~long).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [24, 96, 400])
 @pytest.mark.parametrize("longest", [4, 40])
 def test_neither_lengths_nor_ends_give_the_label_away(folder, longest, block_size):

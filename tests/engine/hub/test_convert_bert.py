@@ -289,6 +289,7 @@ def test_minilms_features_and_embeddings_are_theirs(both):
     np.testing.assert_allclose(found, mean.numpy(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_minilm_ranks_paraphrases_above_unrelated_lines(minilm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     convert.main(["import", str(minilm), "--out", "minilm.pt"])

@@ -228,6 +228,7 @@ def test_raw_text_becomes_the_same_raw_text(beam, tmp_path, capsys):
     assert len(set(want)) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_import_then_train_then_export_then_the_same(kind, tmp_path, monkeypatch, capsys):
     """A few steps, on other pieces for targets than for sources: then there is something to say."""

@@ -342,6 +342,7 @@ def test_what_was_downloaded_for_transformers_is_used(hub, monkeypatch):
     assert not hub.requests
 
 
+@pytest.mark.slow
 def test_the_environment_says_where_from_and_where_to(hub):
     """A process of its own, for the library reads these variables when it is imported."""
     said = {"HF_HOME": "home", "HF_ENDPOINT": hub.url, "HF_TOKEN": "secret"}
