@@ -6,7 +6,7 @@ whether the second part of the input follows the first in its document (next-sen
 NSP). Which words, which pairs: `tasks/masked.py` and `data/sentence_pairs.py`.
 
 Left out on purpose: the variants of RoBERTa, ALBERT and ELECTRA, except what is a setting here
-(`nsp`, `pre_ln`, and the masking rate of the data). Heads of other tasks are in `heads.py`.
+(`nsp`, `pre_ln`, and the masking rate of the data). Heads of other tasks are in tasks/.
 
 The file needs torch and `model.py`; `python bert.py` learns to fill in a letter of a sentence.
 
@@ -55,7 +55,7 @@ class BERTConfig(EncoderConfig):
 
 class Encoder(nn.Module):
     """What every model of this family has: embeddings and blocks. What is made of the features is
-    the business of heads, here those of pretraining, in `heads.py` those of other tasks."""
+    the business of heads, here those of pretraining, in tasks/ those of other tasks."""
 
     Config = EncoderConfig
 

@@ -6,8 +6,9 @@ the paper does, positions are sinusoids, and one matrix is source embedding, tar
 output projection.
 
 Left out on purpose: learned or relative positions, separate vocabularies, layers of different
-sizes. Writing with the model (greedy, beam, sampling) is in `decoding.py` and `translate.py`.
-The file needs torch and `model.py`; `python seq2seq.py` learns to write digits in reverse.
+sizes. Writing with the model (greedy, beam, sampling) is in `decoding.py` and
+`tasks/translation.py`. The file needs torch and `model.py`; `python seq2seq.py` learns to write six
+digits in reverse.
 
 Papers: Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762); one matrix for three:
 Press and Wolf 2017 (arXiv:1608.05859); label smoothing: Szegedy et al. 2016 (arXiv:1512.00567).

@@ -306,7 +306,7 @@ class GPTSteps(Steps):
 
 class Seq2SeqSteps(Steps):
     """An encoder-decoder that translates up to N sentences with K rows each: `make_advance` of
-    `translate.py` with rows that stay where they are, also those of sentences that are done.
+    `tasks/translation.py`, but rows stay where they are, also those of sentences that are done.
 
     Sources have up to `source_len` tokens, targets up to `size`, the start token included.
     """
@@ -365,8 +365,8 @@ class Seq2SeqSteps(Steps):
 
 
 class StaticAdvance:
-    """`make_advance` of `translate.py` by captured steps, which serve the next batch too if it has
-    the same sizes, each rounded up to a power of two. beam: rows of each sentence."""
+    """`make_advance` of `tasks/translation.py` by captured steps, which serve the next batch too if
+    it has the same sizes, each rounded up to a power of two. beam: rows of each sentence."""
 
     def __init__(self, model: nn.Module, beam: int, vocab_size: int):
         self.model, self.beam, self.vocab_size = model, beam, vocab_size

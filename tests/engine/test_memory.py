@@ -22,7 +22,7 @@ import model
 import tasks
 import train
 from engine import config as configs
-from engine import memory, plan
+from engine import kernels, memory, plan
 from engine.evaluation import loss_name
 from engine.memory import FlashAttention, Ledger, make_batch, make_model, plan_memory, rows_of
 from engine.processes import Processes
@@ -32,6 +32,7 @@ from model import Dropout, attend
 def begin(flags: list[str], device: str = "cpu") -> train.Run:
     config, sizes, _ = configs.resolve(flags)
     config.out = "run"
+    kernels.install(torch.device(device))
     return train.Run(config, sizes, None, Processes(0, 1, torch.device(device)))
 
 
@@ -299,9 +300,10 @@ def test_flash_attention_has_the_shapes_and_strides_of_the_real_one():
 
 
 def test_without_a_gpu_nothing_is_left_behind():
+    run = gpt("--n_layer=1", "--recompute")  # which installs the kernels of this machine
     names = ("attention_kernel", "dropout_kernel", "cross_entropy")
     before = dict(memory.losses.CHUNK), F.layer_norm, [getattr(model, name) for name in names]
-    on_gpu(*gpt("--n_layer=1", "--recompute"))
+    on_gpu(*run)
     after = memory.losses.CHUNK, F.layer_norm, [getattr(model, name) for name in names]
     assert before == after and not torch.is_autocast_enabled("cpu")
 
