@@ -123,7 +123,7 @@ def evenly_within(n: int, tokens: int, max_tokens: int, least: int = 1) -> np.nd
     return evenly(n, min(wanted, n))
 
 
-def find(ids: Tokens, token: int, block: int = 1 << 24) -> np.ndarray:
+def positions_of(ids: Tokens, token: int, block: int = 1 << 24) -> np.ndarray:
     """Where `token` is, read in blocks: the ids may be a file larger than memory."""
     places = [
         np.flatnonzero(ids[start : start + block] == token) + start

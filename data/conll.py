@@ -104,8 +104,8 @@ class TaggedText:
 def open_tagged(data: str, valid: str = "") -> TaggedText:
     """data and valid are CoNLL files, each also as .gz; all of data trains if valid is given.
     Raises ValueError on bad input."""
-    path = own_file("--data", data)
-    paths = {"train": path, "validation": own_file("--valid", valid) if valid else path}
+    path = conll_file("--data", data)
+    paths = {"train": path, "validation": conll_file("--valid", valid) if valid else path}
     sentences = read_conll(path)
     types = {entity[0] for sentence in sentences for entity in entities(sentence.tags)}
     if not types:
@@ -133,19 +133,19 @@ def open_tagged(data: str, valid: str = "") -> TaggedText:
         name_of(path),
         digest.hexdigest(),
         rule,
-        shown(splits["validation"]),
-        labels_of(types),
+        example_sentences(splits["validation"]),
+        iob2_labels(types),
         splits,
         paths,
         schemes,
     )
 
 
-def labels_of(types: set[str]) -> tuple[str, ...]:
+def iob2_labels(types: set[str]) -> tuple[str, ...]:
     return ("O", *(f"{prefix}-{type_}" for type_ in sorted(types) for prefix in "BI"))
 
 
-def shown(sentences: list[Sentence], number: int = 4) -> list[str]:
+def example_sentences(sentences: list[Sentence], number: int = 4) -> list[str]:
     """The first sentences of ordinary length that have an entity, as text."""
     ordinary = [s.words for s in sentences if 4 <= len(s.words) <= 25 and set(s.tags) != {"O"}]
     return [" ".join(words) for words in (ordinary or [s.words for s in sentences])[:number]]
@@ -154,7 +154,7 @@ def shown(sentences: list[Sentence], number: int = 4) -> list[str]:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def own_file(flag: str, name: str) -> Path:
+def conll_file(flag: str, name: str) -> Path:
     path = Path(name)
     if not name or not path.is_file():
         raise ValueError(
@@ -170,10 +170,10 @@ def read_conll(path: Path) -> list[Sentence]:
     rows = (s for s in lines if s.strip(BLANK) and not s.startswith((COMMENT, DOCUMENT)))
     first = next(rows, "")
     tabs = "\t" in first
-    width = len(columns(first, tabs))
+    width = len(split_columns(first, tabs))
     sentences, words, tags = [], [], []
     for number, line in enumerate([*lines, ""], 1):
-        cells = columns(line, tabs)
+        cells = split_columns(line, tabs)
         if not line.strip(BLANK) or line.startswith(DOCUMENT):
             if words:
                 sentences.append(Sentence(words, tags, number - len(words)))
@@ -188,7 +188,7 @@ def read_conll(path: Path) -> list[Sentence]:
     return sentences
 
 
-def columns(line: str, tabs: bool) -> list[str]:
+def split_columns(line: str, tabs: bool) -> list[str]:
     if not tabs:
         return re.split(r"[ \t]+", line.strip(BLANK))
     *cells, last = line.split("\t")
@@ -231,7 +231,7 @@ def entities(tags: Iterable[str]) -> list[Entity]:
     return found
 
 
-def spelled(found: Iterable[Entity], length: int, scheme: str = "IOB2") -> list[str]:
+def write_tags(found: Iterable[Entity], length: int, scheme: str = "IOB2") -> list[str]:
     """The tags, in one of SCHEMES, of a sentence of `length` words with these entities, which are
     in order and do not overlap."""
     alone, first, inner, last = SCHEMES[scheme]
@@ -247,7 +247,7 @@ def spelled(found: Iterable[Entity], length: int, scheme: str = "IOB2") -> list[
 
 def to_iob2(tags: list[str]) -> list[str]:
     """The same entities in IOB2, whatever scheme or mixture the tags are in."""
-    return spelled(entities(tags), len(tags))
+    return write_tags(entities(tags), len(tags))
 
 
 def scheme_of(sentences: Iterable[list[str]]) -> str:
@@ -257,5 +257,5 @@ def scheme_of(sentences: Iterable[list[str]]) -> str:
     fitting = list(SCHEMES)
     for tags in sentences:
         found = entities(tags)
-        fitting = [scheme for scheme in fitting if spelled(found, len(tags), scheme) == tags]
+        fitting = [scheme for scheme in fitting if write_tags(found, len(tags), scheme) == tags]
     return fitting[0] if fitting else ""

@@ -61,10 +61,10 @@ def on_all_cores(work: Callable[[Batch], Result], batches: Iterable[Batch]) -> I
         except BrokenExecutor:
             return work(batch)
 
-    with ProcessPoolExecutor(workers, initializer=begin, initargs=(work,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(work,)) as pool:
         for batch in batches:
             try:
-                waiting.append((batch, pool.submit(run, batch)))
+                waiting.append((batch, pool.submit(work_in_worker, batch)))
             except (BrokenExecutor, OSError):
                 waiting.append((batch, None))
             if len(waiting) > 2 * workers:
@@ -77,7 +77,7 @@ def on_all_cores(work: Callable[[Batch], Result], batches: Iterable[Batch]) -> I
 _work: list[Callable] = []
 
 
-def begin(work: Callable) -> None:
+def start_worker(work: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the workers
     Thread(target=end_with_parent, daemon=True).start()
     _work[:] = [work]
@@ -89,5 +89,5 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def run(batch: Any) -> Any:
+def work_in_worker(batch: Any) -> Any:
     return _work[0](batch)

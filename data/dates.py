@@ -25,22 +25,22 @@ COUNTS = {"train": 100_000, "validation": 2_000, "test": 2_000}  # pairs of each
 VERSION = "dates 1"
 
 
-def words(text: str) -> list[str]:
+def word_list(text: str) -> list[str]:
     return text.split()
 
 
 # Our own names: those of strftime depend on the language of the machine.
-MONTHS = words(
+MONTHS = word_list(
     "January February March April May June July August September October November December"
 )
-WEEKDAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-ROMAN = words("I II III IV V VI VII VIII IX X XI XII")
-ONES = words(
+WEEKDAYS = word_list("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+ROMAN = word_list("I II III IV V VI VII VIII IX X XI XII")
+ONES = word_list(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
 )
-TENS = words("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
-ORDINALS = words(
+TENS = word_list("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
+ORDINALS = word_list(
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
     "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth twenty-first "
     "twenty-second twenty-third twenty-fourth twenty-fifth twenty-sixth twenty-seventh "

@@ -24,7 +24,7 @@ def divide(rows: Sequence[T], every: int, what: str, where: str) -> tuple[list[T
         raise ValueError(f"{where} has one {what}, too few to hold one out: give more, or --valid")
     drawn = np.random.default_rng(SEED).permutation(n)[: max(1, n // every)].tolist()
     rule = f"{len(drawn):,} of {n:,} {what}s, drawn with a fixed seed, validate"
-    return *parts(rows, drawn), rule
+    return *separate(rows, drawn), rule
 
 
 def divide_by_label(
@@ -39,10 +39,10 @@ def divide_by_label(
     for _, own in sorted(places.items()):
         if len(own) > 1:
             drawn += random.choice(own, max(1, len(own) // every), replace=False).tolist()
-    return parts(rows, drawn)
+    return separate(rows, drawn)
 
 
-def parts(rows: Sequence[T], drawn: Sequence[int]) -> tuple[list[T], list[T]]:
+def separate(rows: Sequence[T], drawn: Sequence[int]) -> tuple[list[T], list[T]]:
     """(the others, those at the places `drawn`)"""
     held_out = set(drawn)
     sides = ([], [])

@@ -173,7 +173,7 @@ def file_hash(path: Path, digest) -> str:
     return digest.hexdigest()
 
 
-def check(path: Path, remote: Remote) -> None:
+def check_hash(path: Path, remote: Remote) -> None:
     """Raises ValueError unless the file has the checksum that is known; one must be."""
     if remote.sha256:
         kind, found, wanted = "SHA-256", file_sha256(path), remote.sha256
@@ -193,7 +193,7 @@ def fetch(remote: Remote, folder: Path, timeout: float = 30.0) -> Path:
     target = folder / remote.name
     if target.is_file() and remote.size in (0, target.stat().st_size):
         with suppress(ValueError):  # another file, which stays until the right one is here
-            check(target, remote)
+            check_hash(target, remote)
             return target
     folder.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -201,7 +201,7 @@ def fetch(remote: Remote, folder: Path, timeout: float = 30.0) -> Path:
         temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
             copy_url(url, temporary, remote, timeout)
-            check(temporary, remote)
+            check_hash(temporary, remote)
             temporary.replace(target)
             return target
         except (OSError, ValueError) as error:  # URLError is an OSError

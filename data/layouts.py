@@ -110,12 +110,13 @@ def all_sentences(files: list[TextFile]) -> Iterator[tuple[str, bool]]:
     for file in files:
         if is_jsonl(file.path):
             for text in jsonl_documents(Part(file.path)):
-                yield from marked([[s for s, _ in lines_sentences(text.split("\n"), file.layout)]])
+                document = [s for s, _ in lines_sentences(text.split("\n"), file.layout)]
+                yield from mark_beginnings([document])
         else:
             yield from lines_sentences(read_lines(file.path), file.layout)
 
 
-def marked(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool]]:
+def mark_beginnings(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool]]:
     for document in documents:
         for i, sentence in enumerate(document):
             yield sentence, i == 0

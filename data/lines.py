@@ -52,14 +52,14 @@ def answer_stdin(
 ) -> None:
     """Prints the answer to each line of standard input: at once to somebody who types, else in
     batches, with a bar. answer(lines, bar, number of the first line) -> texts."""
-    alone, done = sys.stdin.isatty(), 0
+    interactive, done = sys.stdin.isatty(), 0
     if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
         sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
-    quiet = True if alone or sys.stdout.isatty() else None
-    if alone:
+    quiet = True if interactive or sys.stdout.isatty() else None
+    if interactive:
         print(f"type a {unit} and Enter; Ctrl-D ends", file=sys.stderr)
     with tqdm(unit=unit, disable=quiet) as bar:
-        while lines := list(islice(sys.stdin, 1 if alone else batch_size)):
+        while lines := list(islice(sys.stdin, 1 if interactive else batch_size)):
             print("\n".join(answer(lines, bar, done + 1)), flush=True)
             done += len(lines)
 

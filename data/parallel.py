@@ -100,10 +100,10 @@ def open_pairs(
         corpus = files_corpus(data, pair, files, cache, PUBLISHED)
     else:
         flag = "--eval" if split == "test" else "--data"
-        first = own_files(flag, data, source, target, cache)
+        first = aligned_files(flag, data, source, target, cache)
         files = {"test" if split == "test" else "train": [first]}
         if valid:
-            files["validation"] = [own_files("--valid", valid, source, target, cache)]
+            files["validation"] = [aligned_files("--valid", valid, source, target, cache)]
         divided = "the given files" if valid or split == "test" else ""
         name = name_of(first.paths[0])
         corpus = files_corpus(name, (source, target), files, cache, divided)
@@ -135,7 +135,7 @@ def dates_corpus() -> ParallelCorpus:
     return ParallelCorpus(
         "dates",
         dates_hash(),
-        f"{told(COUNTS)} (no date in two of them)",
+        f"{split_counts(COUNTS)} (no date in two of them)",
         prompts(),
         ("", ""),
         {split: partial(dates, split) for split in COUNTS},
@@ -168,22 +168,22 @@ def files_corpus(
         every = min(total, max(HELD_OUT_EVERY, -(-total // HELD_OUT_MOST)))
         numbers = {"train": total - total // every, "validation": total // every}
         splits = {
-            "train": partial(spaced, splits["train"], every, False),
-            "validation": partial(spaced, splits["train"], every, True),
+            "train": partial(select_pairs, splits["train"], every, False),
+            "validation": partial(select_pairs, splits["train"], every, True),
         }
         divided = "the last one" if every == total else f"one in {every}"
-    rule = f"{told(numbers)} ({divided})"
+    rule = f"{split_counts(numbers)} ({divided})"
     if empty := sum(empty for _, empty in counts.values()):
-        rule += f"; {plural(empty)} with an empty side left out"
-    shown = splits.get("validation") or next(iter(splits.values()))
-    return ParallelCorpus(name, key, rule, [s for s, _ in islice(shown(), 4)], languages, splits)
+        rule += f"; {pair_count(empty)} with an empty side left out"
+    examples = splits.get("validation") or next(iter(splits.values()))
+    return ParallelCorpus(name, key, rule, [s for s, _ in islice(examples(), 4)], languages, splits)
 
 
-def told(numbers: dict[str, int]) -> str:
-    return ", ".join(f"{plural(number)} {VERBS[split]}" for split, number in numbers.items())
+def split_counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{pair_count(number)} {VERBS[split]}" for split, number in numbers.items())
 
 
-def plural(number: int) -> str:
+def pair_count(number: int) -> str:
     return f"{number:,} pair{'s' * (number != 1)}"
 
 
@@ -219,7 +219,7 @@ def is_tsv(path: Path) -> bool:
     return path.name.lower().removesuffix(".gz").endswith(".tsv")
 
 
-def own_files(flag: str, data: str, source: str, target: str, cache: Path) -> Aligned:
+def aligned_files(flag: str, data: str, source: str, target: str, cache: Path) -> Aligned:
     """Files of the user's own, with the source first."""
     paths = (Path(data),)
     if not paths[0].is_file():
@@ -266,7 +266,7 @@ def full_pairs(parts: list[Aligned]) -> Iterator[tuple[str, str]]:
                 yield pair
 
 
-def spaced(pairs: Callable, every: int, held_out: bool) -> Iterator[tuple[str, str]]:
+def select_pairs(pairs: Callable, every: int, held_out: bool) -> Iterator[tuple[str, str]]:
     """The last of every `every` pairs, or all others."""
     for i, pair in enumerate(pairs()):
         if (i % every == every - 1) == held_out:

@@ -90,9 +90,9 @@ def paragraphs(text: str) -> Iterator[str]:
     announced = None  # indentation of the last paragraph that did
     for block in re.split(r"\n\s*?\n", text.expandtabs()):
         lines = [line for line in block.split("\n") if line.strip()]
-        if not lines or (announced is not None and depth(lines[0]) > announced):
+        if not lines or (announced is not None and indentation(lines[0]) > announced):
             continue
-        announced = depth(lines[0]) if lines[-1].endswith("::") else None
+        announced = indentation(lines[0]) if lines[-1].endswith("::") else None
         yield from items(lines)
 
 
@@ -108,17 +108,17 @@ def items(lines: list[str]) -> Iterator[str]:
         if RULED.fullmatch(body):
             held = held[:-1]
             continue
-        hangs = len(held) == 1 and depth(line) > last and is_item(held[0])
-        if is_item(body) or SIGNATURE.fullmatch(body) or not (hangs or depth(line) == last):
+        hangs = len(held) == 1 and indentation(line) > last and is_item(held[0])
+        if is_item(body) or SIGNATURE.fullmatch(body) or not (hangs or indentation(line) == last):
             yield plain(held)
             held = []
         if not SIGNATURE.fullmatch(body):
             held.append(body)
-        last = depth(line)
+        last = indentation(line)
     yield plain(held)
 
 
-def depth(line: str) -> int:
+def indentation(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 

@@ -17,7 +17,7 @@ before each sentence. What the data class (`tasks/masked.py`) asks of either:
 import numpy as np
 from numpy.random import Generator
 
-from data.buckets import find
+from data.buckets import positions_of
 from data.shards import Tokens
 
 NEXT, RANDOM = 0, 1  # the labels, as in the paper's own code
@@ -45,7 +45,7 @@ class SentencePairs:
         self.ids, self.border, self.room = ids, border, T - 3  # [CLS] and two [SEP]
         if self.room < 2:
             raise ValueError(f"rows of {T} tokens have no room for two parts: choose 5 or more")
-        borders = find(ids, border)
+        borders = positions_of(ids, border)
         lengths = np.diff(np.append(borders, len(ids))) - 1
         opens = lengths == 0  # the border of a document has the one of its first sentence behind it
         self.begin, lengths = borders[~opens] + 1, lengths[~opens]
@@ -101,7 +101,7 @@ class SentencePairs:
         else:
             # As many sentences as fill the row, which is how the chunk itself came to its end.
             b, label = self.elsewhere(first, max(1, room - len(a)), random), RANDOM
-        return list(fit(a, b, room)), label
+        return list(truncate_pair(a, b, room)), label
 
     def elsewhere(self, sentence: int, wanted: int, random: Generator) -> np.ndarray:
         """Whole sentences of `wanted` tokens or a little more, from another document than this
@@ -129,7 +129,7 @@ class SentencePairs:
         return text + f" ({lost:.0%} of their tokens are beyond a row)" * bool(lost > 0.25)
 
 
-def fit(a: np.ndarray, b: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+def truncate_pair(a: np.ndarray, b: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     """The end of a and the beginning of b, at most `room` together; the longer one is cut first."""
     half = room // 2
     for_b = min(len(b), max(room - half, room - len(a)))

@@ -82,14 +82,14 @@ class SentencePieces:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a target, without </s>, <unk> and <pad>. ValueError for an id that is no
         piece; integers of any kind are taken, numpy's and torch's too."""
-        silent, pieces = {*self.special_tokens.values(), self._unknown}, []
+        skipped, pieces = {*self.special_tokens.values(), self._unknown}, []
         for i in map(operator.index, ids):
             if not 0 <= i < self.vocab_size:
                 raise ValueError(
                     f"id {i} is no piece: the vocabulary ends at {self.vocab_size - 1}; "
                     "mask the ids that only pad the model's vocabulary before sampling"
                 )
-            if i not in silent:
+            if i not in skipped:
                 pieces.append(self.pieces[i])
         # The model leaves "▁" in those pieces that only the other language's has.
         return self._cut_target.decode_pieces(pieces).replace("▁", " ").strip()

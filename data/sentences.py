@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data.download import WIKITEXT2, WIKITEXT103, fetch, replacing
 from data.hashes import known_hashes
-from data.layouts import LAYOUTS, TextFile, all_sentences, layout_of, marked
+from data.layouts import LAYOUTS, TextFile, all_sentences, layout_of, mark_beginnings
 from data.pydocs import PROMPTS, pydocs
 from data.text import BLOCK, SUFFIXES, check_text, is_jsonl, name_of, sorted_files
 
@@ -111,11 +111,11 @@ def open_sentences(
         }
         name, divided, prompts = data, "split as published", list(WIKITEXT_PROMPTS)
     else:
-        files = {"train": own_files("--data", data, layout, cache)}
+        files = {"train": text_files("--data", data, layout, cache)}
         if valid:
-            files["validation"] = own_files("--valid", valid, layout, cache)
+            files["validation"] = text_files("--valid", valid, layout, cache)
         if by_sentence and not layout:
-            files = {split: divisible(parts) for split, parts in files.items()}
+            files = {split: with_paragraphs(parts) for split, parts in files.items()}
         path = Path(data)
         name = path.resolve().name if path.is_dir() else name_of(path)
         divided, prompts = "the given files validate", []
@@ -132,7 +132,7 @@ def open_sentences(
         splits, divided = held_out(data, splits["train"])
     used = sorted({file.layout for parts in files.values() for file in parts})
     rule = f"{' or '.join(LAYOUTS[layout] for layout in used)}; {divided}"
-    prompts = prompts or masked(splits["validation"]())
+    prompts = prompts or masked_prompts(splits["validation"]())
     return SentenceCorpus(name, digest.hexdigest(), rule, prompts, splits, by_sentence)
 
 
@@ -141,7 +141,7 @@ def pydocs_corpus(by_sentence: bool) -> SentenceCorpus:
     documents = pydocs()
     digest = hashlib.sha256(f"{RULES} {by_sentence}".encode())
     digest.update("\0\0".join("\0".join(document) for document in documents).encode())
-    splits, divided = held_out("pydocs", lambda: marked(documents))
+    splits, divided = held_out("pydocs", lambda: mark_beginnings(documents))
     rule = f"docstrings and help topics of Python's own documentation; {divided}"
     return SentenceCorpus("pydocs", digest.hexdigest(), rule, list(PROMPTS), splits, by_sentence)
 
@@ -169,17 +169,17 @@ def held_out(data: str, sentences: Sentences) -> tuple[dict[str, Sentences], str
         cut = count - max(1, count // 10)
         return {
             "train": lambda: islice(sentences(), cut),
-            "validation": lambda: marked([(s for s, _ in islice(sentences(), cut, None))]),
+            "validation": lambda: mark_beginnings([(s for s, _ in islice(sentences(), cut, None))]),
         }, f"{count - cut:,} of {count:,} sentences, the last of the one document, validate"
     else:
         raise ValueError(f"{data} has one sentence, too few to hold one out: give more, or --valid")
     return {
-        "train": lambda: chosen(sentences(), lambda n: not validates(n)),
-        "validation": lambda: chosen(sentences(), validates),
+        "train": lambda: select_documents(sentences(), lambda n: not validates(n)),
+        "validation": lambda: select_documents(sentences(), validates),
     }, rule
 
 
-def chosen(
+def select_documents(
     sentences: Iterator[tuple[str, bool]], wanted: Callable[[int], bool]
 ) -> Iterator[tuple[str, bool]]:
     """The sentences of those documents whose number, from 0, is wanted."""
@@ -190,7 +190,7 @@ def chosen(
             yield sentence, begins
 
 
-def masked(sentences: Iterable[tuple[str, bool]], number: int = 4) -> list[str]:
+def masked_prompts(sentences: Iterable[tuple[str, bool]], number: int = 4) -> list[str]:
     """The first sentences of ordinary length, their middle word hidden."""
     found, first = [], ""
     for sentence, _ in islice(sentences, 1000):
@@ -209,7 +209,7 @@ def masked(sentences: Iterable[tuple[str, bool]], number: int = 4) -> list[str]:
 # ---- finding files -------------------------------------------------------------------------------
 
 
-def own_files(flag: str, data: str, layout: str, cache: Path) -> list[TextFile]:
+def text_files(flag: str, data: str, layout: str, cache: Path) -> list[TextFile]:
     """Files of the user's own, in order, with the layout of each."""
     if not data:
         raise ValueError(f"{flag} is empty: name a file, a folder, or one of {', '.join(NAMES)}")
@@ -231,7 +231,7 @@ def own_files(flag: str, data: str, layout: str, cache: Path) -> list[TextFile]:
     return [TextFile(p, layout or layout_of(p), h) for p, h in zip(paths, hashes, strict=True)]
 
 
-def divisible(files: list[TextFile]) -> list[TextFile]:
+def with_paragraphs(files: list[TextFile]) -> list[TextFile]:
     """The same; where they are a single document of prose, one for each of its paragraphs."""
     begun = (begins for _, begins in all_sentences(files) if begins)
     if len(files) == 1 and files[0].layout == "prose" and len(list(islice(begun, 2))) < 2:

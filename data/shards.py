@@ -196,7 +196,7 @@ def write_shards(
     """
     with unfinished(path) as folder:
         made, total, text_bytes, number = folder / path.name, 0, 0, 0
-        file = begin(made)
+        file = create_shard(made)
         try:
             for ids, size in pieces:
                 text_bytes += size
@@ -204,7 +204,7 @@ def write_shards(
                     if total // SHARD > number:
                         file.close()
                         number += 1
-                        file = begin(path_of(made, number))
+                        file = create_shard(path_of(made, number))
                     taken = ids[: (SHARD - total % SHARD) * width]
                     file.write(taken)
                     ids, total = ids[len(taken) :], total + len(taken) // width
@@ -222,7 +222,7 @@ def write_shards(
             path_of(made, number).replace(path_of(path, number))
 
 
-def begin(path: Path) -> BinaryIO:
+def create_shard(path: Path) -> BinaryIO:
     file = path.open("wb")
     file.write(bytes(HEADER_SIZE))
     return file

@@ -47,13 +47,13 @@ class Feistel:
         row, column = np.divmod(places, self.columns)
         for i, key in enumerate(self.keys):
             if i % 2:
-                column = (column + mixed(row ^ key) % self.columns) % self.columns
+                column = (column + fmix64(row ^ key) % self.columns) % self.columns
             else:
-                row = (row + mixed(column ^ key) % self.rows) % self.rows
+                row = (row + fmix64(column ^ key) % self.rows) % self.rows
         return row * self.columns + column
 
 
-def mixed(x: np.ndarray) -> np.ndarray:
+def fmix64(x: np.ndarray) -> np.ndarray:
     """Every bit of x (k,) uint64 changes half of the bits, on average: the last step of MurmurHash3
     (Appleby 2011, its fmix64). The products are modulo 2^64."""
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)

@@ -122,11 +122,11 @@ def parse_question(qa: Any, context: str, place: str) -> Question:
     text = member(qa, "question", str, place)
     answers, span = [], None
     for answer in member(qa, "answers", list, place):
-        said = member(answer, "text", str, place)
+        words = member(answer, "text", str, place)
         start = member(answer, "answer_start", int, place)
-        answers.append(said)
-        if span is None and said.strip() and start >= 0 and context.startswith(said, start):
-            span = start, start + len(said)
+        answers.append(words)
+        if span is None and words.strip() and start >= 0 and context.startswith(words, start):
+            span = start, start + len(words)
     impossible = qa.get("is_impossible", False)
     if impossible is not (not answers):
         raise ValueError(

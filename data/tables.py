@@ -71,8 +71,8 @@ def open_tables(
         first = table.rows[0]
         known = [c for c in map(clean, first.texts) if any(c in form for form in forms)]
         if known and not table.named:
-            told = f'this looks like names, and "{known[0]}" is one, but others are missing'
-            raise refusal(Path(name), first.line, f"{told}: {name_them(forms)}")
+            why = f'this looks like names, and "{known[0]}" is one, but others are missing'
+            raise refusal(Path(name), first.line, f"{why}: {name_them(forms)}")
         return table.rows
 
     if valid:
@@ -213,18 +213,19 @@ def named_records(
     else:
         names = next((form for form in forms if len(form) == width), None)
         if not names:
-            raise refusal(path, first, f"{columns(width)}, and no known names: {name_them(forms)}")
+            why = f"{column_count(width)}, and no known names: {name_them(forms)}"
+            raise refusal(path, first, why)
         rows = chain([(first, cells)], rows)
 
     def records() -> Iterator[tuple[int, dict[str, str]]]:
         for number, cells in rows:
             if len(cells) != width:
-                why = f"{columns(len(cells))} where line {first:,} has {width}"
+                why = f"{column_count(len(cells))} where line {first:,} has {width}"
                 raise refusal(path, number, why)
             yield number, dict(zip(names, cells, strict=True))
 
     return named, records()
 
 
-def columns(n: int) -> str:
+def column_count(n: int) -> str:
     return f"{n} column{'s' * (n != 1)}"

@@ -70,24 +70,24 @@ def tokenize(
             tqdm.write(f"making the tokens again: {error}")
     cache.mkdir(parents=True, exist_ok=True)
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
-    with closing(encoded(corpus, split, tokenizer, width, border)) as pieces:
+    with closing(encode_pieces(corpus, split, tokenizer, width, border)) as pieces:
         write_shards(path, origin, width, pieces)
     return open_shards(path, origin)
 
 
-def encoded(
+def encode_pieces(
     corpus: Corpus, split: str, tokenizer: AnyTokenizer, width: int, border: str
 ) -> Iterator[tuple[bytes, int]]:
     """(ids of `width` bytes each, bytes of their text) of each batch of pieces, in order."""
-    encoder = Encoder(tokenizer, width, tokenizer.special_tokens[border])
-    batches = batched(numbered(corpus.pieces(split)), lambda piece: len(piece[0]))
+    encoder = CorpusEncoder(tokenizer, width, tokenizer.special_tokens[border])
+    batches = batched(number_documents(corpus.pieces(split)), lambda piece: len(piece[0]))
     with tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=None) as bar:
         for ids, size in on_all_cores(encoder, batches):
             bar.update(size)
             yield ids, size
 
 
-def numbered(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool, int]]:
+def number_documents(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool, int]]:
     """Each piece with the number of its document."""
     document = -1
     for text, begins in pieces:
@@ -95,7 +95,7 @@ def numbered(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool, in
         yield text, begins, document
 
 
-class Encoder:
+class CorpusEncoder:
     """Pieces of a corpus -> their ids in bytes. WordPiece remembers those of each stretch of text;
     byte-level BPE does not, for tiktoken's core merges as fast as Python would look them up."""
 
@@ -172,7 +172,7 @@ def get_tokenizer(
         except ValueError:
             path.unlink()
     tokenizer = Tokenizer.train(
-        limited(corpus, TOKENIZER_CHARACTERS),
+        first_characters(corpus, TOKENIZER_CHARACTERS),
         vocab_size,
         PATTERNS[config.pattern],
         special_tokens,
@@ -193,7 +193,7 @@ def check_special(tokenizer: AnyTokenizer, special_tokens: tuple[str, ...], give
         )
 
 
-def limited(corpus: Corpus, characters: int):
+def first_characters(corpus: Corpus, characters: int):
     for text, _ in corpus.pieces("train"):
         if characters <= 0:
             return

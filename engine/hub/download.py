@@ -35,13 +35,13 @@ def snapshot(name: str, files: Sequence[str], revision: str = "main") -> Path:
             "owner/repo of letters, digits, '_', single '.' and '-'"
         ) from None
     except Exception as error:  # its own, those of the system, of httpx or (older) of requests
-        reason, remedy = explained(error, constants.HF_HUB_OFFLINE)
+        reason, remedy = explain(error, constants.HF_HUB_OFFLINE)
         raise ValueError(
             f"cannot download {name} ({reason}): {remedy}, or name a folder that has its files"
         ) from error
 
 
-def explained(error: Exception, offline: bool) -> tuple[str, str]:
+def explain(error: Exception, offline: bool) -> tuple[str, str]:
     """(what happened, what to do about it) for an error of huggingface_hub."""
     chain = [error]
     while chain[-1].__cause__:

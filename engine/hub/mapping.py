@@ -73,7 +73,7 @@ def our_config(settings: dict) -> tuple[str, Any]:
             )
         source.setdefault(ours, name)
     if task in ("classify", "tag"):
-        found["labels"] = labels_of(settings)
+        found["labels"] = their_labels(settings)
     if task == "classify" and len(found["labels"]) < 2:
         raise ValueError("a single label is a regression, which is not supported")
     if task == "tag":
@@ -85,7 +85,7 @@ def our_config(settings: dict) -> tuple[str, Any]:
     return task, tasks.network(task).Config(**found)
 
 
-def labels_of(settings: dict) -> tuple[str, ...]:
+def their_labels(settings: dict) -> tuple[str, ...]:
     """What id2label says, {"0": "no", "1": "yes"} for example; without it there are two labels."""
     names = settings.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     found = list(names.values()) if isinstance(names, dict) else []
@@ -124,7 +124,7 @@ def their_settings(task: str, config: Any) -> dict:
 # ---- tensors -------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
+class TensorRow(NamedTuple):
     """One tensor of theirs, and those of ours that it consists of, joined along the outputs."""
 
     theirs: str
@@ -132,11 +132,11 @@ class Row(NamedTuple):
     how: str  # "", transposed, row, rows or columns
 
 
-def numbered(name: str, layers: int) -> list[str]:
+def layer_names(name: str, layers: int) -> list[str]:
     return [name.replace("{}", str(i)) for i in range(layers)] if "{}" in name else [name]
 
 
-def rows(task: str, config: Any) -> list[Row]:
+def rows(task: str, config: Any) -> list[TensorRow]:
     """The table of a model of these sizes, one row for each tensor."""
     found = []
     for theirs, ours, kind in FAMILIES[task].modules:
@@ -144,10 +144,11 @@ def rows(task: str, config: Any) -> list[Row]:
             continue
         if task == "seq2seq" and not config.output_bias and ours == "output_bias":
             continue
-        for there, here in zip(*(numbered(x, config.n_layer) for x in (theirs, ours)), strict=True):
+        pairs = zip(*(layer_names(x, config.n_layer) for x in (theirs, ours)), strict=True)
+        for there, here in pairs:
             for part, how in KINDS[kind].items():
                 end = f".{part}" if part else ""
-                found.append(Row(there + end, tuple(x + end for x in here.split()), how))
+                found.append(TensorRow(there + end, tuple(x + end for x in here.split()), how))
     return found
 
 
@@ -212,7 +213,9 @@ def to_ours(
         if row.how == "row":
             wanted[row.theirs] = (1, *shape)
     derived = {
-        name: law for key, law in family.derived.items() for name in numbered(key, config.n_layer)
+        name: law
+        for key, law in family.derived.items()
+        for name in layer_names(key, config.n_layer)
     }
     shape_of = {name: tuple(shapes[there]) for name, there in names.items()}
     refuse(
@@ -242,7 +245,7 @@ def to_ours(
         if row.theirs in absent:
             fresh += row.ours
             continue
-        tensor = turned(read(row.theirs), row.how)
+        tensor = convert_tensor(read(row.theirs), row.how)
         for name, part in zip(row.ours, tensor.chunk(len(row.ours)), strict=True):
             state[name] = part.contiguous()
     return config, state, fresh
@@ -253,15 +256,15 @@ def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, 
     found = {}
     for row in rows(task, config):
         joined = torch.cat([state[name] for name in row.ours])
-        found[row.theirs] = turned(joined, row.how, back=True).contiguous()
+        found[row.theirs] = convert_tensor(joined, row.how, back=True).contiguous()
     for name, law in FAMILIES[task].derived.items():
         if law.make and name not in found:
             found[name] = law.make(config)
     return found
 
 
-def turned(tensor: Tensor, how: str, back: bool = False) -> Tensor:
-    """The tensor changed as Row.how says, from theirs to ours, or back."""
+def convert_tensor(tensor: Tensor, how: str, back: bool = False) -> Tensor:
+    """The tensor changed as TensorRow.how says, from theirs to ours, or back."""
     if how == "transposed":
         return tensor.t()
     if how == "row":

@@ -18,9 +18,9 @@ from data.conll import (
     open_tagged,
     read_conll,
     scheme_of,
-    spelled,
     split_tag,
     to_iob2,
+    write_tags,
 )
 
 SENTENCES = [
@@ -195,7 +195,7 @@ def numbered(n: int, types: str = "xy") -> list[tuple[list[str], list[str]]]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_becomes_iob2_and_is_told(tmp_path, scheme):
-    rows = [(w, spelled(entities(tags), len(tags), scheme)) for w, tags in SENTENCES]
+    rows = [(w, write_tags(entities(tags), len(tags), scheme)) for w, tags in SENTENCES]
     path = str(write(tmp_path / "a", text_of(rows)))
     text = open_tagged(path, path)
     assert text.schemes == {"train": scheme, "validation": scheme}
@@ -369,7 +369,7 @@ def test_every_pair_of_tags_by_itself():
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_scheme_by_hand(scheme):
     row = ROWS[scheme].split()
-    assert entities(row) == FOUND and spelled(FOUND, 8, scheme) == row
+    assert entities(row) == FOUND and write_tags(FOUND, 8, scheme) == row
     assert scheme_of([row]) == scheme and scheme_of([["O"], row, []]) == scheme
     assert to_iob2(row) == ROWS["IOB2"].split()
 
@@ -378,19 +378,21 @@ def test_each_scheme_by_hand(scheme):
 def test_what_a_scheme_writes_is_read_again(sentence):
     found, length = sentence
     for scheme in SCHEMES:
-        tags = spelled(found, length, scheme)
+        tags = write_tags(found, length, scheme)
         assert (
-            len(tags) == length and entities(tags) == found and to_iob2(tags) == spelled(*sentence)
+            len(tags) == length
+            and entities(tags) == found
+            and to_iob2(tags) == write_tags(*sentence)
         )
         fitting = scheme_of([tags])
-        assert spelled(found, length, fitting) == tags
+        assert write_tags(found, length, fitting) == tags
 
 
 def test_iob1_has_a_b_only_between_neighbours_of_one_type():
     found = [("x", 0, 2), ("P", 2, 3), ("P", 3, 5), ("P", 6, 7)]
-    assert spelled(found, 7, "IOB1") == ["I-x", "I-x", "I-P", "B-P", "I-P", "O", "I-P"]
+    assert write_tags(found, 7, "IOB1") == ["I-x", "I-x", "I-P", "B-P", "I-P", "O", "I-P"]
     # A type that ends like another is another.
-    assert spelled([("work", 0, 1), ("k", 1, 2)], 2, "IOB1") == ["I-work", "I-k"]
+    assert write_tags([("work", 0, 1), ("k", 1, 2)], 2, "IOB1") == ["I-work", "I-k"]
 
 
 @given(sequences)

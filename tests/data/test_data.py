@@ -250,7 +250,7 @@ def test_an_interrupted_tokenization_leaves_nothing_behind(toy, monkeypatch):
     def fails(self, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.tokens.Encoder, "__call__", fails)
+    monkeypatch.setattr(data.tokens.CorpusEncoder, "__call__", fails)
     with pytest.raises(KeyboardInterrupt):
         windows("toy.txt")
     assert not [p for p in (toy / "cache").iterdir() if p.suffix != ".json"]

@@ -14,7 +14,7 @@ from conftest import peer
 from bpe import END_OF_TEXT, Tokenizer, learn_merges
 from data import cores
 from data.text import open_corpus
-from data.tokens import numbered, tokenize
+from data.tokens import number_documents, tokenize
 from lab import tokenizing as bench_tokenizers
 from lab.tokenizing import plenty, run_measured, source_files, written_corpus
 from wordpiece import WordPiece
@@ -73,7 +73,7 @@ def test_batches_give_what_documents_give_one_by_one(
 
 def test_pieces_that_begin_no_document_have_the_number_of_theirs():
     pieces = [("a", True), ("b", False), ("c", True), ("d", False), ("e", False)]
-    assert [number for _, _, number in numbered(pieces)] == [0, 0, 1, 1, 1]
+    assert [number for _, _, number in number_documents(pieces)] == [0, 0, 1, 1, 1]
 
 
 def test_lone_surrogates_of_a_json_line_are_tokenized(tmp_path):

@@ -18,7 +18,7 @@ from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from data.buckets import evenly, evenly_within, pad_rows
 from data.encoding import CLS, MASK, PAD, SEP
-from data.sentence_pairs import NEXT, RANDOM, fit
+from data.sentence_pairs import NEXT, RANDOM, truncate_pair
 from engine.processes import Processes
 from tasks.masked import Data, Flags, Masking, batch_shapes
 from train import evaluate, gradients
@@ -358,7 +358,7 @@ def test_rows_may_be_shorter_than_the_model_allows(folder, nsp):
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(2, 16))
 def test_fit_takes_one_token_after_the_other_from_the_longer_part(n, m, room):
     a, b = list(range(n)), list(range(100, 100 + m))
-    got = [x.tolist() for x in fit(np.array(a), np.array(b), room)]
+    got = [x.tolist() for x in truncate_pair(np.array(a), np.array(b), room)]
     while len(a) + len(b) > room:
         a, b = (a[1:], b) if len(a) >= len(b) else (a, b[:-1])
     assert got == [a, b] and a and b

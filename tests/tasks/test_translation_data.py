@@ -14,7 +14,7 @@ from conftest import gpt2_files, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.buckets import cut, find
+from data.buckets import cut, positions_of
 from data.gpt2_files import read_gpt2_files
 from data.parallel import open_pairs
 from data.tokens import tokenize
@@ -357,20 +357,21 @@ def test_a_step_holds_the_same_pairs_however_many_micro_batches_share_it(folder,
     assert (empty > 0) == (parts == 8)  # a part without pairs has a batch without targets
 
 
-# ---- find and cut --------------------------------------------------------------------------------
+# ---- positions_of and cut ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 100, 1 << 24])
 def test_find_in_blocks_is_find_in_all(block):
     ids = np.random.default_rng(0).integers(0, 4, 99).astype(np.uint16)
-    got = find(ids, 3, block)
+    got = positions_of(ids, 3, block)
     assert got.tolist() == np.flatnonzero(ids == 3).tolist() and got.dtype == np.int64
-    assert find(ids[:0], 3, block).tolist() == [] and find(ids, 9, block).tolist() == []
+    assert positions_of(ids[:0], 3, block).tolist() == []
+    assert positions_of(ids, 9, block).tolist() == []
 
 
 def test_pairs_are_found_also_where_blocks_of_the_file_end(folder, monkeypatch):
     want = [texts(p, p.batch(2)) for p in splits()]
-    monkeypatch.setattr(translation, "find", lambda ids, token: find(ids, token, 5))
+    monkeypatch.setattr(translation, "positions_of", lambda ids, token: positions_of(ids, token, 5))
     assert [texts(p, p.batch(2)) for p in splits()] == want
 
 
