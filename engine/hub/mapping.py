@@ -275,7 +275,7 @@ def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, 
 
 
 def convert_tensor(tensor: Tensor, how: str, back: bool = False) -> Tensor:
-    """Changes a tensor of theirs into ours as TensorRow.how says, or, with back, ours into theirs."""
+    """Changes a tensor of theirs into ours as TensorRow.how says; with back, ours into theirs."""
     if how == "transposed":
         return tensor.t()
     if how == "row":

@@ -1,4 +1,4 @@
-"""data/conll.py: files as they are found, what is refused in them, and tags against a table of
+"""data/conll.py: files as one finds them, what is refused in them, and tags beside a table of
 their rules."""
 
 import gzip
@@ -82,7 +82,7 @@ def test_a_document_ends_a_sentence_also_without_a_blank_line(tmp_path):
 
 
 def test_a_hash_is_a_word_where_it_has_a_tag(tmp_path):
-    """Tweets have # as a word. Taken for a comment, it took the place of all words behind it."""
+    """Tweets have # as a word. Taken for a comment, it once shifted all words after it."""
     text = "# no row\n# O\n# B-x\na O\n\n# id = 5\n# O\n"
     assert read(tmp_path / "a", text) == [(["#", "#", "a"], ["O", "B-x", "O"]), (["#"], ["O"])]
     assert read(tmp_path / "b", "a\tO\n#\tO\n# b\tO\n") == [(["a", "#", "# b"], ["O"] * 3)]
@@ -186,7 +186,7 @@ def test_files_that_are_none_are_refused(tmp_path):
 
 
 def numbered(n: int, types: str = "xy") -> list[tuple[list[str], list[str]]]:
-    """n sentences, each of which has other words, with an entity of two words in it."""
+    """n sentences without a word in common, each with an entity of two words."""
     return [
         ([f"a{i}", f"b{i}", f"c{i}", "."], ["O", f"B-{type_}", f"I-{type_}", "O"])
         for i, type_ in zip(range(n), cycle(types), strict=False)
@@ -287,7 +287,7 @@ def test_a_type_that_the_labels_lack_is_refused_by_line(tmp_path):
 
 
 def test_wnut17():
-    """Its sentences are apart by lines with one tab, some words cannot be seen, and # is one."""
+    """Lines with one tab divide its sentences, some words are invisible, and # is a word."""
     train, dev = shared("wnut17/train.conll"), shared("wnut17/dev.conll")
     text = open_tagged(str(train), str(dev))
     found = {k: (len(v), sum(len(s.words) for s in v)) for k, v in text.splits.items()}
@@ -326,7 +326,7 @@ sequences = st.lists(tags, max_size=12)
 
 @st.composite
 def sentences(draw, longest: int = 5):
-    """(entities, length): apart, or side by side."""
+    """(entities, length), with entities side by side or with words between them."""
     found, at = [], 0
     for _ in range(draw(st.integers(0, 4))):
         start = at + draw(st.integers(0, 2))
@@ -336,7 +336,7 @@ def sentences(draw, longest: int = 5):
 
 
 def slow_entities(tags: list[str]) -> list[tuple[str, int, int]]:
-    """Every span is tried: no O in it, no border inside, one at either end."""
+    """Tries every span: it has no O and no border inside, and a border at either end."""
 
     def border(i: int) -> bool:  # between the words i - 1 and i
         a, b = (tags[k] if 0 <= k < len(tags) else "O" for k in (i - 1, i))

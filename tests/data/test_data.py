@@ -26,7 +26,7 @@ NOISE = np.random.default_rng(0).integers(97, 123, 300_000).astype(np.uint8).tob
 
 
 def flipped(raw: bytes) -> bytes:
-    """With one byte damaged, far behind the first that a reader sees."""
+    """A .gz with one damaged byte, far behind the first bytes that a reader sees."""
     return raw[:-50_000] + bytes([raw[-50_000] ^ 255]) + raw[-49_999:]
 
 

@@ -1,4 +1,5 @@
-"""A corpus tokenized on all cores, memory of training, and what bench_tokenizers.py compares."""
+"""data/tokens.py: a corpus tokenized on all cores, training's memory; what lab/tokenizing.py
+compares."""
 
 import json
 import os
@@ -53,7 +54,7 @@ BORDERS = {"bpe": END_OF_TEXT, "wordpiece": "[SEP]"}
 def test_batches_give_what_documents_give_one_by_one(
     tmp_path, monkeypatch, kind, in_lines, workers
 ):
-    """In order, each behind its border, empty ones too, where batches end anywhere."""
+    """Documents stay in order, each after its border, also empty ones, wherever batches end."""
     monkeypatch.setattr(cores, "BATCH", 777)
     monkeypatch.setattr(os, "cpu_count", lambda: workers)
     tokenizer, border, texts = TOKENIZERS[kind], BORDERS[kind], short_texts(137)
@@ -77,7 +78,7 @@ def test_pieces_that_begin_no_document_have_the_number_of_theirs():
 
 
 def test_lone_surrogates_of_a_json_line_are_tokenized(tmp_path):
-    """Their size in bytes was asked for in UTF-8, which has none: UnicodeEncodeError."""
+    """UTF-8 cannot encode lone surrogates: computing their size raised UnicodeEncodeError."""
     rows = [json.dumps({"text": f"a {c} b"}) for c in ("\ud800", "é") * 9]
     (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
     tokenizer = TOKENIZERS["bpe"]
@@ -88,7 +89,7 @@ def test_lone_surrogates_of_a_json_line_are_tokenized(tmp_path):
 
 
 def test_memory_of_training_per_byte_of_distinct_chunks():
-    """Python's numbers are objects of 32 bytes: one for each place, not one in each list."""
+    """Python's numbers are objects of 32 bytes: a place has one of them, not one in every list."""
     rng = random.Random(0)
     chunks = Counter({"".join(rng.choices("abcdefgh", k=9)): 2 for _ in range(20_000)})
     size = sum(map(len, chunks))
