@@ -16,7 +16,7 @@ from bpe import END_OF_TEXT, Tokenizer, learn_merges
 from data import cores
 from data.text import open_corpus
 from data.tokens import number_documents, tokenize
-from lab import tokenizing as bench_tokenizers
+from lab import tokenizing
 from lab.tokenizing import plenty, run_measured, source_files, written_corpus
 from wordpiece import WordPiece
 
@@ -108,7 +108,7 @@ def test_memory_of_training_per_byte_of_distinct_chunks():
 def test_source_files_are_distinct_and_the_same_each_time(tmp_path, monkeypatch):
     library, packages = tmp_path / "lib", tmp_path / "lib" / "site-packages"
     paths = {"stdlib": str(library), "purelib": str(packages), "platlib": str(packages)}
-    monkeypatch.setattr(bench_tokenizers.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(tokenizing.sysconfig, "get_paths", lambda: paths)
     files = {"b.py": "bé", "a.py": "a", "test/c.py": "c", "again.py": "a", "none.py": ""}
     files |= {
         "t.txt": "t",
@@ -123,7 +123,7 @@ def test_source_files_are_distinct_and_the_same_each_time(tmp_path, monkeypatch)
     (library / "latin.py").write_bytes(b"\xe9")
     found = [*("standard library " + text for text in ("a", "bé", "c")), "packages d", "packages g"]
     assert [f"{kind} {text}" for kind, text in source_files()] == found
-    assert bench_tokenizers.shares(3) == "0 MB standard library"
+    assert tokenizing.shares(3) == "0 MB standard library"
 
 
 def test_plenty_stops_when_it_has_enough_and_makes_up_what_is_lacking():
@@ -154,7 +154,7 @@ def test_the_memory_of_children_is_counted():
 
 def test_both_trainers_take_the_same_text():
     made = list(plenty(9_000, iter([("packages", "import this\n")])))
-    for train in bench_tokenizers.TRAINERS.values():
-        if train is bench_tokenizers.train_theirs:
+    for train in tokenizing.TRAINERS.values():
+        if train is tokenizing.train_theirs:
             peer("tokenizers")
         train((text for _, text in made), 300)

@@ -78,7 +78,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def body(self, content: bytes, headers: dict[str, str]):
-        """Sends the content, or what Range asks for, or only as many bytes as hub.cuts says next."""
+        """Sends the content, or what Range asks for, or as many bytes as hub.cuts says next."""
         hub, code, start, size = self.server.hub, 200, 0, len(content)
         path = self.path.partition("?")[0]
         if self.headers["Range"]:
