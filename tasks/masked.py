@@ -35,7 +35,7 @@ from bert import BERTConfig
 from data.buckets import InBuckets, evenly_within, pad_rows
 from data.encoding import CLS, MASK, PAD, SEP, SPECIAL, assemble, encode_text
 from data.lines import answer_stdin
-from data.sentence_pairs import NEXT, PackedText, SentencePairs, fit
+from data.sentence_pairs import NEXT, PackedText, SentencePairs, truncate_pair
 from data.sentences import NAMES, SentenceCorpus, open_sentences
 from data.tokens import AnyTokenizer, TokenFile, both_splits, settings, tokenize
 from tasks.flags import TrainConfig, check, choice, ranged
@@ -389,7 +389,7 @@ def follows(model: nn.Module, tokenizer: AnyTokenizer, first: str, second: str) 
     if len(a) + len(b) > most:
         note = f"note: the two have {len(a) + len(b):,} tokens, the model reads {most}: the"
         print(f"{note} first loses its beginning or the second its end", file=sys.stderr)
-    row = assemble(fit(a, b, most), special[CLS], special[SEP])
+    row = assemble(truncate_pair(a, b, most), special[CLS], special[SEP])
     tokens, segments = (torch.from_numpy(ids)[None].to(model.mlm_bias.device) for ids in row)
     return model.nsp_logits(model.features(tokens, segments)).float().softmax(-1)[0, NEXT].item()
 

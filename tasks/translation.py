@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import decoding
 from bpe import END_OF_TEXT
-from data.buckets import InBuckets, evenly_within, find, pad_rows
+from data.buckets import InBuckets, evenly_within, pad_rows, positions_of
 from data.lines import answer_stdin, new_file
 from data.parallel import ParallelCorpus, open_pairs
 from data.sentencepieces import START
@@ -78,7 +78,7 @@ class Data(InBuckets):
         self.prompts, self.rule = corpus.prompts, corpus.rule
         self.start, self.end = start_and_end(tokenizer)
         # borders[2i], borders[2i + 1], borders[2i + 2]: source i begins, target i begins, both end.
-        self.borders = np.append(find(file.ids, self.end), len(file.ids))
+        self.borders = np.append(positions_of(file.ids, self.end), len(file.ids))
         self.lengths = np.diff(self.borders).reshape(-1, 2)  # each with its end token
         longer = self.lengths.max(1, initial=0)
         self.chosen = np.flatnonzero(longer <= block_size)

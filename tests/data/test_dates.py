@@ -29,8 +29,8 @@ from data.parallel import open_pairs
 
 @pytest.mark.slow
 def test_dates_of_one_split_are_in_no_other():
-    """Split by spelling, a date that training shows in one spelling would be validated in another,
-    and the number would tell nothing of dates that were never seen."""
+    """If spellings were divided instead, a date could train in one spelling and validate in
+    another, and the figure would say nothing about dates that were never seen."""
     days = {split: split_days(split) for split in COUNTS}
     everything = [day for part in days.values() for day in part]
     assert len(set(everything)) == len(everything) == (LAST - FIRST).days + 1 == 36_525
@@ -61,8 +61,9 @@ def test_numbers_mean_one_date_whatever_the_spelling():
 
 @pytest.mark.slow
 def test_words_mean_one_date_whatever_the_spelling():
-    """In lower case, since that joins most; every date of two months is enough, as months are named
-    by words (or, in Roman digits, between dots), of which May is the same in short and in full."""
+    """In lower case, which makes the most spellings equal. Every date of two months is enough,
+    because months are written as words (or as Roman numerals between dots), and only May is the
+    same in short and in full."""
     seen: dict[str, date] = {}
     for year in range(1950, 2050):
         for day in (date(year, month, d) for month in (1, 5) for d in range(1, 32)):
@@ -71,7 +72,7 @@ def test_words_mean_one_date_whatever_the_spelling():
 
 
 def test_a_prefix_is_never_taken_for_the_date():
-    """Prefixes are "on" and weekdays, with which nothing else begins: no month, no number."""
+    """Prefixes are "on" and weekdays, and no month or number begins like these."""
     firsts = {spell(date(1998, m, d), s).lower() for m in range(1, 13) for d in (1, 17)
               for s in NUMERIC + WORDED}  # fmt: skip
     begin = ("on ", *(name[:3].lower() for name in WEEKDAYS))

@@ -138,7 +138,7 @@ def test_an_answer_is_the_tokens_whose_units_it_overlaps(text, data):
 
 
 def test_gold_answers_come_back_from_their_tokens(xquad):
-    """Of 1,190 one does not: the file cuts "(2,700" to "(2,70"."""
+    """One of 1,190 does not: the file cuts "(2,700" to "(2,70"."""
     tokenizer, lost, n = WordPiece.train([p["context"] for p in xquad[::3]], 2000), [], 0
     for paragraph in xquad:
         context = encode_context(tokenizer, paragraph["context"])
@@ -156,14 +156,14 @@ def test_gold_answers_come_back_from_their_tokens(xquad):
 
 
 @given(st.integers(0, 30), st.integers(1, 400), st.integers(1, 300))
-def test_windows_cover_the_context_with_the_overlap(n_question, n_context, room):
-    T = room + n_question + 3
-    found, overlap = windows(n_question, n_context, T), min(128, room // 2)
+def test_windows_cover_the_context_with_the_overlap(n_question, n_context, n_free):
+    T = n_free + n_question + 3
+    found, overlap = windows(n_question, n_context, T), min(128, n_free // 2)
     assert found[0].start == 0 and found[-1].stop == n_context
-    assert all(w.first == n_question + 2 and 0 < w.stop - w.start <= room for w in found)
+    assert all(w.first == n_question + 2 and 0 < w.stop - w.start <= n_free for w in found)
     assert all(w.length == n_question + w.stop - w.start + 3 <= T for w in found)
     for one, two in pairwise(found):
-        assert one.stop - one.start == room and one.stop - two.start == overlap
+        assert one.stop - one.start == n_free and one.stop - two.start == overlap
         assert two.stop > one.stop  # none is part of another
     # What is no longer than the overlap, and one more, is whole in one of them.
     for start in range(n_context - overlap):

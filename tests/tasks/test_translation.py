@@ -41,7 +41,8 @@ LINES = ["a cat", "", "two dogs sleep", "a", "the red house ", "\n", "7 x 8?", "
 
 
 def untrained(block_size=40) -> Seq2Seq:
-    """With weights large enough that its choices depend on all of the context, and a lively end."""
+    """A model whose weights are large enough that its choices depend on all of the context, and
+    whose end token is likely enough."""
     torch.manual_seed(3)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 24, "n_ff": 37}
     model = Seq2Seq(Seq2SeqConfig(vocab_size=320, block_size=block_size, **sizes)).eval()
@@ -140,8 +141,8 @@ def test_of_a_line_that_is_too_long_the_beginning_is_translated(capsys):
     model, config = untrained(), SampleFlags(beam=2, max_new_tokens=6)
     texts = translate(model, BYTES, ["a cat", "b" * 50, "two dogs"], config, first=11)
     assert texts == translate(model, BYTES, ["a cat", "b" * 39, "two dogs"], config)
-    told = capsys.readouterr().err
-    assert told == "note: line 12 has 50 tokens, the model reads 39: the rest is left out\n"
+    printed = capsys.readouterr().err
+    assert printed == "note: line 12 has 50 tokens, the model reads 39: the rest is left out\n"
 
 
 def test_one_line_in_is_one_line_out_and_other_spaces_stay():

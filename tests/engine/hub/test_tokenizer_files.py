@@ -1,4 +1,4 @@
-"""tokenizer_files.py: tokenizers out and in, the same ids as Hugging Face's."""
+"""engine/hub/tokenizer_files.py: tokenizers out and in, with the same ids as Hugging Face's."""
 
 import json
 import shutil
