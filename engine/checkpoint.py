@@ -84,6 +84,8 @@ def save(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
         kept = [checkpoint.get("parts", {}).get("folder", "")]
+        if kept[0]:
+            flush_names(path.with_name(kept[0]))
         if previous and path.exists():
             kept += folders_of(path)
             path.replace(previous)

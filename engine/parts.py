@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.futures import Future
 
-from engine.checkpoint import flush_names
 from engine.processes import Processes
 from optim import one_by_one
 
@@ -80,8 +79,8 @@ def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -
     """Writes the parts of the checkpoint `path`; every process calls it with what it holds, a
     DTensor for its rows of a tensor. -> the first one gets what belongs under "parts".
 
-    The folder is new, so that those of older checkpoints stay as they are; it is on the disk when
-    this returns. Raises OSError, in every process, where one of them could not write.
+    The folder is new, so that those of older checkpoints stay as they are; its files are on the
+    disk when this returns. Raises OSError, in every process, where one of them could not write.
     """
     names = (f"{path.stem}.{step:07}-{number}.parts" for number in count())
     # The step may have been saved before, perhaps by a process that was killed.
@@ -97,7 +96,6 @@ def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -
             shutil.rmtree(folder, ignore_errors=True)
         reason = "; ".join(str(e) for e, _ in error.failures.values()).split("\n")[0]
         raise OSError(errno.EIO, f"{folder}: {reason}") from error
-    flush_names(folder)
     found = {"folder": folder.name, "tensors": writer.contents} if group.main else {}
     files = {c["file"] for about in found.get("tensors", {}).values() for c in about["chunks"]}
     if group.broadcast(not all((folder / file).is_file() for file in files)):

@@ -287,7 +287,7 @@ def state_to_save(path: Path, step: int, model: nn.Module, optimizer, group: Pro
     if not divided or size < PARTS_FROM:
         weights, state = whole_state(model, optimizer, group)
         return {"weights": weights, "optimizer": state}
-    import parts  # which takes a second
+    from engine import parts  # which takes a second
 
     state = optimizer.state_dict() if optimizer else {}
     found = parts.write(path, step, parts.flat(model.state_dict(), state), group)

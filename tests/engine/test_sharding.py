@@ -376,7 +376,7 @@ def test_all_processes_evaluate_as_many_batches(batches, world):
             return {**sums, "counted": counts["loss"]}
 
     class Group(Processes):
-        def sum(self, numbers, dtype=torch.float64):
+        def all_reduce(self, numbers, dtype=torch.float64):
             sent.append(numbers)
             return numbers
 

@@ -275,7 +275,7 @@ def with_gradient(model: nn.Module, seed: int) -> None:
     torch.manual_seed(seed)
     for p in model.parameters():
         whole = torch.randn(p.shape)
-        if isinstance(p, sharding.DTensor):
+        if sharding.is_divided(p):
             whole = sharding.as_rows(whole, p)
         p.grad = whole
 
