@@ -219,7 +219,7 @@ def load(path: Path, whole: bool = True) -> dict:
     if isinstance(checkpoint.get("parts"), dict):
         from engine import parts  # which takes a second
 
-        parts.find(path, checkpoint, whole)
+        parts.attach_tensors(path, checkpoint, whole)
     return checkpoint
 
 

@@ -8,7 +8,7 @@ from engine.evaluation import goal_of
 from engine.logs import clock, draw_curves
 
 
-def show(run) -> None:
+def show_results(run) -> None:
     """Of a train.Run: its curves, what its best model says, and how to ask for more."""
     task, rule = tasks.task(run.config.model), "-" * 80
     seconds = time.perf_counter() - run.begin

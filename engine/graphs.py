@@ -120,7 +120,7 @@ class StaticCache:
             seen.copy_(seen.index_select(0, rows))
 
 
-class Steps:
+class CapturedSteps:
     """What a step of either family changes and sees: for each row a token, for all of them the
     position where it stands, and caches of `size` positions."""
 
@@ -181,7 +181,7 @@ def read_back(tokens: Tensor) -> Callable[[], Tensor]:
 # ---- GPT -----------------------------------------------------------------------------------------
 
 
-class GPTSteps(Steps):
+class GPTSteps(CapturedSteps):
     """A GPT that writes `rows` texts, a token of each in one step.
 
         steps = GPTSteps(model, rows, size, choose)
@@ -304,7 +304,7 @@ class GPTSteps(Steps):
 # ---- the encoder-decoder -------------------------------------------------------------------------
 
 
-class Seq2SeqSteps(Steps):
+class Seq2SeqSteps(CapturedSteps):
     """An encoder-decoder that translates up to N sentences with K rows each: `make_advance` of
     `translate.py` with rows that stay where they are, also those of sentences that are done.
 

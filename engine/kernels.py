@@ -18,7 +18,7 @@ def install(device: torch.device) -> None:
     On any device, the loss never holds all the logits, and text is split faster and its chunks are
     counted on all cores. A CPU has its own attention and dropout; a GPU decodes by captured steps.
     """
-    splitting.install()
+    splitting.use_in_bpe()
     on_cpu, on_cuda = device.type == "cpu", device.type == "cuda"
     model.cross_entropy = losses.linear_cross_entropy
     model.attention_kernel = cpu.attention if on_cpu else F.scaled_dot_product_attention

@@ -190,7 +190,7 @@ def to_fake(model: nn.Module) -> None:
             module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def rows_of(config: TrainConfig, block_size: int, batch_size: int) -> tuple[int, int]:
+def full_batch_shape(config: TrainConfig, block_size: int, batch_size: int) -> tuple[int, int]:
     """(sequences, their tokens) of a full micro-batch, all as long as they may be."""
     length = min(getattr(config, "row_length", 0) or block_size, block_size)
     return batch_size * block_size // length, length
@@ -223,7 +223,7 @@ def plan_memory(
     """
     world, model = config.world, make_model(config, sizes)
     batch_size, accumulate = divide_step(config, sizes["block_size"], world)
-    shape = rows_of(config, sizes["block_size"], batch_size)
+    shape = full_batch_shape(config, sizes["block_size"], batch_size)
     shard = shard if world > 1 else ""
     share = 1 / world if shard == "model" else 1.0
     with FakeTensorMode(), kernels_of(device):

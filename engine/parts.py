@@ -75,7 +75,7 @@ class Writer(dcp.FileSystemWriter):
         }
 
 
-def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -> dict:
+def write_parts(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -> dict:
     """Writes the parts of the checkpoint `path`; every process calls it with what it holds, a
     DTensor for its rows of a tensor. -> the first one gets what belongs under "parts".
 
@@ -90,7 +90,7 @@ def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -
         folder = Path(bytes(group.broadcast_tensor(name, 0).tolist()).decode())
     writer = Writer(folder)
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=group.patient)
+        dcp.save(tensors, storage_writer=writer, process_group=group.cpu_group)
     except CheckpointException as error:
         if group.main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -158,13 +158,13 @@ def read_piece(folder: Path, chunk: dict) -> Tensor:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def find(path: Path, checkpoint: dict, whole: bool) -> None:
+def attach_tensors(path: Path, checkpoint: dict, whole: bool) -> None:
     """Puts the tensors of a checkpoint in parts into their places: themselves, after which it is as
     if it had been one file; or what they can be read from."""
     try:
         for name in checkpoint["parts"]["tensors"]:
             stored = Stored(path, checkpoint["parts"], name)
-            put(checkpoint, name, stored[...] if whole else stored)
+            set_tensor(checkpoint, name, stored[...] if whole else stored)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged: its list of parts has no place for {error}"
@@ -176,7 +176,7 @@ def find(path: Path, checkpoint: dict, whole: bool) -> None:
 # ---- names: "model/NAME" and "optimizer/WHICH/NUMBER/NAME", WHICH as in `one_by_one` -------------
 
 
-def flat(weights: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
+def flatten(weights: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
     """The tensors in the state of a model and in that of an optimizer, by their names here."""
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
     for which, one in one_by_one(state).items():
@@ -185,7 +185,7 @@ def flat(weights: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
     return tensors
 
 
-def put(checkpoint: dict, name: str, tensor) -> None:
+def set_tensor(checkpoint: dict, name: str, tensor) -> None:
     """The tensor of that name into its place."""
     kind, _, rest = name.partition("/")
     if kind == "model":
@@ -196,9 +196,9 @@ def put(checkpoint: dict, name: str, tensor) -> None:
         state.setdefault(int(number), {})[key] = tensor
 
 
-def bare(state: dict) -> dict:
+def without_tensors(state: dict) -> dict:
     """The state of an optimizer without its tensors."""
     return {
-        key: {} if key == "state" else bare(value) if isinstance(value, dict) else value
+        key: {} if key == "state" else without_tensors(value) if isinstance(value, dict) else value
         for key, value in state.items()
     }

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 import tasks
 from engine.config import divide_step
-from engine.memory import Memory, bytes_of, make_model, plan_memory, rows_of
+from engine.memory import Memory, bytes_of, full_batch_shape, make_model, plan_memory
 from engine.processes import precision
 from model import count_parameters
 from tasks.flags import TrainConfig
@@ -35,7 +35,7 @@ GPUS = (
 MACHINE = 8  # GPUs that NVLink joins
 
 
-def describe(run) -> str:
+def describe_run(run) -> str:
     """Of a train.Run that is about to begin or go on."""
     config, data, group = run.config, run.data, run.group
     tokens = config.tokens_per_step * config.steps
@@ -117,7 +117,7 @@ def describe_memory(config: TrainConfig, sizes: dict) -> str:
     shard = getattr(config, "shard", "") if world > 1 else ""
     memory, model = plan_memory(config, sizes, device, dtype, shard), make_model(config, sizes)
     batch_size, accumulate = divide_step(config, sizes["block_size"], world)
-    B, T = rows_of(config, sizes["block_size"], batch_size)
+    B, T = full_batch_shape(config, sizes["block_size"], batch_size)
     notes = {"activations": ", with all else that the peak needs"}
     if shard == "model":
         notes |= {name: ", with those of blocks in use" for name in ("weights", "gradients")}

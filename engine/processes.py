@@ -27,8 +27,8 @@ class Processes:
     world: int
     device: torch.device
     local_rank: int = 0
-    patient: dist.ProcessGroup | None = None  # gloo, for numbers of the host and waits of hours
-    store: dist.Store | None = None  # of keys and values that all can see
+    cpu_group: dist.ProcessGroup | None = None  # gloo: for the host's numbers, and long waits
+    store: dist.Store | None = None  # keys and values that all processes can see, for the watchdog
     watchdog: Watchdog | None = None
 
     @property
@@ -66,7 +66,7 @@ class Processes:
         if self.world == 1:
             return numbers
         total = torch.tensor(numbers, dtype=dtype)
-        dist.all_reduce(total, group=self.patient)
+        dist.all_reduce(total, group=self.cpu_group)
         return total.tolist()
 
     def broadcast(self, number: float) -> float:
@@ -98,7 +98,7 @@ class Processes:
     def barrier(self) -> None:
         if self.world > 1:
             try:
-                dist.barrier(group=self.patient)
+                dist.barrier(group=self.cpu_group)
             except RuntimeError as error:
                 raise ValueError(OTHER_ENDED) from error
 
@@ -157,7 +157,7 @@ def start(device_name: str, minutes: float = 10.0) -> Processes:
     try:
         patience = timedelta(minutes=minutes)
         store, rank, world = next(dist.rendezvous("env://", timeout=patience))
-        store = fresh(store, rank, world, minutes)
+        store = new_prefix_store(store, rank, world, minutes)
     except (dist.DistError, TimeoutError) as error:  # torchrun ends those of its own machine only
         raise ValueError(
             f"not all processes have come within {minutes:g} minutes: see what was said on the "
@@ -167,9 +167,9 @@ def start(device_name: str, minutes: float = 10.0) -> Processes:
     hours, backend = timedelta(hours=12), "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
     # One process of each machine tokenizes while the others wait: hours, for a large text.
-    patient = dist.new_group(backend="gloo", timeout=hours)
-    told = dist.PrefixStore("watchdog", store)
-    return Processes(rank, world, device, local_rank, patient, told if world > 1 else None)
+    cpu_group = dist.new_group(backend="gloo", timeout=hours)
+    watchdog_store = dist.PrefixStore("watchdog", store) if world > 1 else None
+    return Processes(rank, world, device, local_rank, cpu_group, watchdog_store)
 
 
 def stop() -> None:
@@ -177,16 +177,18 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def fresh(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Store:
-    """A part of the store that nobody has written to yet. TimeoutError where some do not come.
+def new_prefix_store(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Store:
+    """A part of the store that nobody has written to yet. Raises TimeoutError where not all
+    processes have come within so many minutes.
 
-    torchrun keeps the store when it restarts the processes (seen with 2.13), and who finds there
-    the address of one that is dead calls it in vain. So each says a new name, and all agree on
-    rank 0's, which has seen all of them and been seen by all.
+    torchrun keeps the store when it restarts the processes (seen with 2.13), and a process that
+    finds there the address of one that has ended would wait for it in vain. So each process writes
+    a new name, and the prefix is rank 0's, which waits until it has read all names and all have
+    read its own.
     """
-    mine = uuid.uuid4().hex
-    store.set(f"name {rank}", mine)
-    agreed, names, seen = mine, [], False
+    name = uuid.uuid4().hex
+    store.set(f"name {rank}", name)
+    prefix, names, seen = name, [], False
     end = time.monotonic() + 60 * minutes
     while not seen:
         if time.monotonic() > end:
@@ -194,13 +196,13 @@ def fresh(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Stor
         if rank == 0:
             names = [store.get(f"name {other}").decode() for other in range(world)]
             store.set("names", " ".join(names))
-            seen = all(store.check([f"{mine} {other}"]) for other in range(1, world))
+            seen = all(store.check([f"{name} {other}"]) for other in range(1, world))
         else:
-            agreed, *names = store.get("names").decode().split()
-            if seen := mine in names:
-                store.set(f"{agreed} {rank}", "")
+            prefix, *names = store.get("names").decode().split()
+            if seen := name in names:
+                store.set(f"{prefix} {rank}", "")
         time.sleep(0 if seen else 0.05)
-    return dist.PrefixStore(agreed, store)
+    return dist.PrefixStore(prefix, store)
 
 
 def is_restarted() -> bool:

@@ -41,7 +41,7 @@ def prepare_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def save(run, name: str) -> bool:
+def save_run(run, name: str) -> bool:
     """A checkpoint in the run's folder; every process calls it. best.pt is for use, not for
     resuming: it has no optimizer state. False, after a line that says so, where the disk is full or
     refuses it for another reason."""
@@ -53,7 +53,7 @@ def save(run, name: str) -> bool:
         if run.log:
             run.log.sync()
         if run.group.main:
-            write(run, path, state, resumable)
+            write_checkpoint(run, path, state, resumable)
     except OSError as error:
         run.say(f"{path} is not written ({error.strerror}): older ones are kept")
         saved = False
@@ -61,7 +61,7 @@ def save(run, name: str) -> bool:
     return bool(run.group.broadcast(saved))
 
 
-def write(run, path: Path, state: dict, resumable: bool) -> None:
+def write_checkpoint(run, path: Path, state: dict, resumable: bool) -> None:
     checkpoint = checkpoints.pack(
         run.config.model,
         run.model,
@@ -79,7 +79,7 @@ def write(run, path: Path, state: dict, resumable: bool) -> None:
 
 def keep_last(run, count: int) -> None:
     """One more file for `convert.py average`, and not more than `count` of them."""
-    if save(run, f"step-{run.step:07}.pt") and run.group.main:
+    if save_run(run, f"step-{run.step:07}.pt") and run.group.main:
         for old in sorted(run.out.glob("step-*.pt"))[:-count]:
             checkpoints.remove(old)
 

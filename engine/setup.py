@@ -148,12 +148,12 @@ def recompute_blocks(model: nn.Module) -> None:
 # ---- optimizer, forward --------------------------------------------------------------------------
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module, group: Processes, dtype: torch.dtype):
+def optimizer_for(config: TrainConfig, model: nn.Module, group: Processes, dtype: torch.dtype):
     """optim.make_optimizer with the flags of a run, divided over the processes if they say so."""
     scale = {}
     if isinstance(config, FinetuneConfig):
         scale = {"rate_scale": rate_scale(model, config.layer_decay)}
-    return sharding.make_optimizer(
+    return sharding.make_sharded_optimizer(
         config.shard,
         group,
         model,

@@ -210,7 +210,7 @@ class DividedOptimizer:
         self.optimizer.load_state_dict(state)
 
 
-def make_optimizer(shard: str, group: Processes, model: nn.Module, name: str, **settings):
+def make_sharded_optimizer(shard: str, group: Processes, model: nn.Module, name: str, **settings):
     """optim.make_optimizer(model, name, **settings), divided as --shard says."""
     if group.world == 1:
         return optim.make_optimizer(model, name, **settings)
@@ -290,8 +290,8 @@ def state_to_save(path: Path, step: int, model: nn.Module, optimizer, group: Pro
     from engine import parts  # which takes a second
 
     state = optimizer.state_dict() if optimizer else {}
-    found = parts.write(path, step, parts.flat(model.state_dict(), state), group)
-    return {"weights": {}, "optimizer": parts.bare(state), "parts": found}
+    found = parts.write_parts(path, step, parts.flatten(model.state_dict(), state), group)
+    return {"weights": {}, "optimizer": parts.without_tensors(state), "parts": found}
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ library's `re` does not know, at a third of `re`'s speed. But a class of charact
 as ranges, short ones for text in ASCII, and then `re` does the same work: 35 MB/s of Python source
 instead of 12 (25 MB/s where there are other characters).
 
-install() assigns both to their places in bpe.py. Worker processes need no install(): a Tokenizer
-carries its splitter with it.
+use_in_bpe() assigns both to their places in bpe.py. Worker processes need not call it, because a
+Tokenizer carries its splitter with it.
 
 Left out: the same for other patterns; those of imported tokenizers stay with `regex`.
 
@@ -37,7 +37,7 @@ TRANSLATED = {
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
-def install() -> None:
+def use_in_bpe() -> None:
     """Lets bpe.py use what is here."""
     bpe.make_splitter, bpe.count_chunks = Splitter, count_chunks
 

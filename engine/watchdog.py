@@ -46,7 +46,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self.ended.wait(self.period):
             try:
-                self.tell()
+                self.report()
                 if self.store.check(["verdict"]):
                     self.end()
                 elif time.monotonic() - self.since > self.patience:
@@ -56,7 +56,7 @@ class Watchdog(threading.Thread):
                     self.say("the process that keeps the addresses of all is gone")
                     os._exit(1)
 
-    def tell(self) -> None:
+    def report(self) -> None:
         self.looks += 1
         state = [self.looks, self.passed, self.step, self.place]
         self.store.set(str(self.rank), json.dumps(state))
@@ -72,7 +72,7 @@ class Watchdog(threading.Thread):
         for _ in range(4):  # long enough for everyone who lives to tell something new
             if self.ended.wait(self.period):
                 return
-            self.tell()
+            self.report()
         after = self.states()
         if self.since != since:
             return

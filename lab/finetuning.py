@@ -40,7 +40,7 @@ from train import gradients
 
 
 @dataclass
-class BenchConfig:
+class ComparisonConfig:
     model: str = HEADS[0]  # classify, tag or answer
     init: str = ""  # the pretrained encoder, from convert.py
     data: str = ""  # as for train.py
@@ -81,7 +81,7 @@ class Theirs(nn.Module):
         )
 
 
-def rows_of(data) -> list[dict[str, Tensor]]:
+def single_rows(data) -> list[dict[str, Tensor]]:
     """Every row of an epoch by itself, without padding."""
     rows = []
     for batch in map(data.batch, range(data.n_batches)):
@@ -120,7 +120,7 @@ def their_step(model: nn.Module, batch: dict, optimizer, autocast) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def load(config: BenchConfig) -> tuple[nn.Module, Theirs, object, object, int]:
+def load_both(config: ComparisonConfig) -> tuple[nn.Module, Theirs, object, object, int]:
     """(our model, theirs with the same weights, training data, validation data, the padding)."""
     transformers = peer("transformers")
     if not transformers:
@@ -144,13 +144,18 @@ def load(config: BenchConfig) -> tuple[nn.Module, Theirs, object, object, int]:
 
 
 def compare_speed(
-    ours: nn.Module, theirs: Theirs, train, batches: Iterator[dict], autocast, config: BenchConfig
+    ours: nn.Module,
+    theirs: Theirs,
+    train,
+    batches: Iterator[dict],
+    autocast,
+    config: ComparisonConfig,
 ) -> float:
     """Prints the seconds of an epoch of both, in turns of a share of it, at a learning rate so
     small that no weight moves; returns theirs."""
     fast = optim.make_optimizer(ours, "adamw", lr=1e-12)
     slow = torch.optim.AdamW(theirs.parameters(), lr=1e-12, weight_decay=0.01)
-    group, step, n = Processes(0, 1, torch.device("cpu")), 0, len(rows_of(train))
+    group, step, n = Processes(0, 1, torch.device("cpu")), 0, len(single_rows(train))
     share = max(1, min(640, n // 10))
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(config.repeats + 1):
@@ -178,12 +183,12 @@ def compare_speed(
     return other
 
 
-def train_theirs(
+def train_their_model(
     theirs: Theirs,
     batches: Iterator[dict],
     valid,
     autocast,
-    config: BenchConfig,
+    config: ComparisonConfig,
     steps: int,
     n: int,
 ) -> None:
@@ -207,22 +212,22 @@ def train_theirs(
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser("Fine-tuning beside the same encoder in Hugging Face's class.")
-    cli.add_flags(parser, BenchConfig, "comparison")
-    config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
+    cli.add_flags(parser, ComparisonConfig, "comparison")
+    config = ComparisonConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     if config.model not in HEADS:
         raise ValueError(f"--model {config.model} is not known: choose {', '.join(HEADS)}")
     limits = {"minutes": (0, 1e6), "rows": (1, 2**20), "lr": (0, 1e3), "row_length": (0, None)}
     cli.check_ranges(config, {**limits, "repeats": (2, 1000), "seed": (0, None)})
     if config.dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
-    ours, theirs, train, valid, pad = load(config)
-    rows = rows_of(train)
+    ours, theirs, train, valid, pad = load_both(config)
+    rows = single_rows(train)
     batches = random_batches(rows, config.rows, pad)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=config.dtype == "bf16")
     epoch = compare_speed(ours, theirs, train, batches, autocast, config)
     if config.minutes:
         steps = max(1, round(60 * config.minutes / epoch * len(rows) / config.rows))
-        train_theirs(theirs, batches, valid, autocast, config, steps, len(rows))
+        train_their_model(theirs, batches, valid, autocast, config, steps, len(rows))
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def exponents(at: list[float], costs: list[float]) -> list[float]:
     return [math.log(after / before) / math.log(y / x) for (x, before), (y, after) in steps]
 
 
-def fit(terms: list[list[float]], measured: list[float]) -> list[float]:
+def fit_weights(terms: list[list[float]], measured: list[float]) -> list[float]:
     """The weights, none below zero, with which the terms add up to what is measured: least squares
     of relative errors. terms has a row for each measurement."""
     ratios = np.array(terms) / np.array(measured)[:, None]
@@ -215,11 +215,11 @@ def compare(cost: str, found: dict[Size, Cost], device: str) -> tuple[Series, st
     totals = {s: sum(of_size.values()) for s, of_size in terms.items()}
     rate = scale
     if cost == "time":
-        rate = fit([[total] for total in totals.values()], list(measured.values()))[0]
+        rate = fit_weights([[total] for total in totals.values()], list(measured.values()))[0]
     formula = {s: rate * total for s, total in totals.items()}
     for s, of_size in terms.items():
         of_size |= {"layer": s.L, "step": 1} if cost == "time" else {"step": 1}
-    weights = fit([list(x.values()) for x in terms.values()], list(measured.values()))
+    weights = fit_weights([list(x.values()) for x in terms.values()], list(measured.values()))
     fitted = {s: float(np.dot(weights, list(x.values()))) for s, x in terms.items()}
     said = []
     for name, weight in zip(next(iter(terms.values())), weights, strict=True):
@@ -240,7 +240,7 @@ def compare(cost: str, found: dict[Size, Cost], device: str) -> tuple[Series, st
 # ---- what is told --------------------------------------------------------------------------------
 
 
-def describe(cost: str, sweeps: dict[str, list[Size]], series: Series) -> str:
+def exponent_table(cost: str, sweeps: dict[str, list[Size]], series: Series) -> str:
     """A table in Markdown, of each exponent the first and the last, and the reasons."""
     lines = [f"| {cost}: what grows | sizes | {UNITS[cost][0]} | {' | '.join(series)} | limit |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     costs = {}
     for cost in UNITS:
         costs[cost], sentence = compare(cost, found, device.type)
-        parts += [describe(cost, sweeps, costs[cost]), sentence]
+        parts += [exponent_table(cost, sweeps, costs[cost]), sentence]
     text = "\n\n".join(parts)
     print(text)
     beside.write_text(f"{text}\n", encoding="utf-8")

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
-class BenchConfig:
+class RunsConfig:
     only: str = ""  # scaling, saving or resuming; empty: all of them
     repeats: int = 3  # turns of each contestant
     steps: int = 14  # of a turn of scaling, of which the first four do not count
@@ -69,7 +69,7 @@ def finish(run: subprocess.Popen) -> str:
     return said
 
 
-def scaling(config: BenchConfig, folder: Path) -> dict:
+def scaling(config: RunsConfig, folder: Path) -> dict:
     """Tokens a second of one process and of two that share the same steps, in turns."""
     sizes = SMALL if config.small else MIDDLE
     rates: dict[int, list[float]] = {1: [], 2: []}
@@ -85,9 +85,9 @@ def scaling(config: BenchConfig, folder: Path) -> dict:
     return {"one": one, "two": two, "ratio": two / one, "all": list(rates.values())}
 
 
-def time_saves(config: BenchConfig, folder: Path) -> dict:
+def time_saves(config: RunsConfig, folder: Path) -> dict:
     """The share of the default run's time that goes into its checkpoints."""
-    real, spent = saving.save, []
+    real, spent = saving.save_run, []
 
     def timed(run, name: str) -> bool:
         start = time.perf_counter()
@@ -95,19 +95,19 @@ def time_saves(config: BenchConfig, folder: Path) -> dict:
         spent.append(time.perf_counter() - start)
         return done
 
-    saving.save = timed
+    saving.save_run = timed
     start = time.perf_counter()
     try:
         small = [*SMALL, "--steps=20", "--eval_interval=10"] if config.small else []
         with redirect_stdout(sys.stderr):
             train.main([f"--out={folder / 'saving'}", "--device=cpu", *small])
     finally:
-        saving.save = real
+        saving.save_run = real
     whole = time.perf_counter() - start
     return {"saves": len(spent), "seconds": sum(spent), "of": whole, "share": sum(spent) / whole}
 
 
-def resuming(config: BenchConfig, folder: Path) -> dict:
+def resuming(config: RunsConfig, folder: Path) -> dict:
     """Seconds from the command to the first step of a run with a large model that goes on."""
     out = folder / "resuming"
     sizes = SMALL if config.small else GPT2
@@ -136,8 +136,8 @@ SENTENCES = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser("Time runs on several processes, their checkpoints and their resumption.")
-    cli.add_flags(parser, BenchConfig, "bench")
-    config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
+    cli.add_flags(parser, RunsConfig, "bench")
+    config = RunsConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     if config.only and config.only not in BENCHES:
         raise ValueError(f"--only {config.only} is not known: choose {', '.join(BENCHES)}")
     found = {}

@@ -22,7 +22,7 @@ from engine.checkpoint import load_model
 from engine.cpu import lay_out_for_decoding
 from engine.graphs import GPTSteps, StaticAdvance
 from engine.hub.peers import hugging_face_gpt2, hugging_face_marian, peer
-from lab.turns import BenchConfig, peer_turns, show, take_turns
+from lab.turns import BenchConfig, peer_turns, print_table, take_turns
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks import translation
@@ -39,14 +39,18 @@ def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
     """GPT-2 124M; on a GPU also xl, and 64 rows."""
     if device.type != "cuda":
         dtypes = [config.dtype] if config.dtype else ["fp32", "bf16"]
-        return [r for dtype in dtypes for r in bench_gpt(config, device, GPTConfig(), dtype, [1])]
+        return [
+            r
+            for dtype in dtypes
+            for r in bench_gpt_decoding(config, device, GPTConfig(), dtype, [1])
+        ]
     dtype = config.dtype or "bf16"
-    small = bench_gpt(config, device, GPTConfig(), dtype, [1, 64])
-    return small + bench_gpt(config, device, GPTConfig(**XL), dtype, [1, 64])
+    small = bench_gpt_decoding(config, device, GPTConfig(), dtype, [1, 64])
+    return small + bench_gpt_decoding(config, device, GPTConfig(**XL), dtype, [1, 64])
 
 
 @torch.no_grad()
-def bench_gpt(
+def bench_gpt_decoding(
     config: BenchConfig, device: torch.device, sizes: GPTConfig, dtype: str, rows: list[int]
 ) -> list[dict]:
     cuda, results = device.type == "cuda", []
@@ -71,7 +75,9 @@ def bench_gpt(
 
             found |= peer_turns(GENERATE, their_prefill, device)
         times = take_turns(found, config.repeats, device)
-        results.append(show(f"prefill, {name}, {B} x {length} tokens", times, B * length, "tokens"))
+        results.append(
+            print_table(f"prefill, {name}, {B} x {length} tokens", times, B * length, "tokens")
+        )
         found = our_decoders(ours, prompt, count)
         if B == 1:
             found["the bare products"] = bare
@@ -79,7 +85,7 @@ def bench_gpt(
             found |= their_decoders(theirs, prompt, count)
         times = take_turns(found, config.repeats, device)
         title = f"decoding, {name}, {B} row{'s' * (B > 1)}, behind {length} tokens, greedy"
-        results.append(show(title, times, B * count, "tokens"))
+        results.append(print_table(title, times, B * count, "tokens"))
     return results
 
 
@@ -217,4 +223,4 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
         found |= peer_turns(GENERATE, their_search, device)
     times = take_turns(found, config.repeats, device)
     title = f"translating {len(ids):,} sentences, beam 5, batches of {batch_size}, fp32"
-    return [show(title, times, len(ids), "sentences")]
+    return [print_table(title, times, len(ids), "sentences")]

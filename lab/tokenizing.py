@@ -31,7 +31,7 @@ from data.text import Corpus, Part, open_corpus
 from data.tokens import tokenize
 from engine import splitting
 from engine.hub.peers import peer
-from lab.turns import show, take_turns
+from lab.turns import print_table, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,7 +142,7 @@ def bench_bpe(config: BenchConfig, device: torch.device) -> list[dict]:
         }
         times = take_turns(runs, min(config.repeats, 5), device)
         title = f"BPE training, {megabytes:.1f} MB of {name} to {vocab_size:,} tokens"
-        results.append(show(title, times, megabytes, "MB"))
+        results.append(print_table(title, times, megabytes, "MB"))
     if config.only and Path("/proc/self/smaps_rollup").exists():  # it takes half a minute
         results.append(bench_memory(LARGE))
     return results
@@ -220,7 +220,7 @@ def bench_encode(config: BenchConfig, device: torch.device) -> list[dict]:
         )
         runs["tiktoken, gpt2"] = lambda: theirs.encode_ordinary(text)
     times = take_turns(runs, config.repeats, device)
-    return [show("encoding Python source", times, len(text.encode("utf-8")) / 1e6, "MB")]
+    return [print_table("encoding Python source", times, len(text.encode("utf-8")) / 1e6, "MB")]
 
 
 def bench_corpus(config: BenchConfig, device: torch.device) -> list[dict]:
@@ -248,7 +248,7 @@ def bench_corpus(config: BenchConfig, device: torch.device) -> list[dict]:
             times = take_turns(runs, min(config.repeats, 5), device)
         megabytes = sum(len(text.encode("utf-8")) for text in texts) / 1e6
         title = f"tokenizing {megabytes:.0f} MB on {threads} cores, {len(texts):,} {name}"
-        results.append(show(title, times, megabytes, "MB"))
+        results.append(print_table(title, times, megabytes, "MB"))
     return results
 
 
@@ -266,5 +266,5 @@ def written_corpus(folder: Path, texts: list[str], in_lines: bool) -> Corpus:
 
 
 if __name__ == "__main__":  # as bench_memory() calls it
-    splitting.install()
+    splitting.use_in_bpe()
     TRAINERS[sys.argv[1]]((text for _, text in plenty(int(sys.argv[2]))), VOCABULARY)

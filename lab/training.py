@@ -19,7 +19,7 @@ from engine.plan import least_seconds
 from engine.processes import Processes
 from engine.setup import compiled
 from engine.steps import update
-from lab.turns import BenchConfig, peer_turns, show, take_turns
+from lab.turns import BenchConfig, peer_turns, print_table, take_turns
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from train import gradients
@@ -43,7 +43,7 @@ def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
         contestants[name] = make(parameters).step
     work = sum(a * b for a, b in shapes) / 1e6
     times = take_turns(contestants, 3 * config.repeats, device)
-    return [show("optimizer step, 13.8 million parameters", times, work, "M parameters")]
+    return [print_table("optimizer step, 13.8 million parameters", times, work, "M parameters")]
 
 
 # ---- a step, of both -----------------------------------------------------------------------------
@@ -55,11 +55,11 @@ def autocast_of(config: BenchConfig, device: torch.device) -> Callable:
 
 
 def named(autocast: Callable, device: torch.device, config: BenchConfig) -> str:
-    compiles = ", compiled" if wants_compiler(config, device) else ""
-    return ("bf16" if autocast.keywords["enabled"] else "fp32") + compiles
+    precision = "bf16" if autocast.keywords["enabled"] else "fp32"
+    return precision + ", compiled" * compiles(config, device)
 
 
-def wants_compiler(config: BenchConfig, device: torch.device) -> bool:
+def compiles(config: BenchConfig, device: torch.device) -> bool:
     return device.type == "cuda" if config.compile is None else config.compile
 
 
@@ -86,11 +86,11 @@ def training_steps(
 
         return step
 
-    fast = compiled(ours, [batch], autocast) if wants_compiler(config, device) else ours
+    fast = compiled(ours, [batch], autocast) if compiles(config, device) else ours
     our_step = step_of(ours, lambda: gradients(fast, [here], group, autocast))
     if theirs is None:
         return {"ours": our_step}
-    their_model = torch.compile(theirs) if wants_compiler(config, device) else theirs
+    their_model = torch.compile(theirs) if compiles(config, device) else theirs
 
     def their_backward() -> None:
         with autocast():
@@ -118,8 +118,8 @@ def bench_family(
     autocast = autocast_of(config, device)
     how = named(autocast, device, config)
     least = least_seconds(flops, device)
-    results = [show(f"training step, {what}, {how}", times, work, "tokens", least)]
-    if wants_compiler(config, device):  # each would compile a graph more
+    results = [print_table(f"training step, {what}, {how}", times, work, "tokens", least)]
+    if compiles(config, device):  # each would compile a graph more
         return results
     ours.eval()
 
@@ -135,7 +135,7 @@ def bench_family(
     if theirs:
         found |= peer_turns(THEIRS, their_evaluation, device)
     times = take_turns(found, config.repeats, device)
-    return [*results, show(f"evaluation, {what}, {how}", times, work, "tokens")]
+    return [*results, print_table(f"evaluation, {what}, {how}", times, work, "tokens")]
 
 
 # ---- the three families --------------------------------------------------------------------------
@@ -144,10 +144,10 @@ def bench_family(
 def bench_train(config: BenchConfig, device: torch.device) -> list[dict]:
     """GPT, without dropout, and on a CPU with the 0.1 that Hugging Face's configuration has."""
     rates = (0.0,) if device.type == "cuda" else (0.0, 0.1)
-    return [result for rate in rates for result in bench_gpt(config, device, rate)]
+    return [result for rate in rates for result in bench_gpt_training(config, device, rate)]
 
 
-def bench_gpt(config: BenchConfig, device: torch.device, dropout: float) -> list[dict]:
+def bench_gpt_training(config: BenchConfig, device: torch.device, dropout: float) -> list[dict]:
     if device.type == "cuda":
         sizes, B = GPTConfig(vocab_size=50304, dropout=dropout), 64
     else:

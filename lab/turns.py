@@ -67,7 +67,9 @@ def as_it_comes() -> None:
         library.malloc_trim(0)
 
 
-def show(title: str, times: dict[str, list[float]], work: float, unit: str, least=0.0) -> dict:
+def print_table(
+    title: str, times: dict[str, list[float]], work: float, unit: str, least=0.0
+) -> dict:
     """Prints the table; `work` is how many `unit` one turn does, and `least` how long that takes at
     the GPU's peak rate, the share of which is the MFU. Returns the figures."""
     print(f"\n{title}")

@@ -257,7 +257,7 @@ def test_numbers_of_the_host_are_added_up_without_the_gpu(monkeypatch):
         tensor.mul_(2)
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    group = Processes(0, 2, torch.device("cuda"), patient="gloo's")
+    group = Processes(0, 2, torch.device("cuda"), cpu_group="gloo's")
     assert group.all_reduce([1.5, 2]) == [3.0, 4.0]
     assert group.all_reduce([2**53 + 1], torch.int64) == [2 * (2**53 + 1)]
     assert sent == [("cpu", torch.float64, "gloo's"), ("cpu", torch.int64, "gloo's")]

@@ -48,18 +48,18 @@ def test_the_weights_of_a_sum_are_found_although_the_terms_differ_by_12_digits(w
     terms = [[1e12 * n * n, 1e3 * n, 1.0] for n in (1, 2, 4, 8, 16)]
     true = [weights[0] / 1e12, weights[1] / 1e3, weights[2]]
     measured = [sum(w * t for w, t in zip(true, row, strict=True)) for row in terms]
-    assert growth.fit(terms, measured) == pytest.approx(true, rel=1e-6)
+    assert growth.fit_weights(terms, measured) == pytest.approx(true, rel=1e-6)
 
 
 def test_no_weight_is_negative_and_a_term_that_is_never_there_has_none():
-    found = growth.fit([[n, 1.0, 0.0] for n in (1, 2, 4)], [0.5, 1.9, 4.3])
+    found = growth.fit_weights([[n, 1.0, 0.0] for n in (1, 2, 4)], [0.5, 1.9, 4.3])
     assert found[0] == pytest.approx((2 + 1 / 0.95 + 1 / 1.075) / (4 + 0.95**-2 + 1.075**-2))
     assert found[1:] == [0, 0]
 
 
 def test_errors_count_in_proportion():
     """Twice 1 and once 1,000 of what 1 x is: the middle of the ratios, not of the numbers."""
-    assert growth.fit([[1.0], [1000.0]], [2.0, 1000.0])[0] == pytest.approx(1.5 / 1.25)
+    assert growth.fit_weights([[1.0], [1000.0]], [2.0, 1000.0])[0] == pytest.approx(1.5 / 1.25)
 
 
 def synthetic() -> tuple[dict, dict[Size, Cost]]:
@@ -93,7 +93,7 @@ def test_a_machine_of_known_rates_is_recognised():
 def test_the_table_has_the_first_and_the_last_exponent_of_each():
     sweeps, found = synthetic()
     series, _ = growth.compare("memory", found, "cpu")
-    lines = growth.describe("memory", sweeps, series).splitlines()
+    lines = growth.exponent_table("memory", sweeps, series).splitlines()
     assert lines[0] == "| memory: what grows | sizes | MB | measured | formula | fitted | limit |"
     row = [cell.strip() for cell in lines[2 + list(sweeps).index("V")].strip("|").split("|")]
     assert row[:2] == ["vocabulary V", "700, 1,400, 2,800, 5,600, 11,200"] and row[6] == "1"

@@ -1,10 +1,10 @@
 """Runs of train.py one after the other in one launch of torchrun, which alone takes six seconds.
 
-    torchrun --standalone --nproc_per_node=2 tests/several.py
+    torchrun --standalone --nproc_per_node=2 tests/sharded_runs.py
 
 A job is {"flags": a command line}. With "parts" its checkpoints are in parts whatever their size,
 with "full": rank that process finds no space for its own. Behind each job, every process appends
-to told-RANK.jsonl in the working folder how many bytes it has held, or what it was refused for.
+to report-RANK.jsonl in the working folder how many bytes it has held, or what it was refused for.
 """
 
 import json
@@ -93,16 +93,16 @@ def main() -> None:
         try:
             train.main(job["flags"])
         except ValueError as error:
-            told = {"error": str(error)}
+            report = {"error": str(error)}
         else:
             run = runs.pop()
             states = [
                 s for o in sharding.optimizers_of(run.optimizer).values() for s in o.state.values()
             ]
             moments = [tensor for state in states for tensor in state.values()]
-            told = {"weights": held(run.model.parameters()), "moments": held(moments)}
-        with Path(f"told-{group.rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(told) + "\n")
+            report = {"weights": held(run.model.parameters()), "moments": held(moments)}
+        with Path(f"report-{group.rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report) + "\n")
         group.barrier()
     stop()
 
