@@ -1,10 +1,10 @@
-"""What it costs to run on several processes, to save, and to go on: train.py from outside.
+"""What it costs to run on several processes, to save, and to resume: train.py from outside.
 
-    python -m lab.runs                      the three of them, ten minutes on two cores
+    python -m lab.runs                      all three measurements, ten minutes on two cores
     python -m lab.runs --only scaling       two processes of one thread each against one
 
-Times come from the runs' own logs and from the lines that they print, so everything counts that a
-user waits for: the exchange of gradients, the evaluation between two checkpoints, imports.
+Times come from the runs' own logs and from the lines that they print, so they include everything
+that a user waits for: the exchange of gradients, the evaluation between two checkpoints, imports.
 """
 
 import json
@@ -37,13 +37,13 @@ class RunsConfig:
 
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=300"]
-# The shape in which the README compares the speed of training.
+# The size with which the README compares the speed of training.
 MIDDLE = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=256", "--batch_size=8"]
 GPT2 = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=64", "--vocab_size=50257"]
 
 
 def launch(folder: Path, processes: int, *flags: str) -> subprocess.Popen:
-    """train.py at work, each process with one thread. Its caches lie where they always do."""
+    """Starts train.py with so many processes of one thread each. Its caches are the usual ones."""
     script = str(ROOT / "train.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
@@ -63,6 +63,7 @@ def launch(folder: Path, processes: int, *flags: str) -> subprocess.Popen:
 
 
 def finish(run: subprocess.Popen) -> str:
+    """Waits for the run and returns what it printed. Raises ValueError if it failed."""
     said = run.communicate()[0]
     if run.returncode:
         raise ValueError(f"{' '.join(run.args)} ended with status {run.returncode}: {said[-500:]}")
@@ -70,7 +71,7 @@ def finish(run: subprocess.Popen) -> str:
 
 
 def scaling(config: RunsConfig, folder: Path) -> dict:
-    """Tokens a second of one process and of two that share the same steps, in turns."""
+    """Tokens per second of one process, and of two that share the same steps, in turns."""
     sizes = SMALL if config.small else MIDDLE
     rates: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(config.repeats):
@@ -86,7 +87,7 @@ def scaling(config: RunsConfig, folder: Path) -> dict:
 
 
 def time_saves(config: RunsConfig, folder: Path) -> dict:
-    """The share of the default run's time that goes into its checkpoints."""
+    """The share of the default run's time that its checkpoints take."""
     real, spent = saving.save_run, []
 
     def timed(run, name: str) -> bool:
@@ -108,7 +109,7 @@ def time_saves(config: RunsConfig, folder: Path) -> dict:
 
 
 def resuming(config: RunsConfig, folder: Path) -> dict:
-    """Seconds from the command to the first step of a run with a large model that goes on."""
+    """Seconds from the command to the first step when a run of a large model is resumed."""
     out = folder / "resuming"
     sizes = SMALL if config.small else GPT2
     flags = ("--tokens_per_step=64", "--optimizer=adamw", "--steps=99", "--stop_after=1")

@@ -1,7 +1,7 @@
 """Training steps and evaluations of the three families beside Hugging Face's models.
 
-A step is all of it: forward, loss, backward, clipping, AdamW (torch's fused, for both). Tokens are
-random, so the loss does not fall, but nothing is a zero.
+A step is a whole training step: forward, loss, backward, clipping, AdamW (torch's fused one for
+both). Tokens are random, so the loss does not fall, but no gradient is zero.
 """
 
 import functools
@@ -28,7 +28,7 @@ THEIRS = "Hugging Face"
 
 
 def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
-    """What reading AdamW in optim.py costs beside torch's kernel, which the loop uses."""
+    """The readable AdamW of optim.py beside torch's kernels; the loop uses the fused one."""
     shapes = [(384, 384)] * 24 + [(1536, 384), (384, 1536)] * 6 + [(8192, 384)]
     contestants = {}
     for name, make in (
@@ -46,7 +46,7 @@ def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
     return [print_table("optimizer step, 13.8 million parameters", times, work, "M parameters")]
 
 
-# ---- a step, of both -----------------------------------------------------------------------------
+# ---- a step of both ------------------------------------------------------------------------------
 
 
 def autocast_of(config: BenchConfig, device: torch.device) -> Callable:
@@ -70,10 +70,11 @@ def training_steps(
     their_loss: Callable[[nn.Module], Tensor],
     config: BenchConfig,
 ) -> dict[str, Callable[[], None]]:
-    """{contestant: its step}, with the same optimizer; their_loss is the peer's on the batch."""
+    """{contestant: its step}, all with the same optimizer. their_loss(model) is the peer's loss on
+    the batch."""
     device = next(iter(batch.values())).device
     group, autocast = Processes(0, 1, device), autocast_of(config, device)
-    # As train.py has it: a batch of the host, in pinned memory.
+    # As in train.py, a batch comes from pinned memory of the host.
     here = {k: v.cpu().pin_memory() if v.is_cuda else v for k, v in batch.items()}
 
     def step_of(model: nn.Module, backward: Callable[[], None]) -> Callable[[], None]:
@@ -111,7 +112,8 @@ def bench_family(
     config: BenchConfig,
     flops: float = 0.0,
 ) -> list[dict]:
-    """A training step, then an evaluation: the loss alone. flops are those of the step."""
+    """Compares a training step, then an evaluation, which is the loss alone. `work` is the tokens
+    of a step, `flops` its floating-point operations."""
     device = next(ours.parameters()).device
     steps = training_steps(ours, theirs, batch, their_loss, config)
     times = take_turns(steps, config.repeats, device)
@@ -119,7 +121,7 @@ def bench_family(
     how = named(autocast, device, config)
     least = least_seconds(flops, device)
     results = [print_table(f"training step, {what}, {how}", times, work, "tokens", least)]
-    if compiles(config, device):  # each would compile a graph more
+    if compiles(config, device):  # an evaluation would need graphs of its own
         return results
     ours.eval()
 
@@ -142,12 +144,12 @@ def bench_family(
 
 
 def bench_train(config: BenchConfig, device: torch.device) -> list[dict]:
-    """GPT, without dropout, and on a CPU with the 0.1 that Hugging Face's configuration has."""
+    """GPT without dropout; on a CPU also with 0.1, Hugging Face's default."""
     rates = (0.0,) if device.type == "cuda" else (0.0, 0.1)
-    return [result for rate in rates for result in bench_gpt_training(config, device, rate)]
+    return [result for rate in rates for result in bench_gpt(config, device, rate)]
 
 
-def bench_gpt_training(config: BenchConfig, device: torch.device, dropout: float) -> list[dict]:
+def bench_gpt(config: BenchConfig, device: torch.device, dropout: float) -> list[dict]:
     if device.type == "cuda":
         sizes, B = GPTConfig(vocab_size=50304, dropout=dropout), 64
     else:
@@ -170,7 +172,7 @@ def bench_gpt_training(config: BenchConfig, device: torch.device, dropout: float
 
 
 def bench_bert(config: BenchConfig, device: torch.device) -> list[dict]:
-    """Pretraining, 15% of the tokens masked, pairs of sentences; base on a GPU."""
+    """BERT's pretraining: 15% of the tokens masked, pairs of sentences. BERT base on a GPU."""
     shapes = [(128, 256), (512, 64)] if device.type == "cuda" else [(128, 16)]
     return [result for T, B in shapes for result in bench_bert_shape(config, device, T, B)]
 
@@ -203,7 +205,8 @@ def bench_bert_shape(config: BenchConfig, device: torch.device, T: int, B: int) 
 
 
 def bench_seq2seq(config: BenchConfig, device: torch.device) -> list[dict]:
-    """transformer-tiny (base on a GPU: 24,576 target tokens), label smoothing and padding too."""
+    """transformer-tiny, or on a GPU transformer-base with 24,576 target tokens in a step; both with
+    label smoothing and padding."""
     if device.type == "cuda":
         sizes, (B, S) = Seq2SeqConfig(vocab_size=37056), (768, 32)
     else:

@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node=2 tests/sharded_runs.py
 
-A job is {"flags": a command line}. With "parts" its checkpoints are in parts whatever their size,
-with "full": rank that process finds no space for its own. Behind each job, every process appends
-to report-RANK.jsonl in the working folder how many bytes it has held, or what it was refused for.
+A job is {"flags": a command line}. With "parts" its checkpoints are in parts although they are
+small; with "full": rank that process finds no space for its part. After each job, every process
+appends to report-RANK.jsonl in the working folder how many bytes it held, or the error.
 """
 
 import json
@@ -38,7 +38,7 @@ HALF, ON = [*GPT_RUN, "--stop_after=3"], ["--resume", "--stop_after=3", "--keep=
 
 
 def jobs() -> dict[str, dict]:
-    """{name: job} in the order in which they run; what follows a + in a name is the same run."""
+    """{name: job} in the order in which they run; "NAME+…" goes on with the run NAME."""
     found = {}
 
     def job(name: str, *flags: str, **more) -> None:

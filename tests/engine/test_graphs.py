@@ -1,4 +1,4 @@
-"""graphs.py: the steps that a GPU captures, uncaptured, beside the caches that grow."""
+"""graphs.py: the steps that a GPU captures, here uncaptured, beside the caches that grow."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""memory.py and plan.py: what a step is said to need against what one takes, as told by torch's
-profiler, a meter that knows nothing of the ledger; on a GPU against max_memory_allocated."""
+"""memory.py and plan.py: the memory planned for a step against what a step takes, as measured by
+torch's profiler, which knows nothing of the ledger; on a GPU by max_memory_allocated."""
 
 import math
 import re
@@ -349,7 +349,7 @@ def test_the_ledger_leaves_out_copies_that_are_gathered():
             assert ledger.live == 2 * 7 * 13
 
 
-# ---- what is told --------------------------------------------------------------------------------
+# ---- what is printed -----------------------------------------------------------------------------
 
 
 def lines_for(*flags: str, shard: str = "") -> list[str]:

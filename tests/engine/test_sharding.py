@@ -419,7 +419,7 @@ def test_other_things_cannot_be_divided(monkeypatch):
         sharding.divide_model("model", two, torch.nn.Linear(2, 2), torch.float32)
 
 
-def test_a_micro_batch_is_silent_only_where_that_costs_no_memory():
+def test_the_exchange_is_put_off_only_where_that_costs_no_memory():
     """FSDP2 would keep the whole gradient; DDP has it anyway."""
     model = torch.nn.Linear(2, 2)
     with sharding.no_sync(model) as found:

@@ -1,5 +1,5 @@
-"""Steps that are queued, and read when the next one is (engine/steps.py): on a GPU the host waits
-for nothing in between. Here the CPU is treated as if it were one: the same must come out."""
+"""engine/steps.py: steps that are queued, and read when the next one is queued, so that the host
+does not wait for a GPU in between. Here the CPU is treated like a GPU: results must be equal."""
 
 import math
 from pathlib import Path

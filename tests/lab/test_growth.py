@@ -1,5 +1,5 @@
-"""growth.py: exponents and weights that are known are found again; its formulas against torch's
-counters and the model's own; the script from end to end, with models of no size."""
+"""lab/growth.py: known exponents and weights are recovered; its formulas against torch's counters
+and the model's own; the script from end to end, with tiny models."""
 
 import math
 import sys
@@ -213,8 +213,8 @@ def test_time_is_a_median_and_each_size_has_its_own(monkeypatch):
 def test_the_script_writes_a_table_and_a_picture_and_writes_them_again(tiny, capsys):
     for _ in range(2):
         growth.main(["--repeats=1", "--out=new/g.png"])
-        told = capsys.readouterr().out
-        text, _, last = told.rpartition("\n\n")
+        out = capsys.readouterr().out
+        text, _, last = out.rpartition("\n\n")
         assert (tiny / "new/g.md").read_text(encoding="utf-8") == text + "\n"
         assert last == "the same in new/g.md, drawn in new/g.png\n"
         assert text.count("| context T | 8, 16, 32 |") == 2 and "T 16, C 64, L 1, B 1, V 37" in text
@@ -245,9 +245,9 @@ def test_the_picture_has_a_panel_for_each_cost_and_size(tmp_path, monkeypatch):
 def test_without_matplotlib_there_is_a_table_and_a_sentence(tiny, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     growth.main(["--repeats=1", "--out=g.png"])
-    told = capsys.readouterr().out
-    assert "g.png is not drawn: pip install matplotlib\n" in told
-    assert told.endswith("the same in g.md\n") and (tiny / "g.md").is_file()
+    out = capsys.readouterr().out
+    assert "g.png is not drawn: pip install matplotlib\n" in out
+    assert out.endswith("the same in g.md\n") and (tiny / "g.md").is_file()
     assert not (tiny / "g.png").exists()
 
 
