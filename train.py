@@ -138,7 +138,7 @@ class Run:
         self.forward = sharding.parallel(self.network, self.group)
 
     def new_optimizer(self):
-        return setup.make_optimizer(self.config, self.model, self.group, self.dtype)
+        return setup.optimizer_for(self.config, self.model, self.group, self.dtype)
 
     @property
     def eval_interval(self) -> int:
@@ -201,7 +201,7 @@ def fit(run: Run) -> bool:
     """Trains to the end, True, or until it is interrupted, False; saves either way."""
     config, group = run.config, run.group
     # Before its first step: from then on a run can be resumed, and the disk has room for it.
-    if not run.step and not saving.save(run, LATEST):
+    if not run.step and not saving.save_run(run, LATEST):
         raise ValueError(f"{run.out} cannot hold a checkpoint: choose another --out")
     if group.main:
         saving.write_settings(run)
@@ -231,7 +231,7 @@ def loop(run: Run, interruption: Interruption) -> bool:
         step = run.train_step(run.rate_factor(), interruption.asked or enough)
         if step is None:
             run.steps.read(run.log)
-            if not saving.save(run, LATEST):
+            if not saving.save_run(run, LATEST):
                 raise ValueError(
                     f"stopped after step {run.step:,}, which is not saved: make room, and go "
                     f"on from the checkpoint before it with: {go_on}"
@@ -251,11 +251,11 @@ def loop(run: Run, interruption: Interruption) -> bool:
         if group.main:
             run.log.evaluation(run.step, report, better)
         # latest.pt comes last: a run that is killed before it does all of this once more.
-        if better and not saving.save(run, "best.pt"):
+        if better and not saving.save_run(run, "best.pt"):
             run.best = best
         if config.keep:
             saving.keep_last(run, config.keep)
-        saved = saving.save(run, LATEST)
+        saved = saving.save_run(run, LATEST)
     if not saved:
         raise ValueError(
             f"all {run.step:,} steps are done, but the last ones not saved: make room, and "
@@ -280,9 +280,9 @@ def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Proc
         if config.minutes and not config.resume:
             plan.fit_steps(run)
         if group.main:
-            run.say(plan.describe(run))
+            run.say(plan.describe_run(run))
         if fit(run) and group.main:
-            closing.show(run)
+            closing.show_results(run)
         return run
     finally:
         if folder and not any(folder.iterdir()):

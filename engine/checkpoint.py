@@ -3,9 +3,9 @@
 A checkpoint is a dict of tensors and plain values: format, task, model_config, train_config,
 tokenizer (its JSON text) and its hash, data (the corpus's hash), model, optimizer, step, best,
 skipped. It is read with `weights_only=True`, so a file from a stranger can hold no code. The file
-is the zip archive that torch writes, which has a CRC-32 of each of its parts; torch does not look
-at them, `load` does. Where the tensors are too many for one process to write, they lie in a folder
-beside it: see `parts.py`.
+is the zip archive that torch writes, with a CRC-32 of each of its parts; torch does not check them,
+`load` does. Where the tensors are too many for one process to write, they lie in a folder beside
+the file: see `parts.py`.
 """
 
 import os
@@ -55,8 +55,8 @@ def pack(
     **state,
 ) -> dict:
     """The dict that `save` writes. `state` is optimizer, step, best and skipped, perhaps parts.
-    weights: the model's state, None: it is taken from the model. merged: adapters become part of
-    the weights that they change."""
+    weights is the state of the model; if None, it is taken from the model. merged: adapters become
+    part of the weights that they change."""
     weights = model.state_dict() if weights is None else weights
     return {
         "format": FORMAT,
@@ -75,8 +75,9 @@ LATEST, PREVIOUS = "latest.pt", "previous.pt"
 
 
 def save(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
-    """Under a temporary name, flushed to the disk, then renamed: a crash leaves the old file, and a
-    full disk too, of which OSError tells. `previous`: the name under which the old file is kept."""
+    """Writes the checkpoint under a temporary name, flushes it to the disk, then renames it: a
+    crash or a full disk leaves the old file. `previous` is the name under which the old file is
+    kept. Raises OSError if the file cannot be written."""
     temporary = path.with_name(f"{path.name}.part")
     try:
         with temporary.open("wb") as file:
@@ -84,12 +85,14 @@ def save(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
         kept = [checkpoint.get("parts", {}).get("folder", "")]
+        if kept[0]:
+            flush_names(path.with_name(kept[0]))
         if previous and path.exists():
             kept += folders_of(path)
             path.replace(previous)
         temporary.replace(path)
         flush_names(path.parent)
-    except RuntimeError as error:  # of torch's writer, behind a write that the system has refused
+    except RuntimeError as error:  # torch's writer raises it after an OSError
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -99,8 +102,8 @@ def save(path: Path, checkpoint: dict, previous: Path | None = None) -> None:
 
 
 def flush_names(folder: Path) -> None:
-    """A new name is safe from a power failure when the folder is on the disk, too. Where the system
-    does not know of that, as Windows and some network disks, nothing is lost yet."""
+    """Flushes a folder to the disk: only then does a new name in it survive a power failure. Where
+    the system cannot do that (Windows, some network disks), nothing happens."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -110,13 +113,13 @@ def flush_names(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """The file, and the folder that its tensors may be in."""
+    """Removes a checkpoint, and the folder of its tensors if it has one."""
     path.unlink()
     remove_parts(path)
 
 
 def folders_of(path: Path) -> list[str]:
-    """The name of the folder that the tensors of a checkpoint are in, if it has one."""
+    """[the name of the folder that the tensors of a checkpoint are in], or []."""
     if not path.is_file() or not any(path.parent.glob("*.parts")):
         return []
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -124,7 +127,8 @@ def folders_of(path: Path) -> list[str]:
 
 
 def remove_parts(path: Path, *keep: str) -> None:
-    """Folders that belong to former files of this name, or to one that was never finished."""
+    """Removes the folders of former checkpoints of this name and of unfinished ones, but not those
+    named in `keep`."""
     for folder in path.parent.glob(f"{path.stem}.*.parts"):
         if folder.name not in keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -135,9 +139,9 @@ class Unreadable(ValueError):
 
 
 def load_newest(latest: Path) -> dict:
-    """What a run goes on from: latest.pt, or the one before, where that is damaged or missing: a
-    crash may have come between the two renamings of `save`. "instead" says then why. Tensors in
-    parts are still to be read (`parts.Stored`): each process reads no more than it will hold."""
+    """The checkpoint that a run resumes from: latest.pt, or previous.pt if latest.pt is damaged, or
+    missing because of a crash between the two renamings of `save`. Then "instead" says why. Tensors
+    in parts are not read yet (`parts.Stored`): each process will read only what it holds."""
     previous = latest.with_name(PREVIOUS)
     try:
         return load(latest, whole=False)
@@ -151,9 +155,10 @@ def load_newest(latest: Path) -> dict:
 def put_previous_in_place(
     path: Path, reason: str, step: int, main: bool, say: Callable[[str], None]
 ) -> None:
-    """previous.pt becomes latest.pt, which `load_newest` could not read for that reason; else the
-    next save would keep the damaged one in its place. The main process renames, all may call."""
-    reason = reason.rpartition(": ")[0]  # without the remedy, for here it is
+    """Renames previous.pt to latest.pt, which `load_newest` could not read for that reason;
+    otherwise the next save would keep the damaged file as previous.pt. All processes may call it;
+    the main one renames."""
+    reason = reason.rpartition(": ")[0]  # without the remedy, which is applied here
     say(f"{reason}; going on from {PREVIOUS}, which is of step {step:,}")
     if main:
         with suppress(FileNotFoundError):
@@ -162,15 +167,15 @@ def put_previous_in_place(
 
 
 def check_sums(path: Path) -> None:
-    """Unreadable unless every part of the archive is what was written. OSError where the system
-    does not give it: another time it may."""
+    """Raises Unreadable unless every part of the archive has its checksum, and OSError where the
+    system could not read it: that may work another time."""
     damaged = None
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
         except Exception as error:  # zipfile raises half a dozen kinds for damaged files
-            # A damaged table of contents leads to places that no file has: EINVAL.
+            # A damaged table of contents points to offsets that no file has: EINVAL.
             if isinstance(error, MemoryError) or getattr(error, "errno", EINVAL) != EINVAL:
                 raise
             raise Unreadable(
@@ -185,8 +190,8 @@ def check_sums(path: Path) -> None:
 
 
 def load(path: Path, whole: bool = True) -> dict:
-    """The checked dict. ValueError for a missing, truncated, damaged, foreign or newer file. Not
-    whole: of a checkpoint in parts, the tensors are still to be read."""
+    """The checked dict of a checkpoint. Raises ValueError for a missing, truncated, damaged,
+    foreign or newer file. whole=False: the tensors of a checkpoint in parts are not read yet."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a checkpoint in it, {path / 'best.pt'} for one")
     if not path.is_file():
@@ -217,22 +222,22 @@ def load(path: Path, whole: bool = True) -> dict:
     if isinstance(checkpoint.get("parts"), dict):
         from engine import parts  # which takes a second
 
-        parts.find(path, checkpoint, whole)
+        parts.attach_tensors(path, checkpoint, whole)
     return checkpoint
 
 
 def restore(
     path: Path, checkpoint: dict, keep_adapters: bool = False
 ) -> tuple[nn.Module, AnyTokenizer]:
-    """The model, with its weights, and the tokenizer; strictly: nothing missing, nothing left.
-    keep_adapters: those of an unfinished run stay apart, to be trained on, and are not merged."""
+    """The model with its weights, and the tokenizer. Raises ValueError if a weight is missing or
+    left over. keep_adapters: adapters of an unfinished run are not merged, but stay trainable."""
     Model = tasks.network(checkpoint["task"])
     try:
         model = Model(Model.Config(**checkpoint["model_config"]))
         rank = adapter_rank(checkpoint["model"])
         if rank:
             add_adapters(model, rank)
-        if "parts" not in checkpoint:  # else it will be divided first: sharding.load_weights
+        if "parts" not in checkpoint:  # else sharding.load_weights does it, after the division
             model.load_state_dict(checkpoint["model"])
         if rank and not keep_adapters:
             state = merged_state(model.state_dict())
@@ -250,8 +255,8 @@ def load_model(
     checkpoint: dict | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, AnyTokenizer, dict]:
-    """(model, tokenizer, checkpoint), ready to write with; the weights are in the model alone.
-    checkpoint: what `load` has read of path, if it has."""
+    """(model, tokenizer, checkpoint), ready for sampling; the weights are in the model alone.
+    checkpoint: what `load` returned for path, if it was called before."""
     checkpoint = checkpoint or load(path)
     model, tokenizer = restore(path, checkpoint)
     checkpoint = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
@@ -269,8 +274,9 @@ def restore_tokenizer(path: Path, checkpoint: dict) -> AnyTokenizer:
 
 
 def newest(folder: Path = Path("out")) -> Path:
-    """Of the run below `folder` that was written to last: an average.pt newer than all, best.pt,
-    latest.pt."""
+    """The checkpoint to use of the run below `folder` that was written to last: average.pt if it is
+    the newest file of all, else best.pt, else the newest file. Raises ValueError if there is
+    none."""
     found = sorted(folder.glob("*/*.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ValueError(

@@ -1,11 +1,11 @@
 """The command line of every script, made from dataclasses.
 
-A field is a flag, its type and default are the flag's, and the comment behind it, or on the line
+Each field is a flag. Its type and default are the flag's, and the comment behind it, or on the line
 above, is the help text: nothing is written twice. `--flag=false` and `--no-flag` both work for a
 bool.
 
-What a user can cause ends in one sentence, which `run` prints on one line. A name (of a file, of a
-choice) has no control characters; a text, as every `list[str]` is one, may have them.
+An error that a user can cause ends in one sentence, which `run` prints on one line. A name (of a
+file, of a choice) has no control characters; a text may have them, and every `list[str]` is texts.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from reprlib import repr as short
 
-LARGEST = 2**63 - 1  # what an int64 holds, of torch and in files
-LONGEST = 600  # characters of a sentence: enough for two long paths, and to be read
-LONGEST_NAME = 1000  # characters of a name: macOS knows no longer paths
+LARGEST = 2**63 - 1  # the largest int64, in torch and in files
+LONGEST = 600  # characters of a sentence: enough for two long paths, and still readable
+LONGEST_NAME = 1000  # characters of a name: macOS has no longer paths
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-NO_UTF8 = re.compile("[\ud800-\udfff]")  # how Python keeps bytes that are none
+NO_UTF8 = re.compile("[\ud800-\udfff]")  # how Python keeps bytes that are not UTF-8
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,9 +54,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def parse(self, argv: list[str], elsewhere: Callable[[], dict[str, str]] = lambda: {}) -> dict:
-        """{field: value} of the flags that were given, and only those. elsewhere() is {flag: what
-        it is for}, of flags that other parsers of the same script have; it is called for a flag
-        that this one lacks."""
+        """{field: value} of the flags that were given. Raises ValueError for an unknown flag.
+        elsewhere() -> {flag: what it is for} names the flags that other parsers of the same script
+        have; it is called only if this parser does not know a flag."""
         known = sorted(s for s in self._option_string_actions if s.startswith("--"))
         given, unknown = self.parse_known_args([underscored(a) for a in argv])
         for flag in unknown:
@@ -72,13 +72,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def program() -> str:
-    """How this script was started, behind "python": train.py, or -m lab.bench."""
+    """How this script was started, after "python": train.py, or -m lab.bench."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"-m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def underscored(argument: str) -> str:
-    """--n-layer=2 -> --n_layer=2, because people type both; --no- keeps its meaning."""
+    """--n-layer=2 -> --n_layer=2, because people type both; the prefix --no- stays."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -133,12 +133,12 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def add_flags(parser: Parser, cls: type, title: str, values: dict | None = None) -> None:
-    """One flag for each field of the dataclass, absent from the result unless it is given. values:
-    {field: what it will be if it is not given}, for --help; else the default of the dataclass.
+    """Adds a flag for each field of the dataclass; a flag that is not given is absent from the
+    result. values: {field: the value that it has then}, for --help; else it is the field's default.
 
     The types are str, int, float, bool, `bool | None` (None means: decided by the machine),
     list[str] (the flag may be repeated) and tuple[str, str] (two values behind the flag). A field
-    with the metadata flag=False has none; one with alone=VALUE may be given without a value.
+    with the metadata flag=False has no flag; one with alone=VALUE may be given without a value.
     """
     group = parser.add_argument_group(title)
     helps, types = comments(cls), typing.get_type_hints(cls)
@@ -183,7 +183,7 @@ def owners(classes: dict[str, tuple[type, ...]], said: str) -> dict[str, str]:
 
 
 def check_ranges(config: object, limits: dict[str, tuple[float, float | None]]) -> None:
-    """limits: {field: (lowest, highest or None)}. Raises ValueError for what lies outside."""
+    """Raises ValueError for a value out of range. limits: {field: (lowest, highest or None)}."""
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if not low <= value < math.inf or (high is not None and value > high):
@@ -192,13 +192,14 @@ def check_ranges(config: object, limits: dict[str, tuple[float, float | None]]) 
 
 
 def command_line(*words: str) -> str:
-    """What a user may paste into a shell, quoted as it needs."""
+    """The words as a user may paste them into a shell, quoted where that is needed."""
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def sentence(error: Exception) -> str:
-    """What it says, on one line. It may quote a file or a name, whatever that holds: what would
-    move a terminal's cursor is replaced, and of what is too long the middle is left out."""
+    """The message of an error on one line. It may quote a file or a name with any characters:
+    those that would move a terminal's cursor are replaced, and the middle of a long message is left
+    out."""
     text = NO_UTF8.sub("\ufffd", CONTROL.sub(" ", str(error)))
     if len(text) <= LONGEST:
         return text
@@ -206,14 +207,14 @@ def sentence(error: Exception) -> str:
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:
-    """Calls main; what a user caused ends in one sentence, not in a traceback.
+    """Calls main(None); an error that a user caused ends in one sentence, not in a traceback.
 
-    `python -X dev script.py …` shows the traceback all the same.
+    `python -X dev script.py …` shows the traceback nevertheless.
     """
     if sys.platform == "win32":  # consoles there are not UTF-8 by default
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
         sys.stderr.reconfigure(encoding="utf-8", errors="replace")
-    # What is unfinished is removed on the way out, as after Ctrl-C.
+    # Unfinished files are removed on the way out, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     try:
         main(None)

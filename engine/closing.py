@@ -1,4 +1,4 @@
-"""What a run that has come to its end says of itself."""
+"""What is printed at the end of a run."""
 
 import time
 
@@ -8,8 +8,9 @@ from engine.evaluation import goal_of
 from engine.logs import clock, draw_curves
 
 
-def show(run) -> None:
-    """Of a train.Run: its curves, what its best model says, and how to ask for more."""
+def show_results(run) -> None:
+    """Draws the curves of a train.Run, prints its best figure and some output of its best model,
+    and the command that asks it for more."""
     task, rule = tasks.task(run.config.model), "-" * 80
     seconds = time.perf_counter() - run.begin
     picture = draw_curves(run.out)

@@ -1,4 +1,4 @@
-"""The settings of a run: from flags, a preset and perhaps a checkpoint to one resolved config.
+"""The settings of a run, resolved from flags, a preset and perhaps a checkpoint.
 
 A flag given by hand wins over the preset, the preset over the defaults. With --resume and --init
 the network's sizes are the checkpoint's.
@@ -19,13 +19,13 @@ from engine.presets import PRESETS, first_hour
 from engine.processes import find_device, is_restarted, multiplies_bf16
 from tasks.flags import FinetuneConfig, TrainConfig
 
-# What a resumed run may change: how and where it computes, not what.
+# The flags that a resumed run may change: how and where it computes, not what.
 FREE_ON_RESUME = {
     *("out", "resume", "stop_after", "keep", "batch_size", "eval_interval", "log_interval"),
     *("cache_dir", "data", "valid", "device", "dtype", "compile", "recompute", "timeout", "shard"),
 }
 
-# Of a network's settings, those that no weight's shape depends on: --init may change them.
+# The settings of a network on which no weight's shape depends: --init may change them.
 RATES = {"dropout", "attention_dropout", "label_smoothing"}
 
 DESCRIPTION = """\
@@ -36,8 +36,8 @@ of a first run on this machine. Each task has flags of its own: add --model NAME
 
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
-    """Flags -> (config, the network's sizes, the checkpoint to start from or None). ValueError for
-    flags that do not go together. --help ends the program."""
+    """Flags -> (config, the network's sizes, the checkpoint to start from or None). Raises
+    ValueError for flags that do not go together. --help ends the program."""
     asks_help = any(argument in ("-h", "--help") for argument in argv)
     argv = [argument for argument in argv if argument not in ("-h", "--help")]
     given = peek(argv)
@@ -93,8 +93,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
 
 
 def peek(argv: list[str]) -> dict:
-    """The flags that decide which others exist, read before the full parser can be made; with
-    --resume where torchrun or Slurm repeats a command whose run has begun."""
+    """The flags that decide which other flags exist, read before the full parser can be made. Where
+    torchrun or Slurm repeats a command whose run has begun, "resume" is among them."""
     parser = cli.Parser("")
     cli.add_flags(parser, TrainConfig, "")
     given = vars(parser.parse_known_args([cli.underscored(a) for a in argv])[0])
@@ -124,8 +124,9 @@ def start_from(given: dict) -> Path | None:
 
 
 def choose_task(given: dict, checkpoint: dict | None, path: Path | None) -> str:
-    """The name in tasks.TABLE: --model's, the preset's, or the checkpoint's. A run begins from a
-    checkpoint of its own task, or of one whose network is the same but for its head."""
+    """The task's name in tasks.TABLE, from --model, the preset or the checkpoint. A run can begin
+    from a checkpoint of its own task, or of a task whose network differs only in its head. Raises
+    ValueError for any other."""
     asked = given.get("model", "")
     if asked and asked not in tasks.TABLE:
         raise ValueError(f"--model {asked} is not known: choose {', '.join(tasks.TABLE)}")
@@ -142,7 +143,7 @@ def choose_task(given: dict, checkpoint: dict | None, path: Path | None) -> str:
 
 
 def base_of(network: type) -> type:
-    """The class right below nn.Module that a network is built on: the same for all its heads."""
+    """The direct subclass of nn.Module that a network is built on: the same for all its heads."""
     return network.__mro__[network.__mro__.index(nn.Module) - 1]
 
 
@@ -151,8 +152,8 @@ def preset_task(preset: str) -> str:
 
 
 def recipe(name: str, given: dict, preset: str, finetunes: bool) -> dict:
-    """{flag: value} of a new run before the flags given by hand: the preset's, or those of a first
-    run on this machine. bf16 is asked for only where the processor multiplies it fast."""
+    """{flag: value} of a new run before the flags given by hand: those of the preset, or of a first
+    run on this machine. They ask for bf16 only where the processor multiplies it fast."""
     device = find_device(given.get("device", "auto"))
     preset = preset or first_hour(name, device, given.get("data", ""))
     if preset and preset_task(preset) != name:
@@ -161,12 +162,12 @@ def recipe(name: str, given: dict, preset: str, finetunes: bool) -> dict:
     if finetunes:
         base["dtype"] = "bf16"
     if not multiplies_bf16(device):
-        base.pop("dtype", None)  # fp32 is faster then, and on mps what can be trusted
+        base.pop("dtype", None)  # fp32 is faster then, and on mps it is what can be trusted
     return base
 
 
 def refuse_ignored(given: dict, base: dict, path: Path | None) -> None:
-    """ValueError for a flag about a new tokenizer where there is one already."""
+    """Raises ValueError for a flag about a new tokenizer where there is one already."""
     tokenizer = path or {**base, **given}.get("tokenizer")
     ignored = ("vocab_size", "pattern", "tokenizer") if path else ("vocab_size", "pattern")
     for name in ignored if tokenizer else ():
@@ -182,8 +183,8 @@ def default_of(field: Field):
 
 
 def sizes_of(Config: type, name: str, checkpoint: dict | None) -> dict:
-    """{size: value} of a network: the checkpoint's, else the defaults. Of another task's checkpoint
-    without what a run takes from its data, such as labels."""
+    """{size: value} of a network: the checkpoint's, else the defaults. From another task's
+    checkpoint, what a run takes from its data (labels, for example) is not taken."""
     sizes = {field.name: default_of(field) for field in fields(Config)}
     if checkpoint:
         own = checkpoint["task"] == name
@@ -204,6 +205,7 @@ def flags_of_others() -> dict[str, str]:
 
 
 def refuse_changes(given: dict, saved: dict, free: set[str], path: Path) -> None:
+    """Raises ValueError for a given flag that is not free and differs from the saved value."""
     for name, value in given.items():
         value = padded(value) if name == "vocab_size" else value
         if name not in free and value != saved.get(name):
@@ -214,15 +216,17 @@ def refuse_changes(given: dict, saved: dict, free: set[str], path: Path) -> None
 
 
 def padded(vocab_size: int) -> int:
-    """The next multiple of 64: GPUs multiply such matrices faster. Padded ids are never sampled."""
+    """The next multiple of 64, because GPUs multiply such matrices faster. The ids that this adds
+    are never sampled."""
     return math.ceil(vocab_size / 64) * 64
 
 
 def divide_step(config: TrainConfig, block_size: int, world: int) -> tuple[int, int]:
     """(sequences in a micro-batch, micro-batches of each process in a step).
 
-    As many sequences as divide the step evenly, --batch_size at most: so one command means the
-    same training on any number of processes that divides the step at all.
+    A micro-batch has the largest number of sequences, up to --batch_size, that divides the step
+    evenly: so one command means the same training on any number of processes. Raises ValueError if
+    the processes cannot divide the step evenly.
     """
     sequences, rest = divmod(config.tokens_per_step, block_size * world)
     if rest or not sequences:

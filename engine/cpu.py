@@ -1,9 +1,9 @@
-"""What torch leaves undone on a processor, and what it gains; `python -m lab.bench` shows both.
+"""What makes torch faster on a CPU; `python -m lab.bench` shows the difference.
 
 Settings of the process, faster forms of two functions of `model.py` (`kernels.py` assigns them),
-and matrices laid out for decoding. A GPT of 6 layers, width 384, takes 1.5 seconds for a training
-step of 2,048 tokens on two cores of an AMD processor as torch comes, 1.3 when freed memory is kept,
-and 0.7 when oneDNN multiplies.
+and matrices laid out for decoding. A training step of 2,048 tokens of a GPT with 6 layers of width
+384 takes 1.5 seconds on two cores of an AMD processor with torch as it comes, 1.3 when freed memory
+is kept, and 0.7 when oneDNN multiplies too.
 """
 
 import ctypes
@@ -26,32 +26,33 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as in malloc.h
 
 
 def prepare() -> None:
-    """Settings of this process, made once, before it computes."""
+    """Makes all settings of this process; to be called before it computes."""
     limit_threads()
     keep_memory()
     use_onednn()
 
 
 def limit_threads() -> None:
-    """Not more than a container may use. torch counts the cores of the machine, and threads that
-    have no core wait for each other at each of a hundred thousand barriers."""
+    """Limits torch's threads to the cores that a container may use. torch counts those of the
+    machine, and threads without a core of their own wait for each other at each of a hundred
+    thousand barriers."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     try:
         quota, period = QUOTA.read_text(encoding="utf-8").split()
         allowed = math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):  # no such system; or "max", no limit
+    except (OSError, ValueError):  # another system; or "max", which is no limit
         return
     if allowed < torch.get_num_threads():
         torch.set_num_threads(max(1, allowed))
 
 
 def keep_memory() -> None:
-    """Freed memory stays with the process. The C library gives it back to the system, and a step,
-    which frees and asks for 300 MB, then waits for 85,000 pages to be handed out and zeroed."""
+    """Keeps freed memory in the process. By default the C library gives it back to the system; a
+    step, which frees and allocates 300 MB, then waits until 85,000 pages are mapped and zeroed."""
     if library := glibc():
         for threshold in (TRIM_THRESHOLD, MMAP_THRESHOLD):
-            library.mallopt(threshold, 2**31 - 1)  # bytes, as many as can be said
+            library.mallopt(threshold, 2**31 - 1)  # bytes: the largest value that it takes
 
 
 def glibc() -> ctypes.CDLL | None:
@@ -61,10 +62,10 @@ def glibc() -> ctypes.CDLL | None:
 
 
 def use_onednn() -> None:
-    """fp32 products by oneDNN instead of MKL, which on AMD's processors does half as much.
+    """Lets oneDNN multiply in fp32 instead of MKL, which has half its speed on AMD's processors.
 
-    torch has this as "medium" precision, because a processor with matrix units (AMX) would then
-    multiply in bf16. That is not wanted: where the digits beyond bf16 get lost, all stays as it is.
+    torch calls this "medium" precision, because a processor with matrix units (AMX) would then
+    multiply in bf16. That is not wanted: where the digits beyond bf16 get lost, MKL stays.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -78,8 +79,8 @@ def use_onednn() -> None:
 
 @contextmanager
 def multiply_by_mkl() -> Iterator[None]:
-    """While torch computes what it cuts into products of small matrices."""
-    if torch.compiler.is_compiling():  # into a graph, where a switch has no place
+    """A context for operations that torch splits into products of small matrices."""
+    if torch.compiler.is_compiling():  # a compiled graph cannot hold this switch
         yield
         return
     before = torch.get_float32_matmul_precision()
@@ -90,7 +91,7 @@ def multiply_by_mkl() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-LONG = 2**20  # scores of a head: from here on they are not held, but computed twice
+LONG = 2**20  # from this many scores of a head on they are not kept, but computed twice
 
 
 def attention(
@@ -101,11 +102,13 @@ def attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> Tensor:
-    """As torch's scaled_dot_product_attention, whose kernel for CPUs multiplies tiles too small for
-    oneDNN: there, 16 sequences of 128 tokens take 24 ms, forward and backward, and the formula
-    written out takes 5. Without a gradient torch's is the faster one if MKL multiplies.
+    """The same as torch's scaled_dot_product_attention, with the same shapes (B, H, T, D).
 
-    q in bf16 may come with k and v in fp32, see `lay_out_for_decoding`.
+    torch's kernel for CPUs multiplies tiles that are too small for oneDNN: 16 sequences of 128
+    tokens take 24 ms, forward and backward; the formula written out takes 5. Without a gradient
+    torch's kernel is faster, provided that MKL multiplies.
+
+    q may be bf16 while k and v are fp32, see `lay_out_for_decoding`.
     """
     dtype, learns = q.dtype, torch.is_grad_enabled() and q.requires_grad
     if dtype == torch.bfloat16 and (learns or k.dtype != dtype):
@@ -125,8 +128,8 @@ def attention(
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zeroes each element with probability p, and scales up the others.
 
-    torch's kernel for CPUs draws a random float for each element; 16 random bits do, and a layer
-    of 0.5M elements takes 1.0 ms instead of 5.7. p is thereby rounded to a multiple of 1 / 65,536.
+    torch's kernel for CPUs draws a random float for each element. 16 random bits are enough: a
+    layer of 0.5M elements takes 1.0 ms instead of 5.7. They round p to a multiple of 1 / 65,536.
     """
     if p == 0:
         return x
@@ -141,17 +144,19 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def lay_out_for_decoding(model: nn.Module) -> None:
-    """Stores every matrix as decoding reads it fastest: one row times each, at memory's speed.
+    """Stores every matrix in the order in which decoding reads it fastest. Decoding multiplies one
+    row with each matrix, at the speed of memory.
 
-    In fp32 column by column; shape and values stay. GPT-2 124M needs 16 ms for a token's products
-    on two cores instead of 23. In bf16 in oneDNN's own order, 9 instead of 13 ms: the products are
-    the same, but the linear layers have no `weight` then, for the model is there to write with.
+    In fp32 a matrix is stored column by column; its shape and values stay. GPT-2 124M then needs 16
+    ms for a token's products on two cores instead of 23. In bf16 it is stored in oneDNN's own
+    order, which takes 9 ms instead of 13. The products are the same, but the linear layers have no
+    `weight` any more, so the model can only be used for sampling.
 
-    Of a model in bf16, keys and values come out in fp32, and so do the caches: the one query of a
-    decoding step takes 105 us at 1,000 cached positions instead of 616. `attention` above takes
-    them, torch's own does not.
+    A model in bf16 gets keys and values in fp32, hence also caches in fp32: the one query of a
+    decoding step takes 105 us at 1,000 cached positions instead of 616. `attention` above accepts
+    that mixture, torch's own does not.
     """
-    pack = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # not where torch lacks oneDNN
+    pack = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # whether torch has oneDNN
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     for module in model.modules():
         if not isinstance(module, (nn.Linear, nn.Embedding)):
@@ -165,13 +170,13 @@ def lay_out_for_decoding(model: nn.Module) -> None:
         for layer in (attention.k, attention.v):
             layer.forward = in_fp32(layer.forward)
     if half and pack and hasattr(model, "head") and hasattr(model, "token_embedding"):
-        # The embedding is looked up row by row, too, and stays.
+        # The embedding stays as it is, because its rows are looked up too.
         bias = getattr(model, "output_bias", None)
         model.head = packed(model.token_embedding.weight, bias)
 
 
 def packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """F.linear with these, by the operators with which torch's compiler does it."""
+    """F.linear with this weight and bias, by the operators that torch's compiler uses for it."""
     operators = torch.ops.mkldnn
     matrix = operators._reorder_linear_weight(weight.detach(), 1)
     return lambda x: operators._linear_pointwise(x, matrix, bias, "none", [], "")

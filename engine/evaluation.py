@@ -13,7 +13,7 @@ from engine.processes import Processes
 
 
 def loss_name(key: str) -> str:
-    """The batch's "mlm_targets" belong to the loss "mlm", plain "targets" to "loss"."""
+    """The loss that a batch's targets belong to: "mlm" for "mlm_targets", "loss" for "targets"."""
     return key.removesuffix("targets").removesuffix("_") or "loss"
 
 
@@ -34,19 +34,19 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 def evaluate(
     model: nn.Module, data, group: Processes, autocast, progress: bool = False
 ) -> dict[str, float]:
-    """data.report of the sums over the whole evaluation, of which each process does a slice.
+    """The model's figures: data.report of the sums over all batches, divided over the processes.
 
-    Float64 sums over fixed examples: neither the batch size nor the number of processes changes
-    the result beyond rounding. What a model returns as "predicted" is no sum: data.measure gets it
-    of every batch, and its figures join the report.
+    The sums are float64 and over fixed examples, so neither the batch size nor the number of
+    processes changes the result beyond rounding. What a model returns as "predicted" is no sum:
+    data.measure gets {number of a batch: array}, and its figures join the report.
     """
     training = model.training
     model.eval()
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     predicted: dict[int, Tensor] = {}
-    # A process without a batch in the last round runs the first one, and does not count it: all
-    # learn the names, and a divided model's forward is one of all processes.
+    # A process without a batch in the last round runs batch 0 without counting it: so each process
+    # knows the names of the losses, and all take part in the forward of a divided model.
     rounds = math.ceil(data.n_batches / group.world)
     mine = range(group.rank, rounds * group.world, group.world)
     shown = {"desc": "scoring", "unit": "batch", "disable": None if progress else True}
@@ -77,24 +77,24 @@ def evaluate(
 
 
 def to_minimise(task: ModuleType, report: dict[str, float]) -> float:
-    """What the best checkpoint has the least of, and what is kept of it: the task's goal, with the
-    other sign where more of it is better."""
+    """The figure that the best checkpoint has the least of, and that a checkpoint keeps: the task's
+    goal, negated where more of it is better."""
     return report[task.GOAL] if task.LOWER_IS_BETTER else -report[task.GOAL]
 
 
 def goal_of(task: ModuleType, minimised: float) -> tuple[str, float]:
-    """("accuracy", 0.88) where -0.88 is what was minimised, ("loss", 1.25) where 1.25 was."""
+    """("accuracy", 0.88) for -0.88 where accuracy is the goal; ("loss", 1.25) for 1.25."""
     return task.GOAL, minimised if task.LOWER_IS_BETTER else -minimised
 
 
 def score(model: nn.Module, data, progress: bool = False) -> dict[str, float]:
-    """The figures of a model outside of training, in one process, in the precision it has."""
+    """The figures of a model outside of training, in one process and in the model's precision."""
     group = Processes(0, 1, next(model.parameters()).device)
     return evaluate(model, data, group, nullcontext, progress)
 
 
 def print_scores(model: nn.Module, data, name: str) -> None:
-    """What `sample.py --eval` says: of what, and the figures."""
+    """Prints what `sample.py --eval` shows: the data, the figures, the task's details."""
     print(f"{name}: {data.describe()} ({data.rule})", flush=True)
     report = score(model, data, progress=True)
     print("  ".join(f"{name} {value:.4f}" for name, value in report.items()))

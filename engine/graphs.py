@@ -2,12 +2,13 @@
 
 At batch 1 a step of GPT-2 is some 200 kernels of two microseconds each, and Python needs longer to
 launch one than it runs. A CUDA graph launches all of them at once, with the same addresses, sizes
-and Python numbers as when it was captured. Hence what is done here otherwise than in `generate` and
-`make_advance`, the oracles of the tests: where the next token stands is a tensor, the caches have a
-fixed size, a mask hides what is not filled, and the next token is chosen on the device. Of the
-caches a step sees the first 128, 256, ... positions, one graph each.
+and Python numbers as when it was captured. So this file differs from `generate` and `make_advance`,
+which are the oracles of its tests: the position of the next token is a tensor, the caches have a
+fixed size, a mask hides what is not filled, and the next token is chosen on the device. A step sees
+the first 128, 256, ... positions of the caches, and there is one graph for each of these sizes.
 
-The same steps run on a CPU too, uncaptured and slower than the caches that grow; the tests do it.
+The same steps run on a CPU too, as the tests do it: uncaptured, and slower than with caches that
+grow.
 
 Left out: graphs for the prefill, which has enough work in each kernel; fewer rows when some are
 done; top-p without sorting the whole vocabulary.
@@ -28,15 +29,16 @@ import model as model_file
 from decoding import Advance, context_start
 from model import KVCache, Mask
 
-# Steps that are launched before the token of an earlier one is looked at: the GPU need not wait for
-# who prints, and as many are for nothing when the text has ended.
+# Steps that are launched before the token of an earlier one is read, so that the GPU does not wait
+# for the printing. When the text has ended, as many were computed in vain.
 AHEAD = 4
 
 # ---- what both families need ---------------------------------------------------------------------
 
 
 def warm_up(step: Callable[[], Tensor], changed: list[Tensor]) -> None:
-    """Libraries choose kernels and take memory in their first calls, which cannot be captured."""
+    """Runs the step three times and restores the `changed` tensors: in their first calls libraries
+    choose kernels and allocate memory, which cannot be captured."""
     before = [x.clone() for x in changed]
     for _ in range(3):
         step()
@@ -45,11 +47,11 @@ def warm_up(step: Callable[[], Tensor], changed: list[Tensor]) -> None:
 
 
 def captured(step: Callable[[], Tensor], changed: list[Tensor], pool) -> Callable[[], Tensor]:
-    """What does the same as `step`, launched as one graph; on a CPU, step itself.
+    """A function that does the same as `step`, launched as one graph; on a CPU, step itself.
 
-    step() reads and writes the same tensors each time and never waits for the device. `changed` are
-    those in which it must not do so twice; a capture leaves them as they are. What step returns is
-    overwritten when any graph of the pool is launched.
+    step() must read and write the same tensors each time and never wait for the device. `changed`
+    are the tensors whose values the next step depends on; capturing leaves them as they are. The
+    tensor that step returns is overwritten when any graph of the pool is launched.
     """
     device = changed[0].device
     if device.type != "cuda":
@@ -59,7 +61,7 @@ def captured(step: Callable[[], Tensor], changed: list[Tensor], pool) -> Callabl
     with torch.cuda.stream(side):
         warm_up(step, changed)
     here.wait_stream(side)
-    # Other threads, such as the one that watches over NCCL, may go on calling CUDA.
+    # "thread_local": other threads, such as NCCL's watchdog, may go on calling CUDA.
     with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
         result = step()
 
@@ -71,25 +73,25 @@ def captured(step: Callable[[], Tensor], changed: list[Tensor], pool) -> Callabl
 
 
 def power_of_two(n: int, least: int) -> int:
-    """The smallest one that is neither below n nor below `least`, itself one."""
+    """The smallest power of two that is at least n and at least `least`, which is one itself."""
     return max(least, 1 << (n - 1).bit_length())
 
 
 def added_scores(hidden: Tensor, like: Tensor) -> Tensor:
-    """hidden, bool with True = may NOT look -> what is added to the scores: 0 or -inf, in the dtype
-    of `like`."""
+    """What is added to the scores, 0 or -inf in the dtype of `like`, from a bool tensor in which
+    True means: may NOT look."""
     return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
 
 
 def adds(scores: Tensor) -> Mask:
-    """A mask that adds `scores`, which broadcast to (B, H, T, S). Torch makes them of a bool mask,
-    in every layer anew; a captured step makes them once. Each query must see something."""
+    """A mask that adds `scores`, broadcastable to (B, H, T, S). From a bool mask torch would make
+    them anew in every layer; a captured step makes them once. Each query must see something."""
     return lambda q, k, v, dropout: model_file.attention_kernel(q, k, v, scores, dropout_p=dropout)
 
 
 def empty_cache(rows: int, heads: int, length: int, weight: Tensor) -> KVCache:
-    """An empty cache that has its memory already, for a model with embeddings like `weight`. Zeros,
-    because 0 times what happens to lie there, NaN perhaps, would not be 0."""
+    """An empty cache that has its memory already, for a model with embeddings like `weight`. The
+    memory is zeroed: attention multiplies hidden positions by 0, and 0 times NaN is NaN."""
     cache = KVCache(length)
     shape = rows, heads, length, weight.size(1) // heads
     cache.k, cache.v = weight.new_zeros(shape), weight.new_zeros(shape)
@@ -99,8 +101,8 @@ def empty_cache(rows: int, heads: int, length: int, weight: Tensor) -> KVCache:
 class StaticCache:
     """The first `limit` positions of a KVCache that has its memory already.
 
-    A new token is written at `position`, (1,) on the device. What comes back are always `limit`
-    positions: attention to them needs a mask that hides those behind `position`.
+    A new token is written at `position`, a tensor (1,) on the device. `append` always returns
+    `limit` positions, so attention needs a mask that hides those after `position`.
     """
 
     def __init__(self, cache: KVCache, position: Tensor, limit: int):
@@ -115,16 +117,16 @@ class StaticCache:
         return self.seen
 
     def select(self, rows: Tensor) -> None:
-        """Row i continues what row rows[i] has seen; (B,), as many as there are."""
+        """Row i continues what row rows[i] has seen; rows is (B,), one number for each row."""
         for seen in self.seen:
             seen.copy_(seen.index_select(0, rows))
 
 
-class Steps:
-    """What a step of either family changes and sees: for each row a token, for all of them the
-    position where it stands, and caches of `size` positions."""
+class CapturedSteps:
+    """What a step of either family reads and changes: a token for each row, the position of these
+    tokens, which is the same for all rows, and caches of `size` positions."""
 
-    least = 128  # positions that a step sees at least, if there are as many
+    least = 128  # a step sees this many positions at least, if the caches have so many
 
     def __init__(self, model: nn.Module, rows: int, size: int):
         # Attention is fastest where the number of positions is a multiple of 16.
@@ -140,7 +142,7 @@ class Steps:
         self.captured: dict[int, Callable[[], Tensor]] = {}
 
     def next(self, step: Callable[[int], Tensor]) -> Callable[[], Tensor]:
-        """step(limit), captured, where `limit` is how many positions the next step sees."""
+        """step(limit), captured; `limit` is the number of positions that the next step sees."""
         limit = self.limit()
         if limit not in self.captured:
             changed = [self.tokens, self.position]
@@ -149,6 +151,8 @@ class Steps:
         return self.captured[limit]
 
     def limit(self) -> int:
+        """The number of positions that the next step sees. Raises ValueError when the caches are
+        full."""
         if self.length >= self.size:
             raise ValueError(
                 f"the caches hold {self.size} positions and are full: read a shorter context"
@@ -156,14 +160,15 @@ class Steps:
         return min(power_of_two(self.length + 1, self.least), self.size)
 
     def seen(self, limit: int) -> tuple[list[StaticCache], Mask]:
-        """The first `limit` positions of the caches, and the mask of those that are not filled."""
+        """The first `limit` positions of the caches, and the mask that hides the unfilled ones."""
         hidden = (self.places[:limit] > self.position)[None, None, None]
         mask = adds(added_scores(hidden, self.weight))
         return [StaticCache(cache, self.position, limit) for cache in self.caches], mask
 
 
 def read_back(tokens: Tensor) -> Callable[[], Tensor]:
-    """What waits for the copy to the host that begins now, and returns it."""
+    """Begins to copy the tokens to the host; returns a function that waits for the copy and returns
+    it."""
     if not tokens.is_cuda:
         copy = tokens.clone()
         return lambda: copy
@@ -181,17 +186,17 @@ def read_back(tokens: Tensor) -> Callable[[], Tensor]:
 # ---- GPT -----------------------------------------------------------------------------------------
 
 
-class GPTSteps(Steps):
-    """A GPT that writes `rows` texts, a token of each in one step.
+class GPTSteps(CapturedSteps):
+    """A GPT that writes `rows` texts at once, one token of each in a step.
 
         steps = GPTSteps(model, rows, size, choose)
         steps.read(tokens)  # (rows, T): the prefill
         steps.step()        # the next token of each row is in steps.tokens, (rows,)
 
-    `size` is how many positions the longest of them may take.
-    choose((rows, V) logits, (rows,) uniform numbers) -> (rows,) tokens, all on the device and
-    without waiting for it. compiled=True lets torch.compile fuse the model's kernels first: a
-    minute for each graph.
+    `size` is the number of positions that the longest text may take.
+    choose((rows, V) logits, (rows,) uniform numbers) -> (rows,) tokens must work on the device and
+    not wait for it. With compiled=True torch.compile fuses the model's kernels first, which takes
+    a minute for each graph.
     """
 
     def __init__(
@@ -204,8 +209,8 @@ class GPTSteps(Steps):
     ):
         super().__init__(model, rows, size)
         self.choose = choose
-        # For the step at each position: what decides a row's draw, and the token that it reads
-        # next if its prompt goes on there, else -1.
+        # For the step at each position: the random number that decides a row's draw, and the next
+        # token of the row's prompt, or -1 where the prompt has ended.
         device = self.tokens.device
         self.uniform = torch.zeros(size, rows, dtype=torch.double, device=device)
         self.given = torch.full((size, rows), -1, device=device)
@@ -216,8 +221,8 @@ class GPTSteps(Steps):
     def read(
         self, tokens: Tensor, uniform: Tensor | None = None, given: Tensor | None = None
     ) -> None:
-        """Begins anew with tokens (rows, T); the last of them is left to the first step. uniform
-        and given (steps, rows) are for the steps to come, from the first on."""
+        """Starts over with tokens (rows, T); the last of them is left to the first step. uniform
+        and given, each (steps, rows), are for the coming steps."""
         tokens, T = tokens.to(self.tokens.device), tokens.size(1)
         for cache in self.caches:
             cache.length = 0
@@ -233,10 +238,10 @@ class GPTSteps(Steps):
 
     @torch.no_grad()
     def step(self, change: Callable[[Tensor], Tensor] | None = None) -> None:
-        """The next token of each row; `change` takes the logits and returns those to choose by."""
+        """Writes the next token of each row. `change` maps the logits to those that are used."""
         if change is None:
             self.next(self.advance)()
-        else:  # seldom: not worth a graph
+        else:  # too rare to be worth a graph
             self.advance(self.limit(), change)
             self.length += 1
 
@@ -251,7 +256,7 @@ class GPTSteps(Steps):
         return self.tokens
 
     def decode(self, limit: int) -> Tensor:
-        """(rows, V) logits behind the tokens: GPT.features for one position that is a tensor."""
+        """(rows, V) logits of the next token: GPT.features for one position, which is a tensor."""
         model, (caches, mask) = self.model, self.seen(limit)
         x = model.token_embedding(self.tokens)[:, None] + model.position_embedding(self.position)
         for block, cache in zip(model.blocks, caches, strict=True):
@@ -261,8 +266,9 @@ class GPTSteps(Steps):
     def write(
         self, tokens: Tensor, lengths: list[int], max_new_tokens: int, pick
     ) -> Iterator[list[int | None]]:
-        """As `generate` of `decoding.py`, which see; tokens (B, longest + max_new_tokens) begin
-        with the prompts, of the given lengths. `pick` is a Pick, and self.choose its `choose`."""
+        """Does and yields what `generate` in `decoding.py` does. tokens (B, longest +
+        max_new_tokens) begin with the prompts, of the given lengths; `pick` is a Pick, and
+        self.choose is its `choose`."""
         block_size, start = self.model.config.block_size, -1
         rows, (B, total) = list(enumerate(lengths)), tokens.shape
         waiting: deque = deque()
@@ -304,11 +310,11 @@ class GPTSteps(Steps):
 # ---- the encoder-decoder -------------------------------------------------------------------------
 
 
-class Seq2SeqSteps(Steps):
-    """An encoder-decoder that translates up to N sentences with K rows each: `make_advance` of
-    `tasks/translation.py`, but rows stay where they are, also those of sentences that are done.
+class Seq2SeqSteps(CapturedSteps):
+    """An encoder-decoder that translates up to N sentences with K rows each: `make_advance` in
+    `tasks/translation.py`, but every row keeps its place, even when its sentence is finished.
 
-    Sources have up to `source_len` tokens, targets up to `size`, the start token included.
+    Sources have up to `source_len` tokens, targets up to `size`, including the start token.
     """
 
     least = 32
@@ -323,7 +329,8 @@ class Seq2SeqSteps(Steps):
         self.across = [empty_cache(N, c.n_head, source_len, self.weight) for _ in range(c.n_layer)]
 
     def read(self, source: Tensor, keep: Tensor) -> Advance:
-        """source (B, S) and keep, False at padding -> what `decoding.py` asks for logits."""
+        """From source (B, S) and keep (B, S), False at padding, the function that `decoding.py`
+        asks for logits."""
         B, S = source.shape
         self.memory[:B, :S] = self.model.encode(source, None if keep.all() else keep)
         hidden = torch.ones(B, 1, 1, self.memory.size(1), dtype=torch.bool, device=source.device)
@@ -337,13 +344,13 @@ class Seq2SeqSteps(Steps):
         return self.advance
 
     def advance(self, tokens: Tensor, rows: Tensor, sentences: list[int]) -> Tensor:
-        """As `decoding.py` says. `used` are the rows here of those that its caller knows."""
+        """An Advance of `decoding.py`. `used` holds the rows here of those that the caller has."""
         before, width = self.used, len(tokens) // len(sentences)
         if len(sentences) < len(self.alive) or len(before) != len(tokens):
             self.alive = [self.alive[i] for i in sentences]
             used = [i * self.K + k for i in self.alive for k in range(width)]
             self.used = torch.tensor(used, device=tokens.device)
-        torch.arange(len(self.rows), out=self.rows)  # a step that is captured must move nothing
+        torch.arange(len(self.rows), out=self.rows)  # while it is captured a step moves no row
         step = self.next(self.decode)
         if self.K > 1 and self.length > 1:
             self.rows[self.used] = before[rows]
@@ -352,7 +359,7 @@ class Seq2SeqSteps(Steps):
         return logits if len(self.used) == len(logits) else logits[self.used]
 
     def decode(self, limit: int) -> Tensor:
-        """(N · K, V) logits: the caches go where their rows went, then Seq2Seq.decode."""
+        """(N · K, V) logits: the caches are moved as their rows were, then Seq2Seq.decode."""
         model, (caches, mask) = self.model, self.seen(limit)
         x = model.token_embedding(self.tokens)[:, None] * model.config.n_embd**0.5
         x = x + model.positions.index_select(0, self.position)
@@ -365,8 +372,9 @@ class Seq2SeqSteps(Steps):
 
 
 class StaticAdvance:
-    """`make_advance` of `tasks/translation.py` by captured steps, which serve the next batch too if
-    it has the same sizes, each rounded up to a power of two. beam: rows of each sentence."""
+    """`make_advance` in `tasks/translation.py` with captured steps. They are used for the next
+    batch too if its sizes are the same after rounding up to powers of two. beam: rows of each
+    sentence."""
 
     def __init__(self, model: nn.Module, beam: int, vocab_size: int):
         self.model, self.beam, self.vocab_size = model, beam, vocab_size
@@ -376,7 +384,7 @@ class StaticAdvance:
         needed = ((len(source), 1), (source.size(1), 16), (target_len, Seq2SeqSteps.least))
         sizes = tuple(power_of_two(n, least) for n, least in needed)
         if sizes != self.sizes:
-            self.steps, (N, S, T) = None, sizes  # the memory of the old ones comes first
+            self.steps, (N, S, T) = None, sizes  # frees the memory of the old steps first
             self.steps = Seq2SeqSteps(self.model, N, self.beam, S, T, self.vocab_size)
             self.sizes = sizes
         return self.steps.read(source, keep)

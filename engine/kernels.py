@@ -13,12 +13,12 @@ from engine import cpu, graphs, losses, splitting
 
 
 def install(device: torch.device) -> None:
-    """What is fastest on this device in every named place, whatever stood there before.
+    """Puts into every named place what is fastest on this device; it may be called repeatedly.
 
-    On any device, the loss never holds all the logits, and text is split faster and its chunks are
+    On any device the loss never holds all the logits, text is split faster, and its chunks are
     counted on all cores. A CPU has its own attention and dropout; a GPU decodes by captured steps.
     """
-    splitting.install()
+    splitting.use_in_bpe()
     on_cpu, on_cuda = device.type == "cpu", device.type == "cuda"
     model.cross_entropy = losses.linear_cross_entropy
     model.attention_kernel = cpu.attention if on_cpu else F.scaled_dot_product_attention

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: log.jsonl, curves.png, and a progress bar or plain lines."""
+"""What a run records and shows: log.jsonl, curves.png, and a progress bar or plain lines."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ def clock(seconds: float) -> str:
 
 class RunLog:
     """log.jsonl: one JSON object a line, {"step", "split", …}. A resumed run first drops the lines
-    behind its checkpoint, so no step is missing and none is there twice.
+    of steps after its checkpoint, so no step is missing and none is there twice.
 
-    A terminal sees a progress bar; anything else, a log file say, sees plain lines.
+    A terminal shows a progress bar; anything else, such as a log file, gets plain lines.
     """
 
     def __init__(self, folder: Path, first_step: int, last_step: int, tokens_per_step: int):
@@ -40,7 +40,7 @@ class RunLog:
         self.last_time, self.last_line = time.perf_counter(), 0.0
 
     def train(self, record: dict, *, write: bool) -> None:
-        """After every step; `write` says whether it is one that goes into the file."""
+        """To be called after every step; `write` says whether its record goes into the file."""
         now = time.perf_counter()
         seconds, self.last_time = now - self.last_time, now
         self.step_seconds = mix(self.step_seconds, seconds)
@@ -70,8 +70,8 @@ class RunLog:
         self.last_time = time.perf_counter()  # an evaluation is not part of the next step's time
 
     def write(self, record: dict) -> None:
-        """JSON has no NaN and no infinity: they become null. What a full disk does not take is
-        written when there is room."""
+        """Appends a record. JSON has no NaN and no infinity: they become null. What does not fit on
+        a full disk is kept, and written when there is space."""
         plain = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
@@ -90,7 +90,7 @@ class RunLog:
             self.full = True
 
     def sync(self) -> None:
-        """To the disk itself, before a checkpoint that must not be newer than its log."""
+        """Flushes the file to the disk, because a checkpoint must not be newer than its log."""
         self.flush()
         with contextlib.suppress(OSError):
             os.fsync(self.file.fileno())
@@ -113,7 +113,7 @@ def mix(old: float | None, new: float, share: float = 0.1) -> float:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of log.jsonl. A last line that a crash cut in half is passed over."""
+    """The records of log.jsonl. A last line that a crash cut in half is skipped."""
     records = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -125,9 +125,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw_curves(folder: Path) -> Path | None:
-    """curves.png from log.jsonl: the losses, the learning rate, the gradient's norm.
-
-    None where matplotlib is missing: a run does not fail for want of a picture.
+    """Draws curves.png from log.jsonl: the losses, the learning rate, the gradient's norm. Returns
+    its path, or None if matplotlib or the records are missing: a run must not fail for a picture.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,15 +1,15 @@
-"""Cross-entropy over a vocabulary: what is left of the logits is a number and a gradient.
+"""Cross-entropy over a vocabulary, without ever holding all the logits.
 
-`plain_cross_entropy` of `model.py` is the definition; `linear_cross_entropy` gives the same without
-ever holding all the logits. At 16,384 tokens and 50,257 words those alone would fill 3.3 GB, and as
-much again for their gradient.
+`plain_cross_entropy` in `model.py` is the definition, and `linear_cross_entropy` gives the same. At
+16,384 tokens and a vocabulary of 50,257 the logits alone would take 3.3 GB, and their gradient as
+much.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits held at a time: 16 MB and 1 GB in fp32
+CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits held at one time: 16 MB and 1 GB in fp32
 
 
 def linear_cross_entropy(
@@ -35,8 +35,11 @@ def of_chunk(
     accuracy: bool,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """logits (N, V), targets (N,) -> (loss, nll, number right, gradient of the logits): softmax
-    minus the target distribution, in the type of the logits and, if it can be, in their place."""
+    """logits (N, V), targets (N,) -> (loss, nll, number right, gradient of the logits).
+
+    The gradient is the softmax minus the target distribution, in the dtype of the logits and, where
+    possible, in their memory; None if it is not wanted.
+    """
     dtype, V = logits.dtype, logits.size(-1)
     kept, target = targets != -100, targets.clamp(min=0)[:, None]
     logits = logits.float()
@@ -56,7 +59,7 @@ def of_chunk(
     if smoothing:
         d_logits -= smoothing / V
     d_logits = d_logits.mul_(kept[:, None]).to(dtype)
-    # Put there, not subtracted: in bf16 a probability near 1, minus 1, would be nothing but 0.
+    # Computed in fp32 and put there: in bf16 a probability near 1, minus 1, would be just 0.
     return loss, nll, right, d_logits.scatter_(1, target, d_target.to(dtype)[:, None])
 
 
@@ -68,10 +71,10 @@ in_chunks, chunk_function = eager, of_chunk
 
 
 def use_compiler(device: torch.device | None) -> None:
-    """Before torch.compile of a model: the loop over the chunks is left as it is, or batches of
-    many lengths would compile it again and again. On a GPU, what is done with a chunk becomes a
-    kernel or two instead of eight passes over memory. None: nothing is compiled. (As decorators,
-    the two would cost every script the seconds of the compiler's import.)"""
+    """To be called before torch.compile of a model. The loop over the chunks is not compiled, since
+    batches of many lengths would compile it each time. On a GPU the work on a chunk is: it becomes
+    a kernel or two instead of eight passes over memory. With None nothing is compiled. (Decorators
+    would cost every script the seconds of the compiler's import.)"""
     global in_chunks, chunk_function
     in_chunks = torch.compiler.disable(eager) if device else eager
     fuse = device is not None and device.type == "cuda"
@@ -79,8 +82,8 @@ def use_compiler(device: torch.device | None) -> None:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of a chunk's logits is known as soon as they are, so forward turns it at once
-    into the gradients of features, weight and bias, and the chunk is forgotten."""
+    """The gradient of a chunk's logits is known as soon as the logits are. So forward turns it into
+    the gradients of features, weight and bias at once, and the chunk is freed."""
 
     @staticmethod
     def forward(ctx, features, weight, bias, targets, smoothing, accuracy, rows, wants_gradient):
@@ -93,7 +96,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if wants_gradient:
             d_features = torch.empty_like(features)
             d_weight = torch.zeros_like(weight) if weight.requires_grad else None
-            learns_bias = bias is not None and bias.requires_grad  # a buffer does not
+            learns_bias = bias is not None and bias.requires_grad  # it may be a buffer
             d_bias = torch.zeros_like(bias) if learns_bias else None
         for start in range(0, len(features), rows):
             part = slice(start, start + rows)

@@ -1,19 +1,19 @@
-"""What a training step needs of each process's memory, found out without having it.
+"""How much memory a training step needs in each process, found out without having that memory.
 
-Weights, gradients and optimizer state can be counted. What lies between forward and backward could
-not without writing down every layer a second time. So a step is made, with the model, losses,
-optimizer and recomputation of a real run, but on fake tensors, which have a shape and a type and
-take no memory; a ledger follows when the storage of each would be taken and given back. For GPT-3
-that takes some seconds.
+Weights, gradients and optimizer state can be counted. The activations between forward and backward
+cannot be, unless every layer is written down a second time. So a step is made with the model,
+losses, optimizer and recomputation of a real run, but on fake tensors, which have a shape and a
+dtype and take no memory. A ledger follows when the storage of each would be allocated and freed.
+For GPT-3 that takes some seconds.
 
-The fake tensors lie on the CPU, where autocast casts them as it does real ones. A plan for GPUs
-puts what a GPU does otherwise in the named places of `model.py`: attention without a matrix of
-scores, and so on.
+The fake tensors lie on the CPU, where autocast casts them as it does real ones. For a plan for GPUs
+the named places of `model.py` get what a GPU does otherwise: attention without a matrix of scores,
+and so on.
 
-Left out: what CUDA and NCCL keep for themselves and the allocator loses in gaps; what a kernel
-takes and gives back before it returns; torch.compile, which needs less; evaluation, which does too.
+Left out: what CUDA and NCCL keep for themselves and what the allocator loses in gaps; what a kernel
+allocates and frees before it returns; torch.compile and evaluation, which both need less.
 
-Papers: flash attention keeps its output and one number for each query (Dao et al. 2022,
+Papers: flash attention, which keeps its output and one number for each query (Dao et al. 2022,
 arXiv:2205.14135); what can be divided over processes (ZeRO, Rajbhandari et al. 2020,
 arXiv:1910.02054, section 5; FSDP, Zhao et al. 2023, arXiv:2304.11277).
 """
@@ -48,12 +48,12 @@ from tasks.flags import FinetuneConfig, TrainConfig
 
 @dataclass
 class Memory:
-    """Bytes of one process when it needs the most, over a whole step."""
+    """The bytes that one process has at the moment of a step when it needs the most."""
 
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # and all else: a batch, bf16 copies of weights, what an operation returns
+    activations: float  # and everything else: a batch, bf16 copies of weights, temporary results
 
     @property
     def total(self) -> float:
@@ -66,8 +66,8 @@ class Memory:
 class Ledger(TorchDispatchMode):
     """Counts the bytes of all storages that operations return, from then until they are freed.
 
-    Those of `known` tensors are not among them, nor copies of `cast` tensors in another type.
-    `share` is the part of what is taken from now on that this process has to hold.
+    Storages of `known` tensors are not counted, nor are copies of `cast` tensors in another dtype.
+    `share` is the part that this process holds of what is allocated from now on.
     """
 
     def __init__(self, known: Iterable[Tensor], cast: Iterable[Tensor]):
@@ -96,19 +96,19 @@ class Ledger(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
     def divide(self, tensor: Tensor, share: float) -> None:
-        """From now on, this process holds that share of it."""
+        """From now on this process holds only that share of the tensor."""
         key, held = key_of(tensor), tensor.untyped_storage().nbytes() * share
         self.live += held - self.sizes[key]
         self.sizes[key] = held
 
 
 def key_of(tensor: Tensor) -> int:
-    """The same for all views of a storage, and its own as long as it lives."""
+    """A key of the tensor's storage: the same for all its views, and unique while it exists."""
     return id(tensor.untyped_storage())
 
 
 class FlashAttention(torch.autograd.Function):
-    """What attention takes and keeps on a GPU. It computes nothing."""
+    """Allocates and keeps what attention does on a GPU, and computes nothing."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -121,7 +121,7 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, _, normalizer = ctx.saved_tensors
-        # The gradient of the queries is summed up over blocks of keys, in fp32.
+        # The gradient of the queries is summed over blocks of keys in fp32.
         sums = [torch.empty_like(q, dtype=torch.float32), torch.empty_like(normalizer)]
         gradients = tuple(torch.empty_like(x) for x in (q, k, v))
         del sums
@@ -133,12 +133,12 @@ def attention_on_gpu(q, k, v, mask=None, dropout_p: float = 0.0, is_causal=False
 
 
 def dropout_on_gpu(x: Tensor, p: float) -> Tensor:
-    """Its mask has a byte for each element."""
+    """Dropout whose mask has a byte for each element."""
     return torch.native_dropout(x, p, True)[0]
 
 
 def layer_norm_on_gpu(x: Tensor, *args) -> Tensor:
-    """CUDA's autocast gives it fp32, that of CPUs does not."""
+    """LayerNorm in fp32, as with CUDA's autocast; that of CPUs leaves it in bf16."""
     return layer_norm(x.float() if x.dtype == torch.bfloat16 else x, *args)
 
 
@@ -147,7 +147,7 @@ layer_norm = F.layer_norm
 
 @contextmanager
 def kernels_of(device: str) -> Iterator[None]:
-    """Meanwhile, `model.py` computes as on that device, "cuda" or "cpu", with fake tensors."""
+    """A context in which `model.py` handles fake tensors as on that device, "cuda" or "cpu"."""
     on_gpu = device == "cuda"
     attention, dropout = cpu.attention, cpu.dropout
     if on_gpu:
@@ -166,7 +166,7 @@ def kernels_of(device: str) -> Iterator[None]:
 
 
 def make_model(config: TrainConfig, sizes: dict) -> nn.Module:
-    """On the meta device, with what `train.Run` does to the model before it trains."""
+    """The model on the meta device, changed as `train.Run` changes it before it trains."""
     Model = tasks.network(config.model)
     with torch.device("meta"):
         model = Model(Model.Config(**{**sizes, "vocab_size": padded(sizes["vocab_size"])}))
@@ -181,7 +181,7 @@ def make_model(config: TrainConfig, sizes: dict) -> nn.Module:
 
 
 def to_fake(model: nn.Module) -> None:
-    """From the meta device into the FakeTensorMode that is on."""
+    """Replaces the model's meta tensors by tensors of the active FakeTensorMode."""
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             fake = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
@@ -190,21 +190,21 @@ def to_fake(model: nn.Module) -> None:
             module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def rows_of(config: TrainConfig, block_size: int, batch_size: int) -> tuple[int, int]:
-    """(sequences, their tokens) of a full micro-batch, all as long as they may be."""
+def full_batch_shape(config: TrainConfig, block_size: int, batch_size: int) -> tuple[int, int]:
+    """(B, T) of a full micro-batch: its sequences, all of them as long as is allowed."""
     length = min(getattr(config, "row_length", 0) or block_size, block_size)
     return batch_size * block_size // length, length
 
 
 def make_batch(config: TrainConfig, model: nn.Module, B: int, T: int) -> dict[str, Tensor]:
-    """{argument of the model's forward: tensor} in the shapes of a full micro-batch with padding,
-    as the task names them."""
+    """{argument of the model's forward: tensor} with the shapes that the task gives for a full
+    micro-batch with padding."""
     shapes = tasks.task(config.model).batch_shapes(config, model.config, B, T)
-    return {name: torch.empty(shape, dtype=kind_of(name)) for name, shape in shapes.items()}
+    return {name: torch.empty(shape, dtype=dtype_of(name)) for name, shape in shapes.items()}
 
 
-def kind_of(name: str) -> torch.dtype:
-    """By the name of an argument of forward."""
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of an argument of forward, by its name."""
     if name.endswith("keep"):
         return torch.bool
     return torch.float32 if name.endswith("weights") else torch.int64
@@ -213,17 +213,18 @@ def kind_of(name: str) -> torch.dtype:
 def plan_memory(
     config: TrainConfig, sizes: dict, device: str, dtype: torch.dtype, shard: str = ""
 ) -> Memory:
-    """Of one of config.world processes, each with a "cuda" or a "cpu". shard: "" (each has all),
-    "optimizer" (each parameter's state has one owner) or "model" (all is divided; see below).
-    Raises ValueError where so many processes cannot divide a step.
+    """The memory of one of config.world processes, each on a device "cuda" or "cpu". shard: ""
+    (each process has everything), "optimizer" (each parameter's state has one owner) or "model"
+    (everything is divided; see below). Raises ValueError if so many processes cannot divide a step.
 
-    "model": the matrices of a block are gathered, in bf16 where that is computed in, when they are
-    needed and then forgotten, while those of the next block arrive; their gradients exist once as
-    they arise and once in fp32 as they are sent. All else is gathered from begin to end.
+    With "model" the matrices of a block are gathered when they are needed, in bf16 if the products
+    are, and freed afterwards, while those of the next block arrive. Their gradients exist once as
+    they are computed, and once in fp32 as they are sent. The other parameters stay gathered from
+    the beginning to the end of the step.
     """
     world, model = config.world, make_model(config, sizes)
     batch_size, accumulate = divide_step(config, sizes["block_size"], world)
-    shape = rows_of(config, sizes["block_size"], batch_size)
+    shape = full_batch_shape(config, sizes["block_size"], batch_size)
     shard = shard if world > 1 else ""
     share = 1 / world if shard == "model" else 1.0
     with FakeTensorMode(), kernels_of(device):
@@ -252,10 +253,10 @@ def plan_memory(
 
         with ledger:
             make_gradients()
-            step()  # makes the state that all later steps find there
+            step()  # makes the optimizer's state, which all later steps find there
             state = ledger.peak = ledger.live
             if accumulate > 1:
-                make_gradients()  # those of the micro-batches before
+                make_gradients()  # those of the earlier micro-batches
             batch = make_batch(config, model, *shape)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 sums = model(**batch)
@@ -269,19 +270,19 @@ def plan_memory(
             weights += bytes_of(known) - sum(map(bytes_of, blocks)) + 2 * item * block
             gradients += (item + 1) * block
         elif world > 1:
-            gradients *= 2  # DDP has buckets of its own, to which it copies them
+            gradients *= 2  # DDP copies them to its buckets
     return Memory(weights, gradients, state, rest)
 
 
 def layers_of(block: Block) -> list[nn.Parameter]:
-    """Of its attentions and MLP, which are most of it."""
+    """The parameters of a block's attentions and MLP, which are most of it."""
     layers = [m for m in block.children() if isinstance(m, Attention | MLP)]
     return [p for layer in layers for p in layer.parameters()]
 
 
 def others_parameters(parameters: list[nn.Parameter], world: int) -> list[nn.Parameter]:
-    """Those without state in the first process, which owns the largest: largest first, each goes
-    to the process that has the least."""
+    """The parameters without state in process 0, which owns the largest. They are dealt out from
+    the largest to the smallest, each to the process that has the least so far."""
     sizes, others = [0] * world, []
     for p in sorted(parameters, key=torch.numel, reverse=True):
         owner = sizes.index(min(sizes))

@@ -1,17 +1,17 @@
-"""Checkpoints that no process could hold: each writes its own part of the tensors into a folder.
+"""Checkpoints too large for one process: each process writes its part of the tensors to a folder.
 
-The checkpoint itself, `latest.pt` for one, then has everything but the tensors, and under "parts"
-the name of the folder beside it and where in its files each piece lies:
+The checkpoint itself, for example `latest.pt`, then has everything but the tensors. Under "parts"
+it has the name of a folder beside it, and where in the folder's files each piece lies:
 
     {"folder": "latest.0001200-0.parts",
      "tensors": {"model/norm.weight": {"dtype": "float32", "size": [768], "chunks": [
          {"offsets": [0], "sizes": [384], "file": "__0_0.distcp", "offset": 0, "length": 2304,
           "crc32": 1234567}, …]}}}
 
-`torch.distributed.checkpoint` decides who writes what, and writes it. Its own table of contents is
-a pickle, which this project reads from nobody: ours are plain values, and a piece is read with
-`weights_only=True`, after its checksum. A piece is some rows of a tensor, so any number of
-processes can read what any other number has written, each the rows that it needs.
+`torch.distributed.checkpoint` decides which process writes what, and writes it. Its own table of
+contents is a pickle, and this project never unpickles: ours has plain values, and a piece is read
+with `weights_only=True` after its checksum was compared. A piece is some rows of a tensor, so any
+number of processes can read what any other number has written, each only the rows that it needs.
 
 Left out: objects other than tensors, pieces of columns, writing in the background.
 """
@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.futures import Future
 
-from engine.checkpoint import flush_names
 from engine.processes import Processes
 from optim import one_by_one
 
@@ -40,7 +39,8 @@ from optim import one_by_one
 
 
 class Writer(dcp.FileSystemWriter):
-    """As torch's, but each piece gets a checksum, and the table of contents stays in `contents`."""
+    """torch's writer, but each piece gets a checksum, and the table of contents is not written: it
+    is in `contents` afterwards."""
 
     contents: dict
 
@@ -76,28 +76,28 @@ class Writer(dcp.FileSystemWriter):
         }
 
 
-def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -> dict:
-    """Writes the parts of the checkpoint `path`; every process calls it with what it holds, a
-    DTensor for its rows of a tensor. -> the first one gets what belongs under "parts".
+def write_parts(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -> dict:
+    """Writes the parts of the checkpoint `path`. Every process must call it with the tensors that
+    it holds; a DTensor stands for the rows of a tensor that a process has. Returns what belongs
+    under "parts" in the main process, {} in the others.
 
-    The folder is new, so that those of older checkpoints stay as they are; it is on the disk when
-    this returns. Raises OSError, in every process, where one of them could not write.
+    The folder is new, so that those of older checkpoints stay as they are; its files are on the
+    disk when this returns. Raises OSError in every process if one of them could not write.
     """
     names = (f"{path.stem}.{step:07}-{number}.parts" for number in count())
     # The step may have been saved before, perhaps by a process that was killed.
     folder = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    if group.world > 1:  # only the first one knows which folder the run has got
+    if group.world > 1:  # only the main process knows the run's folder
         name = torch.tensor(list(str(folder).encode())) if group.main else None
         folder = Path(bytes(group.broadcast_tensor(name, 0).tolist()).decode())
     writer = Writer(folder)
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=group.patient)
+        dcp.save(tensors, storage_writer=writer, process_group=group.cpu_group)
     except CheckpointException as error:
         if group.main:
             shutil.rmtree(folder, ignore_errors=True)
         reason = "; ".join(str(e) for e, _ in error.failures.values()).split("\n")[0]
         raise OSError(errno.EIO, f"{folder}: {reason}") from error
-    flush_names(folder)
     found = {"folder": folder.name, "tensors": writer.contents} if group.main else {}
     files = {c["file"] for about in found.get("tensors", {}).values() for c in about["chunks"]}
     if group.broadcast(not all((folder / file).is_file() for file in files)):
@@ -112,8 +112,8 @@ def write(path: Path, step: int, tensors: dict[str, Tensor], group: Processes) -
 
 
 class Stored:
-    """A tensor of the checkpoint `path` that is still on the disk. stored[...] reads it, and
-    stored[4:7] some of its rows; both raise ValueError for what is missing or damaged."""
+    """A tensor of the checkpoint `path` that is still on the disk: stored[...] reads all of it,
+    stored[4:7] some of its rows. Both raise ValueError if something is missing or damaged."""
 
     def __init__(self, path: Path, parts: dict, name: str):
         self.path, self.name = path, name
@@ -129,7 +129,7 @@ class Stored:
         return ValueError(f"{self.path} and its folder do not fit together ({reason})")
 
     def __getitem__(self, rows) -> Tensor:
-        height, *width = self.shape or [1]  # a number is kept as one row
+        height, *width = self.shape or [1]  # a scalar is stored as one row
         first, last = (0, height) if rows is ... else (rows.start, rows.stop)
         read, found = torch.empty(last - first, *width, dtype=self.dtype), 0
         try:
@@ -160,13 +160,14 @@ def read_piece(folder: Path, chunk: dict) -> Tensor:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def find(path: Path, checkpoint: dict, whole: bool) -> None:
-    """Puts the tensors of a checkpoint in parts into their places: themselves, after which it is as
-    if it had been one file; or what they can be read from."""
+def attach_tensors(path: Path, checkpoint: dict, whole: bool) -> None:
+    """Puts the tensors of a checkpoint in parts into their places. whole: they are read, and the
+    checkpoint is then as if it had been one file; else each place gets a Stored. Raises ValueError
+    if the checkpoint is damaged."""
     try:
         for name in checkpoint["parts"]["tensors"]:
             stored = Stored(path, checkpoint["parts"], name)
-            put(checkpoint, name, stored[...] if whole else stored)
+            set_tensor(checkpoint, name, stored[...] if whole else stored)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged: its list of parts has no place for {error}"
@@ -175,11 +176,11 @@ def find(path: Path, checkpoint: dict, whole: bool) -> None:
         del checkpoint["parts"]
 
 
-# ---- names: "model/NAME" and "optimizer/WHICH/NUMBER/NAME", WHICH as in `one_by_one` -------------
+# ---- names: "model/NAME" and "optimizer/WHICH/NUMBER/NAME", with WHICH from `one_by_one` ---------
 
 
-def flat(weights: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
-    """The tensors in the state of a model and in that of an optimizer, by their names here."""
+def flatten(weights: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
+    """{name: tensor} of all tensors in the state of a model and in that of an optimizer."""
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
     for which, one in one_by_one(state).items():
         for number, found in one["state"].items():
@@ -187,8 +188,8 @@ def flat(weights: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
     return tensors
 
 
-def put(checkpoint: dict, name: str, tensor) -> None:
-    """The tensor of that name into its place."""
+def set_tensor(checkpoint: dict, name: str, tensor) -> None:
+    """Puts the tensor of that name into its place in the checkpoint."""
     kind, _, rest = name.partition("/")
     if kind == "model":
         checkpoint["model"][rest] = tensor
@@ -198,9 +199,9 @@ def put(checkpoint: dict, name: str, tensor) -> None:
         state.setdefault(int(number), {})[key] = tensor
 
 
-def bare(state: dict) -> dict:
+def without_tensors(state: dict) -> dict:
     """The state of an optimizer without its tensors."""
     return {
-        key: {} if key == "state" else bare(value) if isinstance(value, dict) else value
+        key: {} if key == "state" else without_tensors(value) if isinstance(value, dict) else value
         for key, value in state.items()
     }

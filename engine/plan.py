@@ -1,5 +1,5 @@
-"""What a run will do, told before it does it: the plan of training; of a dry run, the table of
-parameters, the memory of each process, and the least time of a step."""
+"""What is printed before a run: its plan; or, for a dry run, the table of parameters, the memory of
+each process, and the least time of a step."""
 
 import re
 import time
@@ -10,20 +10,20 @@ import torch.nn as nn
 
 import tasks
 from engine.config import divide_step
-from engine.memory import Memory, bytes_of, make_model, plan_memory, rows_of
+from engine.memory import Memory, bytes_of, full_batch_shape, make_model, plan_memory
 from engine.processes import precision
 from model import count_parameters
 from tasks.flags import TrainConfig
 
 
 class GPU(NamedTuple):
-    """By NVIDIA's data sheets of the GPU and of the DGX machine with it."""
+    """A GPU, by NVIDIA's data sheets of it and of the DGX machine that it is built into."""
 
     chip: str
     memory: float  # bytes; 80 GB are 80 GiB, of which CUDA, NCCL and gaps may have 7%
     peak: float  # floating-point operations per second in bf16, without sparsity
-    nvlink: float  # bytes/s of one GPU to the others of its machine
-    network: float  # bytes/s of a machine's 8 adapters together: as many rings, a share on each
+    nvlink: float  # bytes/s from one GPU to the others of its machine
+    network: float  # bytes/s of a machine's 8 adapters together, each of which serves one ring
 
 
 GPUS = (
@@ -35,8 +35,8 @@ GPUS = (
 MACHINE = 8  # GPUs that NVLink joins
 
 
-def describe(run) -> str:
-    """Of a train.Run that is about to begin or go on."""
+def describe_run(run) -> str:
+    """The plan of a train.Run that is about to begin or to go on, one line for each topic."""
     config, data, group = run.config, run.data, run.group
     tokens = config.tokens_per_step * config.steps
     epochs = tokens / data.tokens_per_epoch
@@ -72,8 +72,9 @@ def describe(run) -> str:
 
 
 def dry_run(config: TrainConfig, sizes: dict) -> None:
-    """The parameters by component, and the memory and the time that training needs; on the meta
-    device, which takes no memory. The settings are what --help shows beside the same flags."""
+    """Prints the parameters of each component, and the memory and the time that training needs. The
+    model is made on the meta device, which takes no memory. The settings are those that --help
+    shows beside the same flags."""
     Model = tasks.network(config.model)
     with torch.device("meta"):
         model = Model(Model.Config(**sizes))
@@ -86,10 +87,10 @@ def dry_run(config: TrainConfig, sizes: dict) -> None:
 
 
 def bytes_sent(config: TrainConfig, learns: int, dtype: torch.dtype, accumulate: int) -> float:
-    """In a step, over the link of each of n processes; learns: the bytes of all gradients. A ring
-    sends (n - 1) / n of them to add them up, and as much to hand out the sums. With --shard model
-    each micro-batch adds up, and gathers the weights for forward and for backward (Rajbhandari et
-    al. 2020, arXiv:1910.02054, section 7)."""
+    """Bytes that each of n processes sends in a step; learns: the bytes of all gradients. A ring
+    sends (n - 1) / n of them to add them up, and as many to hand out the sums. With --shard model
+    each micro-batch adds up the gradients, and gathers the weights for forward and for backward
+    (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
     passes = 2.0
     if getattr(config, "shard", "") == "model":
         passes = accumulate * (1 + 2 * dtype.itemsize / 4)
@@ -97,7 +98,7 @@ def bytes_sent(config: TrainConfig, learns: int, dtype: torch.dtype, accumulate:
 
 
 def remedy(config: TrainConfig, memory: Memory, batch_size: int) -> str:
-    """The first of what makes the largest part smaller and is not done yet."""
+    """The flag to try next: the first one that makes the largest part smaller and is not set."""
     if memory.activations > memory.total / 2 and not config.recompute:
         return "--recompute"
     if memory.activations > memory.total / 2:
@@ -108,8 +109,9 @@ def remedy(config: TrainConfig, memory: Memory, batch_size: int) -> str:
 
 
 def describe_memory(config: TrainConfig, sizes: dict) -> str:
-    """Memory and least time: for GPUs in bf16, unless --device cpu or --dtype fp32 say otherwise.
-    Of arithmetic and sending, which may go on at once, no run has reached the peak rates."""
+    """The memory of a process and the least time of a step, for GPUs in bf16 unless --device cpu or
+    --dtype fp32 say otherwise. Arithmetic and sending may overlap, and no run reaches the peak
+    rate of either."""
     device, dtype = "cuda", torch.float32 if config.dtype == "fp32" else torch.bfloat16
     if config.device == "cpu":
         device, dtype = "cpu", precision(config.dtype, torch.device("cpu"))
@@ -117,7 +119,7 @@ def describe_memory(config: TrainConfig, sizes: dict) -> str:
     shard = getattr(config, "shard", "") if world > 1 else ""
     memory, model = plan_memory(config, sizes, device, dtype, shard), make_model(config, sizes)
     batch_size, accumulate = divide_step(config, sizes["block_size"], world)
-    B, T = rows_of(config, sizes["block_size"], batch_size)
+    B, T = full_batch_shape(config, sizes["block_size"], batch_size)
     notes = {"activations": ", with all else that the peak needs"}
     if shard == "model":
         notes |= {name: ", with those of blocks in use" for name in ("weights", "gradients")}
@@ -130,7 +132,7 @@ def describe_memory(config: TrainConfig, sizes: dict) -> str:
     ]
     for name, size in {**vars(memory), "total": memory.total}.items():
         lines.append(f"{name:>12}{size / 1e9:>10,.3f} GB{notes.get(name, '')}")
-    # What is computed twice is the forward half: a third of the arithmetic.
+    # Recomputation repeats the forward pass, a third of the arithmetic.
     flops = model.flops_per_token() * config.tokens_per_step * (4 / 3 if config.recompute else 1)
     learns = bytes_of(p for p in model.parameters() if p.requires_grad)
     sent = bytes_sent(config, learns, dtype, accumulate)
@@ -150,7 +152,7 @@ def describe_memory(config: TrainConfig, sizes: dict) -> str:
 def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
     """[(component, parameters in one copy, copies)]; numbered blocks are counted as copies.
 
-    Works on the meta device too, where GPT-3's 175 billion parameters take no memory.
+    It works on the meta device too, where GPT-3's 175 billion parameters take no memory.
     """
     counts: dict[str, int] = {}
     copies: dict[str, set[str]] = {}
@@ -166,22 +168,23 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def least_seconds(flops: float, device: torch.device) -> float:
-    """What that many operations take at the peak rate of a known GPU; 0 elsewhere."""
+    """The seconds that so many operations take at the peak rate of a known GPU; 0 elsewhere."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops / gpu.peak for gpu in GPUS if gpu.chip in name), 0.0)
 
 
 def fit_steps(run) -> None:
-    """Sets the steps of a train.Run to what --minutes has room for after what is already spent.
+    """Sets the number of steps of a train.Run to what fits into --minutes, of which some are spent.
 
-    Measured on steps at rate 0, which leave the weights as they are; the optimizer is then
-    made anew, so that `--steps N` with the printed number repeats the run exactly.
+    It times steps at learning rate 0, which leave the weights as they are; then it makes a new
+    optimizer, so that `--steps N` with the printed number repeats the run exactly. Raises
+    ValueError where the time is too short for a single step.
     """
     budget, interval = 60 * run.config.minutes, run.eval_interval
     run.train_step(0.0).read(run.group)  # warms up
     start, count, done = time.perf_counter(), 0, False
     while not done:
-        run.step = count + 1  # batches differ in cost: not always the first one
+        run.step = count + 1  # other batches, because they differ in cost
         run.train_step(0.0).read(run.group)
         count, spent = count + 1, time.perf_counter() - start
         done = bool(run.group.broadcast(count >= 3 and spent >= 0.02 * budget))

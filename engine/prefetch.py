@@ -1,9 +1,9 @@
-"""Batches made ahead, by a thread, while the device works on those before.
+"""Batches made ahead by a thread, while the device works on earlier ones.
 
-They are pure functions of their numbers, so nothing depends on who makes them or when. One thread
-is enough: 30,000 tokens take BERT's data 5 to 20 ms (whole words the longest), pairs 13, windows
-0.2. Nobody else makes training batches then, so no data class needs locks. A second thread would
-mostly wait for Python's own.
+A batch is a pure function of its number, so nothing depends on which thread makes it, or when. One
+thread is enough: for 30,000 tokens BERT's data takes 5 to 20 ms (whole-word masking the longest),
+pairs 13 ms, windows 0.2 ms. Only this thread makes training batches, so no data class needs locks.
+A second one would mostly wait for Python's interpreter lock.
 
 Left out: several workers in processes of their own, as torch's DataLoader has them.
 """
@@ -18,12 +18,13 @@ Batch = dict[str, Tensor]
 
 
 class Prefetch:
-    """Called with i it returns make(i), and makes i + stride, … i + ahead · stride meanwhile, which
-    is what a process asks for next; asked for another one, it begins there.
+    """prefetch(i) returns make(i), and the thread then makes the batches i + stride, … i + ahead ·
+    stride, which a process asks for next. If it asks for another number, the thread begins there.
 
-    An error of make(i) is raised for who asks for i, not before. For CUDA the batches lie in pinned
-    memory, from where they are copied without holding up the host. ahead 0: no thread, nothing is
-    made before it is asked for. That is best for CPUs, where a thread takes the model's time.
+    An error in make(i) is raised by the call that asks for i, not earlier. For CUDA the batches lie
+    in pinned memory, from which they are copied without blocking the host. With ahead = 0 there is
+    no thread and each batch is made when it is asked for: that is best on CPUs, where a thread
+    would take the model's time.
     """
 
     def __init__(self, make: Callable[[int], Batch], stride: int, ahead: int, device: torch.device):
@@ -46,9 +47,9 @@ class Prefetch:
         batch = self.make(i)
         if self.device.type != "cuda":
             return batch
-        with torch.cuda.device(self.device):  # or a thread's memory is pinned by way of GPU 0
+        with torch.cuda.device(self.device):  # else a thread pins memory by way of GPU 0
             return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
     def close(self) -> None:
-        """Ends the thread, when the batch that it is at is made."""
+        """Ends the thread as soon as its current batch is made."""
         self.pool.shutdown(cancel_futures=True)

@@ -1,10 +1,10 @@
-"""Named sizes and recipes: `python train.py --preset NAME`. Any flag given beside it wins.
+"""Named sizes and recipes: `python train.py --preset NAME`. Flags given beside it win over it.
 
-A plain dict of flags; what a preset does not name has the default that --help shows. The sizes of
-GPT-2 and GPT-3 are those of their papers (Brown et al. 2020, table 2.1).
+A preset is a dict of flags; flags that it does not name have the default that --help shows. The
+sizes of GPT-2 and GPT-3 are those of their papers (Brown et al. 2020, table 2.1).
 """
 
-# Recipe of GPT-3's paper, appendix B, at GPT-2's batch of half a million tokens.
+# The recipe of GPT-3's paper, appendix B, with GPT-2's batch of half a million tokens.
 GPT_RECIPE = {
     "model": "gpt",
     "tokenizer": "gpt2",
@@ -38,7 +38,7 @@ SHAKESPEARE = {
 }
 
 # The recipe of the 2017 paper (section 5): Adam, warmup, then the inverse square root of the step,
-# in batches of about 25,000 tokens; its peak rate is (512 · 4000)^-0.5.
+# in batches of about 25,000 tokens; the peak rate is (512 · 4000)^-0.5.
 TRANSFORMER = {
     "model": "seq2seq",
     "data": "wmt14",
@@ -104,8 +104,8 @@ BERT_RECIPE = {
     "eval_interval": 5000,
 }
 
-# Three minutes on two cores. No dropout: in so little time nothing is learnt by heart. Steps of 512
-# or 1,024 tokens, or a rate of 1e-2, learn no more than how frequent each word is.
+# Three minutes on two cores. No dropout, because nothing is memorised in so short a time. Steps of
+# 512 or 1,024 tokens, or a rate of 1e-2, teach it no more than how frequent each word is.
 PYDOCS = {
     "model": "bert",
     "data": "pydocs",
@@ -222,8 +222,8 @@ PRESETS = {
     # (arXiv:2212.14034): LayerNorm first, no pairs of sentences, more masks (Wettig et al. 2022,
     # arXiv:2202.08005).
     "crammed": {**PYDOCS, "pre_ln": True, "nsp": False, "mlm_rate": 0.3, "steps": 4200},
-    # A text of some thirty lines, learnt by heart: give it as --data and as --valid. The seed is
-    # that of the validation, so that both cut the text at the same places.
+    # Memorises a text of some thirty lines: give it as --data and as --valid. The seed is that of
+    # the validation, so that both cut the text at the same places.
     "few-lines": {
         **PYDOCS,
         "vocab_size": 1024,
@@ -240,7 +240,7 @@ PRESETS = {
     },
     "gpt1": {
         **GPT_RECIPE,
-        "tokenizer": "",  # its own 40,478 tokens were not byte-level: the data's own, as many
+        "tokenizer": "",  # one of the same size from the data: GPT-1's was not byte-level
         "vocab_size": 40478,
         "block_size": 512,
         "n_layer": 12,
@@ -298,11 +298,11 @@ PRESETS = {
 
 
 def first_hour(task: str, device: str, data: str) -> str:
-    """The preset of a run that names none. The recipe for dates is for nothing else."""
+    """The preset of a run that names none; "" for none. "dates" is the recipe for its data only."""
     if task == "seq2seq":
         return "dates" if data in ("", "dates") else "transformer-tiny"
     if task == "bert":
         return "pydocs"
     if task != "gpt":
-        return ""  # fine-tuning: the defaults are its recipe
+        return ""  # fine-tuning, whose recipe are the defaults
     return "toy-gpu" if device == "cuda" else "toy"

@@ -1,4 +1,4 @@
-"""The device that this process has, its place among those that torchrun started, its signals."""
+"""The device of this process, its rank among those that torchrun started, and its signals."""
 
 import hashlib
 import os
@@ -21,14 +21,15 @@ from tasks.flags import DEVICES, DTYPES
 
 @dataclass
 class Processes:
-    """rank of world; alone it is 0 of 1, and nothing is sent. local_rank counts on this machine."""
+    """This process, number `rank` of `world`, and what it sends to the others. A process without
+    others is number 0 of 1 and sends nothing. local_rank is its number on this machine."""
 
     rank: int
     world: int
     device: torch.device
     local_rank: int = 0
-    patient: dist.ProcessGroup | None = None  # gloo, for numbers of the host and waits of hours
-    store: dist.Store | None = None  # of keys and values that all can see
+    cpu_group: dist.ProcessGroup | None = None  # gloo: for the host's numbers, and long waits
+    store: dist.Store | None = None  # keys and values that all processes can see, for the watchdog
     watchdog: Watchdog | None = None
 
     @property
@@ -37,7 +38,7 @@ class Processes:
 
     @property
     def launcher(self) -> list[str]:
-        """The words that start as many processes on as many machines."""
+        """The words of the command that starts as many processes on as many machines."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         if self.world == 1:
             return ["python"]
@@ -47,13 +48,14 @@ class Processes:
         return [*words, "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
 
     def at(self, place: str, step: int | None = None) -> None:
-        """What is being done now: every process says the same in the same order, see Watchdog."""
+        """Notes what this process does now. All processes must pass the same places in the same
+        order, see Watchdog."""
         if self.watchdog:
             self.watchdog.at(place, step)
 
     @contextmanager
     def watched(self, minutes: float) -> Iterator[None]:
-        """While no process may keep the others waiting for longer than that."""
+        """A context in which no process may keep the others waiting for longer than that."""
         if self.store:
             self.watchdog = Watchdog(self.store, self.rank, self.world, 60 * minutes)
         with self.watchdog or nullcontext():
@@ -61,16 +63,16 @@ class Processes:
         self.watchdog = None
 
     def all_reduce(self, numbers: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
-        """Element by element over all processes, which all get the same result. From host to host
-        by gloo: NCCL would wait for all that the GPUs have queued."""
+        """The sums over all processes, element by element; every process gets them. They go from
+        host to host by gloo: NCCL would wait for all work that the GPUs have queued."""
         if self.world == 1:
             return numbers
         total = torch.tensor(numbers, dtype=dtype)
-        dist.all_reduce(total, group=self.patient)
+        dist.all_reduce(total, group=self.cpu_group)
         return total.tolist()
 
     def broadcast(self, number: float) -> float:
-        """The first process's number, for all."""
+        """The main process's number, in every process."""
         return self.all_reduce([number if self.main else 0])[0]
 
     def all_equal(self, text: str) -> bool:
@@ -79,15 +81,16 @@ class Processes:
         return not self.all_reduce([float(number != self.broadcast(number))])[0]
 
     def broadcast_tensor(self, tensor: Tensor | None, owner: int) -> Tensor:
-        """The tensor that one process has, for all; the others pass None."""
+        """The tensor of process `owner`, int64 or float32 and of up to 4 dimensions, in every
+        process; the others pass None."""
         if self.world == 1:
             return tensor
         mine = self.rank == owner
-        about = [0] * 6  # whether integers, dimensions, sizes
+        header = [0] * 6  # whether it has integers, the number of dimensions, the sizes
         if mine:
-            about = [int(not tensor.is_floating_point()), tensor.dim(), *tensor.shape]
-            about += [0] * (6 - len(about))
-        integers, n, *sizes = (int(x) for x in self.all_reduce(about))
+            header = [int(not tensor.is_floating_point()), tensor.dim(), *tensor.shape]
+            header += [0] * (6 - len(header))
+        integers, n, *sizes = (int(x) for x in self.all_reduce(header))
         dtype = torch.int64 if integers else torch.float32
         found = torch.empty(sizes[:n], dtype=dtype, device=self.device)
         if mine:
@@ -96,15 +99,16 @@ class Processes:
         return found
 
     def barrier(self) -> None:
+        """Waits until all processes have come here. Raises ValueError if one of them has ended."""
         if self.world > 1:
             try:
-                dist.barrier(group=self.patient)
+                dist.barrier(group=self.cpu_group)
             except RuntimeError as error:
                 raise ValueError(OTHER_ENDED) from error
 
 
 def multiplies_bf16(device: str) -> bool:
-    """Whether this machine's "cuda" or "cpu" has instructions for it; without them it is slow."""
+    """Whether the device "cuda" or "cpu" has instructions for bf16; without them it is slow."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -112,8 +116,8 @@ def multiplies_bf16(device: str) -> bool:
 
 
 def find_device(name: str) -> str:
-    """The type of the device: name is one of DEVICES; auto takes a GPU if there is one. ValueError
-    for one that this machine lacks."""
+    """The type of the device; name is one of DEVICES, and auto takes a GPU if there is one. Raises
+    ValueError for a device that this machine lacks."""
     if name not in DEVICES:
         raise ValueError(f"--device {name} is not known: choose {', '.join(DEVICES)}")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -125,7 +129,7 @@ def find_device(name: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of find_device, made ready for its work."""
+    """The device that find_device finds, with the settings and kernels for it installed."""
     name = find_device(name)
     if name == "cpu":
         cpu.prepare()
@@ -135,7 +139,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def precision(dtype: str, device: torch.device) -> torch.dtype:
-    """dtype is one of DTYPES; auto is bf16 on GPUs that have it. Raises ValueError."""
+    """The dtype of products. The name is one of DTYPES, else ValueError is raised; auto is bf16 on
+    GPUs that have it."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not known: choose {', '.join(DTYPES)}")
     if dtype == "auto":
@@ -146,7 +151,7 @@ def precision(dtype: str, device: torch.device) -> torch.dtype:
 
 def start(device_name: str, minutes: float = 10.0) -> Processes:
     """Joins the group that torchrun's variables describe; without them this process is alone.
-    Raises ValueError where not all processes of the group have come after so many minutes."""
+    Raises ValueError if not all processes of the group have come within so many minutes."""
     device = pick_device(device_name)
     if "RANK" not in os.environ:
         return Processes(0, 1, device)
@@ -157,19 +162,19 @@ def start(device_name: str, minutes: float = 10.0) -> Processes:
     try:
         patience = timedelta(minutes=minutes)
         store, rank, world = next(dist.rendezvous("env://", timeout=patience))
-        store = fresh(store, rank, world, minutes)
+        store = new_prefix_store(store, rank, world, minutes)
     except (dist.DistError, TimeoutError) as error:  # torchrun ends those of its own machine only
         raise ValueError(
             f"not all processes have come within {minutes:g} minutes: see what was said on the "
             "other machines, or raise --timeout"
         ) from error
-    # In training a watchdog has less patience than that; it can say more than a time-out does.
+    # In training the watchdog ends a wait long before these hours, and says more about it.
     hours, backend = timedelta(hours=12), "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
     # One process of each machine tokenizes while the others wait: hours, for a large text.
-    patient = dist.new_group(backend="gloo", timeout=hours)
-    told = dist.PrefixStore("watchdog", store)
-    return Processes(rank, world, device, local_rank, patient, told if world > 1 else None)
+    cpu_group = dist.new_group(backend="gloo", timeout=hours)
+    watchdog_store = dist.PrefixStore("watchdog", store) if world > 1 else None
+    return Processes(rank, world, device, local_rank, cpu_group, watchdog_store)
 
 
 def stop() -> None:
@@ -177,16 +182,18 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def fresh(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Store:
-    """A part of the store that nobody has written to yet. TimeoutError where some do not come.
+def new_prefix_store(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Store:
+    """A part of the store that nobody has written to yet. Raises TimeoutError where not all
+    processes have come within so many minutes.
 
-    torchrun keeps the store when it restarts the processes (seen with 2.13), and who finds there
-    the address of one that is dead calls it in vain. So each says a new name, and all agree on
-    rank 0's, which has seen all of them and been seen by all.
+    torchrun keeps the store when it restarts the processes (seen with 2.13), and a process that
+    finds there the address of one that has ended would wait for it in vain. So each process writes
+    a new name, and the prefix is rank 0's, which waits until it has read all names and all have
+    read its own.
     """
-    mine = uuid.uuid4().hex
-    store.set(f"name {rank}", mine)
-    agreed, names, seen = mine, [], False
+    name = uuid.uuid4().hex
+    store.set(f"name {rank}", name)
+    prefix, names, seen = name, [], False
     end = time.monotonic() + 60 * minutes
     while not seen:
         if time.monotonic() > end:
@@ -194,18 +201,18 @@ def fresh(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Stor
         if rank == 0:
             names = [store.get(f"name {other}").decode() for other in range(world)]
             store.set("names", " ".join(names))
-            seen = all(store.check([f"{mine} {other}"]) for other in range(1, world))
+            seen = all(store.check([f"{name} {other}"]) for other in range(1, world))
         else:
-            agreed, *names = store.get("names").decode().split()
-            if seen := mine in names:
-                store.set(f"{agreed} {rank}", "")
+            prefix, *names = store.get("names").decode().split()
+            if seen := name in names:
+                store.set(f"{prefix} {rank}", "")
         time.sleep(0 if seen else 0.05)
-    return dist.PrefixStore(agreed, store)
+    return dist.PrefixStore(prefix, store)
 
 
 def is_restarted() -> bool:
-    """Whether this command may have begun before: torchrun (--max-restarts) repeats it, and Slurm
-    (--requeue). The same in all processes, which a count of restarts is not on several machines."""
+    """Whether this command may be a repetition, by torchrun (--max-restarts) or Slurm (--requeue).
+    All processes get the same answer; a count of restarts may differ between machines."""
     return any(
         os.environ.get(name, "0") not in ("", "0")
         for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT")
@@ -216,12 +223,13 @@ OTHER_ENDED = "another process ended: see what it said, and go on with --resume"
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether it is what a collective operation raises when a process at its other end is gone."""
+    """Whether a collective operation raises this error when another process is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class Interruption:
-    """SIGINT and SIGTERM ask the loop to end after the step; a second SIGINT ends at once."""
+    """A context in which SIGINT and SIGTERM ask the loop to end after the current step; a second
+    SIGINT ends it at once."""
 
     def __enter__(self) -> "Interruption":
         self.asked = False

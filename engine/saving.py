@@ -1,7 +1,4 @@
-"""The folder of a run, and what is written there.
-
-Each function here takes the train.Run that it is about.
-"""
+"""The folder of a run, and what is written there."""
 
 import json
 import tempfile
@@ -15,9 +12,10 @@ from tasks.flags import TrainConfig
 
 
 def prepare_folder(config: TrainConfig) -> Path:
-    """Makes the folder of the run and tries to write there. Never one that holds another run."""
+    """Makes the folder of the run and tries to write to it. Raises ValueError where it cannot, and
+    where the folder holds another run or other files."""
     folder, number = Path(config.out or f"out/{config.model}"), 1
-    # What a run that was killed before its first checkpoint has left is in nobody's way.
+    # Leftovers of a run that was killed before its first checkpoint (*.part) do not count.
     kept = (p for p in folder.iterdir() if not p.match("*.part*")) if folder.is_dir() else ()
     if config.out and not config.resume and any(kept):
         if any(folder.glob("*.pt")):
@@ -26,7 +24,7 @@ def prepare_folder(config: TrainConfig) -> Path:
             f"{folder} is not empty, and a run writes nothing over: choose another --out"
         )
     try:
-        while not config.out:  # taken by whoever makes it, also when two runs start at once
+        while not config.out:  # a folder belongs to the run that makes it: two may start at once
             try:
                 folder.mkdir(parents=True)
                 return folder
@@ -34,17 +32,17 @@ def prepare_folder(config: TrainConfig) -> Path:
                 number += 1
                 folder = Path(f"out/{config.model}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # to hear of it now
+        with tempfile.TemporaryFile(dir=folder):  # fails now rather than at the first checkpoint
             pass
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}): choose --out") from error
     return folder
 
 
-def save(run, name: str) -> bool:
-    """A checkpoint in the run's folder; every process calls it. best.pt is for use, not for
-    resuming: it has no optimizer state. False, after a line that says so, where the disk is full or
-    refuses it for another reason."""
+def save_run(run, name: str) -> bool:
+    """Writes a checkpoint of a train.Run to its folder; every process must call it. Only latest.pt
+    has the optimizer's state; best.pt and others are for use, not for resuming. Returns whether it
+    was written; where it was not, because the disk is full for example, a line says so."""
     resumable, path, saved = name == LATEST, run.out / name, True
     optimizer = run.optimizer if resumable else None
     run.group.at("saving")
@@ -53,7 +51,7 @@ def save(run, name: str) -> bool:
         if run.log:
             run.log.sync()
         if run.group.main:
-            write(run, path, state, resumable)
+            write_checkpoint(run, path, state, resumable)
     except OSError as error:
         run.say(f"{path} is not written ({error.strerror}): older ones are kept")
         saved = False
@@ -61,7 +59,7 @@ def save(run, name: str) -> bool:
     return bool(run.group.broadcast(saved))
 
 
-def write(run, path: Path, state: dict, resumable: bool) -> None:
+def write_checkpoint(run, path: Path, state: dict, resumable: bool) -> None:
     checkpoint = checkpoints.pack(
         run.config.model,
         run.model,
@@ -78,8 +76,8 @@ def write(run, path: Path, state: dict, resumable: bool) -> None:
 
 
 def keep_last(run, count: int) -> None:
-    """One more file for `convert.py average`, and not more than `count` of them."""
-    if save(run, f"step-{run.step:07}.pt") and run.group.main:
+    """Saves step-N.pt for `convert.py average`, and removes all but the newest `count` of them."""
+    if save_run(run, f"step-{run.step:07}.pt") and run.group.main:
         for old in sorted(run.out.glob("step-*.pt"))[:-count]:
             checkpoints.remove(old)
 

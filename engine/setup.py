@@ -1,4 +1,4 @@
-"""What a run begins with: its data, its network and optimizer, new or from a checkpoint."""
+"""What a run begins with: its data, network and optimizer, new or from a checkpoint."""
 
 import sys
 import zlib
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 
 def origin(config: TrainConfig) -> Path | None:
-    """The checkpoint that a run goes on with, or begins from."""
+    """The checkpoint that a run resumes (--resume) or begins from (--init); None for neither."""
     if config.resume:
         return Path(config.out) / LATEST
     return Path(config.init) if config.init else None
@@ -46,7 +46,7 @@ def open_data(
     say: Say,
 ) -> tuple:
     """(training data, validation data) of the task, with the checkpoint's tokenizer if there is
-    one. ValueError for data that is not what the checkpoint or another machine has."""
+    one. Raises ValueError if the data differs from what the checkpoint or another machine has."""
     Model, Data = tasks.network(config.model), tasks.task(config.model).Data
     with torch.device("meta"):
         Model(Model.Config(**sizes))  # impossible sizes are refused before hours of tokenizing
@@ -58,9 +58,9 @@ def open_data(
         tokenizer = checkpoints.restore_tokenizer(path, checkpoints.load(path))
         check_special(tokenizer, Data.special_tokens, config.tokenizer)
     elif not config.tokenizer:
-        count_merges(sizes["vocab_size"], len(Data.special_tokens))  # refused where it is too small
+        count_merges(sizes["vocab_size"], len(Data.special_tokens))  # refuses one that is too small
     say(f"preparing {config.data}")
-    # One process of each machine prepares the data, the others find all of it in the cache.
+    # One process of each machine prepares the data; then the others find it in the cache.
     if group.local_rank > 0:
         group.barrier()
     data, validation = Data.splits(config, sizes, tokenizer)
@@ -77,7 +77,7 @@ def open_data(
 
 
 def compare_machines(config: TrainConfig, sizes: dict, data, step: int, group: Processes) -> None:
-    """Each machine has its own files and was given its own command: refused where they differ."""
+    """Raises ValueError where machines differ: each has its own files and its own command."""
     paths = {"out", "cache_dir", "data", "valid", "init", "tokenizer"}
     settings = {k: v for k, v in asdict(config).items() if k not in paths}
     for what, value in (
@@ -107,7 +107,7 @@ def make_network(
     """The network on the device, ready to be trained: new, or with the checkpoint's weights."""
     Model, path = tasks.network(config.model), origin(config)
     torch.manual_seed(config.seed)
-    # What a head must know of the data: its labels, whether its texts are pairs, …
+    # What a head must know about the data: its labels, whether its texts are pairs, …
     sizes = {**sizes, **{name: getattr(data, name) for name in from_data(Model.Config)}}
     if checkpoint and checkpoint["task"] == config.model:
         saved = {**checkpoint, "model_config": sizes}
@@ -131,7 +131,7 @@ def make_network(
 
 
 def digest(model: nn.Module) -> str:
-    """Of its weights, on the CPU: another one for other bits."""
+    """A checksum of the bits of the model's weights, which lie on the CPU."""
     total = 0
     for tensor in model.state_dict().values():
         total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), total)
@@ -139,7 +139,7 @@ def digest(model: nn.Module) -> str:
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Every Block forgets its activations and computes them again when the gradient needs them."""
+    """Lets every Block free its activations, and compute them once more in the backward pass."""
     for block in model.modules():
         if isinstance(block, Block):
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
@@ -148,12 +148,12 @@ def recompute_blocks(model: nn.Module) -> None:
 # ---- optimizer, forward --------------------------------------------------------------------------
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module, group: Processes, dtype: torch.dtype):
-    """optim.make_optimizer with the flags of a run, divided over the processes if they say so."""
+def optimizer_for(config: TrainConfig, model: nn.Module, group: Processes, dtype: torch.dtype):
+    """The optimizer that a run's flags ask for, divided over the processes if --shard says so."""
     scale = {}
     if isinstance(config, FinetuneConfig):
         scale = {"rate_scale": rate_scale(model, config.layer_decay)}
-    return sharding.make_optimizer(
+    return sharding.make_sharded_optimizer(
         config.shard,
         group,
         model,
@@ -169,8 +169,9 @@ def make_optimizer(config: TrainConfig, model: nn.Module, group: Processes, dtyp
 def restore_training(
     config: TrainConfig, checkpoint: dict, model: nn.Module, optimizer, group: Processes, say: Say
 ) -> None:
-    """What a resumed run needs beside the weights: the optimizer's state; and where tensors lie in
-    parts, the weights too. A damaged latest.pt gives way to the checkpoint before."""
+    """Loads the optimizer's state of a resumed run, and if the tensors lie in parts, its weights
+    too. A damaged latest.pt is replaced by previous.pt. Raises ValueError for a checkpoint without
+    optimizer state."""
     path = origin(config)
     if not checkpoint["optimizer"]:
         raise ValueError(
@@ -185,24 +186,26 @@ def restore_training(
 
 
 def autocast_for(device: torch.device, dtype: torch.dtype) -> Callable:
-    """The context in which a network computes: products in bf16 where dtype says so."""
+    """A function that makes the context in which a network computes: with products in bf16 if dtype
+    is bf16."""
     enabled = dtype == torch.bfloat16
     return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def wants_compiler(config: TrainConfig, device: torch.device) -> bool:
-    """--compile, which unless it is given is on for CUDA on Linux."""
+    """What --compile says; by default it is on for CUDA on Linux."""
     if config.compile is not None:
         return config.compile
     return device.type == "cuda" and sys.platform == "linux"
 
 
 def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn.Module:
-    """The compiled model, tried on batches; the model as it is, and one line, where that fails."""
+    """The compiled model, after a trial on these batches; if that fails, a line says so, and the
+    model itself is returned."""
     try:
         losses.use_compiler(next(model.parameters()).device)
         shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
-        # A graph for each length of a batch would be compiled, until torch gives up.
+        # Otherwise a graph for each length of a batch would be compiled, until torch gives up.
         fast = torch.compile(model, dynamic=True if len(shapes) > 1 else None)
         for batch in batches:
             with autocast():

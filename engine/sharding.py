@@ -1,19 +1,20 @@
-"""Models larger than one GPU: what is divided over the processes, and how it is put together again.
+"""Models larger than one GPU: weights, gradients and optimizer state divided over the processes.
 
-    --shard (model)      weights, gradients and the optimizer's state: torch's FSDP2
-    --shard optimizer    its state alone, beside DistributedDataParallel
+    --shard (model)      weights, gradients and the optimizer's state, by torch's FSDP2
+    --shard optimizer    the optimizer's state alone, beside DistributedDataParallel
 
 Each process still learns from its own examples, and the numbers are those of plain data
-parallelism. With "model" it keeps some rows of every matrix, gathers a block's matrices when the
-block is computed, and forgets the others' rows again; use it with --recompute. With "optimizer"
-each parameter has an owner, who alone keeps its moments, makes its step and tells the result.
+parallelism. With "model" a process keeps some rows of every matrix, gathers a block's matrices when
+it computes the block, and then frees the other processes' rows; use it with --recompute. With
+"optimizer" each parameter has an owner, which alone keeps its moments and makes its step, and
+broadcasts the result.
 
-A checkpoint is the same file whatever was divided: its state goes to the first process, tensor by
-tensor. Only where that would be too much for it, each writes its own part (`parts.py`).
+A checkpoint is the same file whatever was divided: the main process gathers the state, tensor by
+tensor. Only if that would be too much for it, each process writes its own part (`parts.py`).
 
-Left out: weights that come into being in parts (while it is built, a model is whole in the memory
-of each process, though not of its GPU), division within a machine and copies between machines,
-division of single products (tensor parallelism), offloading to the CPU.
+Left out: building a model in parts (while it is built, it is whole in the memory of each process,
+though not of its GPU), division within a machine and copies between machines, division of single
+products (tensor parallelism), offloading to the CPU.
 
 Papers: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), its stages 3 and 1; FSDP (Zhao et al.
 2023, arXiv:2304.11277).
@@ -43,21 +44,21 @@ if TYPE_CHECKING:  # a second to import, which only --shard needs
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-PARTS_FROM = 32 * 2**30  # bytes of a state from which on no process gathers it
+PARTS_FROM = 32 * 2**30  # bytes of a state; a larger one is not gathered but written in parts
 
 
 # ---- the model -----------------------------------------------------------------------------------
 
 
 def divide_model(shard: str, group: Processes, model: nn.Module, dtype: torch.dtype) -> None:
-    """With shard "model" and several processes, parameters become DTensors of which each has some
-    rows, on its own device; every forward is then one of all processes. To be called before there
-    is an optimizer.
+    """With shard "model" and more than one process, turns the parameters into DTensors, of which
+    each process has some rows on its own device. Then all processes must take part in every
+    forward. To be called before there is an optimizer. Raises ValueError on CPUs with torch 2.6.
 
     In bf16, autocast turns matrices into bf16 and leaves LayerNorms and embeddings as they are. So
-    attention and MLP of a block are gathered together, already in bf16: the same numbers as
-    without --shard, half the traffic, and no bf16 copies that wait for the backward pass. All
-    else is gathered for the whole of forward and again for the whole of backward.
+    attention and MLP of a block are gathered together, already in bf16: that gives the same numbers
+    as without --shard, half the traffic, and no bf16 copies kept for the backward pass. Everything
+    else is gathered for the whole forward pass, and once more for the whole backward pass.
     """
     if shard != "model" or group.world == 1:
         return
@@ -69,7 +70,7 @@ def divide_model(shard: str, group: Processes, model: nn.Module, dtype: torch.dt
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # It is a warning of what our blocks do not do: change the output of a layer in place.
+    # The warning is about changing a layer's output in place, which our blocks do not do.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(group.device.type, (group.world,))
     policy = MixedPrecisionPolicy()
@@ -78,17 +79,18 @@ def divide_model(shard: str, group: Processes, model: nn.Module, dtype: torch.dt
     for block in (m for m in model.modules() if isinstance(m, Block)):
         layers = [m for m in block.children() if isinstance(m, Attention | MLP)]
         fully_shard(layers, mesh=mesh, mp_policy=policy)
-    # Not FSDP2's own choice for a root: outside of a forward, parameters are always rows.
+    # FSDP2 would not do so for the root, but outside of forward all parameters are to be rows.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def is_divided(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which each process has some rows."""
+    """Whether the tensor is a DTensor, of which each process has some rows."""
     return hasattr(tensor, "full_tensor")
 
 
 def parallel(model: nn.Module, group: Processes) -> nn.Module:
-    """The model for training: behind DistributedDataParallel, unless it is divided or alone."""
+    """The model for training: wrapped in DistributedDataParallel, unless it is divided or there is
+    only one process."""
     if group.world == 1 or any(is_divided(p) for p in model.parameters()):
         return model
     ids = [group.device] if group.device.type == "cuda" else None
@@ -96,14 +98,14 @@ def parallel(model: nn.Module, group: Processes) -> nn.Module:
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager:
-    """A micro-batch whose gradient need not be exchanged yet. A divided model exchanges it all the
-    same: what waits would be a whole gradient, in every process."""
+    """A context for a micro-batch whose gradient need not be exchanged yet. A divided model
+    exchanges it nevertheless: otherwise every process would keep a whole gradient."""
     return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradient down to that norm, 0: to none. -> its norm before, of all processes, on
-    the device: nothing has waited for it."""
+    """Scales the gradient down to a norm of `limit` (0: no limit). Returns its norm before, that of
+    all processes, as a tensor on the device: the host has not waited for it."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     return norm.full_tensor() if is_divided(norm) else norm
 
@@ -112,15 +114,15 @@ def clip(model: nn.Module, limit: float) -> Tensor:
 
 
 def my_rows(height: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """(first, number) of the rows that this process has, as FSDP2 and torch.chunk divide them: all
-    have ceil(height / world), but for the last ones."""
+    """(first row, number of rows) that this process has, as FSDP2 and torch.chunk divide them: each
+    has ceil(height / world) rows, but the last ones may have fewer or none."""
     each = math.ceil(height / mesh.size())
     first = min(mesh.get_local_rank() * each, height)
     return first, min(each, height - first)
 
 
 def as_rows(mine: Tensor, like: DTensor) -> DTensor:
-    """A tensor of the shape of `like`, from the rows of it that this process has."""
+    """A DTensor in the shape of `like`, from the rows of it that this process has."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -137,8 +139,8 @@ def as_rows(mine: Tensor, like: DTensor) -> DTensor:
 
 
 class DividedMuon(optim.Muon):
-    """Muon for a divided model. An orthogonal matrix cannot be found row by row, so each process
-    gets a whole one, all work at the same time, and each tells the others its result."""
+    """Muon for a divided model. A matrix cannot be orthogonalized row by row, so each process
+    gathers a whole one, all work at the same time, and each broadcasts its result."""
 
     def orthogonalized(self, updates: list[DTensor]) -> Iterable[DTensor]:
         mesh = updates[0].device_mesh
@@ -161,12 +163,12 @@ class DividedMuon(optim.Muon):
 
 
 class DividedOptimizer:
-    """An optimizer whose state is divided: each parameter has an owner among the processes, the
-    only one that has its state and makes its step (ZeRO's stage 1)."""
+    """An optimizer whose state is divided (ZeRO's stage 1): each parameter has an owner among the
+    processes, which alone has its state and makes its step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer | Together, group: Processes):
         self.optimizer, self.group = optimizer, group
-        self.owned: list[list[Tensor]] = [[] for _ in range(group.world)]  # by each process
+        self.owned: list[list[Tensor]] = [[] for _ in range(group.world)]  # of each process
         costs = [  # two moments of AdamW, one of Muon
             (p.numel() * (1 if isinstance(one, optim.Muon) else 2), p)
             for one in optimizers_of(optimizer).values()
@@ -185,7 +187,8 @@ class DividedOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """The others' gradients are dropped first: a parameter without one gets no state."""
+        """Makes the steps of this process's parameters and exchanges the results. The gradients of
+        the others are dropped before, because a parameter without gradient gets no state."""
         for params in self.owned[: self.group.rank] + self.owned[self.group.rank + 1 :]:
             for p in params:
                 p.grad = None
@@ -193,25 +196,25 @@ class DividedOptimizer:
         for owner, params in enumerate(self.owned):
             if not params:
                 continue
-            message = torch.cat([p.flatten() for p in params])
-            dist.broadcast(message, owner)
+            values = torch.cat([p.flatten() for p in params])
+            dist.broadcast(values, owner)
             if owner != self.group.rank:
-                for p, new in zip(params, message.split([p.numel() for p in params]), strict=True):
+                for p, new in zip(params, values.split([p.numel() for p in params]), strict=True):
                     p.copy_(new.view_as(p))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        """That of the whole, with the state of this process's parameters alone."""
+        """The state dict of the whole optimizer, with the moments of this process's parameters."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         self.optimizer.load_state_dict(state)
 
 
-def make_optimizer(shard: str, group: Processes, model: nn.Module, name: str, **settings):
-    """optim.make_optimizer(model, name, **settings), divided as --shard says."""
+def make_sharded_optimizer(shard: str, group: Processes, model: nn.Module, name: str, **settings):
+    """The optimizer of optim.make_optimizer(model, name, **settings), divided as --shard says."""
     if group.world == 1:
         return optim.make_optimizer(model, name, **settings)
     Matrices = DividedMuon if shard == "model" else optim.Muon
@@ -220,12 +223,12 @@ def make_optimizer(shard: str, group: Processes, model: nn.Module, name: str, **
 
 
 def holds(optimizer, parameter: Tensor) -> bool:
-    """Whether the optimizer has, in this process, state for the parameter."""
+    """Whether this process has the optimizer's state of the parameter."""
     return not isinstance(optimizer, DividedOptimizer) or id(parameter) in optimizer.mine
 
 
 def optimizers_of(optimizer) -> dict[str, torch.optim.Optimizer]:
-    """Those that an optimizer of any kind consists of, named as `one_by_one` names their states."""
+    """The optimizers of torch that this one consists of, named as `one_by_one` names the states."""
     if isinstance(optimizer, DividedOptimizer):
         return optimizers_of(optimizer.optimizer)
     if isinstance(optimizer, Together):
@@ -234,7 +237,7 @@ def optimizers_of(optimizer) -> dict[str, torch.optim.Optimizer]:
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """In the order in which the optimizer's state numbers them."""
+    """The parameters in the order in which the optimizer's state numbers them."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -242,9 +245,9 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def whole_state(model: nn.Module, optimizer, group: Processes) -> tuple[dict, dict]:
-    """The state of the model and of the optimizer (None: {}), as a run without --shard has them,
-    what was divided on the first process's CPU; ({}, {}) for the others, which must call it all the
-    same: every tensor is put together by all, one after the other."""
+    """(the model's state, the optimizer's state, {} without one) as a run without --shard has them;
+    tensors that were divided are on the main process's CPU. The other processes get ({}, {}), but
+    must call it too: all of them take part in gathering each tensor."""
 
     def whole(tensor: Tensor) -> Tensor | None:
         if not is_divided(tensor):
@@ -260,16 +263,17 @@ def whole_state(model: nn.Module, optimizer, group: Processes) -> tuple[dict, di
     return (weights, state) if group.main else ({}, {})
 
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what AdamW and Muon remember
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
 
 
 def from_owners(state: dict, group: Processes) -> dict[int, dict[str, Tensor]]:
-    """{number of a parameter: its state}, of all processes; on the first one alone."""
+    """{number of a parameter: its state} of all parameters, from their owners; {} in all processes
+    but the main one."""
     mine, found = state["state"], {}
     places = [(i, k) for g in state["param_groups"] for i in g["params"] for k in MOMENTS]
     owners = group.all_reduce([(group.rank + 1) * (k in mine.get(i, {})) for i, k in places])
     for (i, k), owner in zip(places, owners, strict=True):
-        if owner:  # else no step was made yet, or the moment is another optimizer's
+        if owner:  # 0: no step was made yet, or this optimizer has no such moment
             tensor = group.broadcast_tensor(mine.get(i, {}).get(k), int(owner) - 1)
             if group.main:
                 found.setdefault(i, {})[k] = tensor.cpu()
@@ -277,9 +281,9 @@ def from_owners(state: dict, group: Processes) -> dict[int, dict[str, Tensor]]:
 
 
 def state_to_save(path: Path, step: int, model: nn.Module, optimizer, group: Processes) -> dict:
-    """{"weights": …, "optimizer": its state} for the checkpoint that the first process is to write
-    at `path`; all must call it. Above PARTS_FROM the tensors are on the disk then, in a folder of
-    their own, and there are "parts" in their place."""
+    """{"weights": …, "optimizer": its state} for the checkpoint that the main process will write to
+    `path`; all processes must call it. A state above PARTS_FROM bytes is written to the disk here,
+    in a folder of its own, and "parts" replaces the tensors. Raises OSError if that fails."""
     divided = isinstance(optimizer, DividedOptimizer)
     divided |= any(is_divided(p) for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -290,26 +294,26 @@ def state_to_save(path: Path, step: int, model: nn.Module, optimizer, group: Pro
     from engine import parts  # which takes a second
 
     state = optimizer.state_dict() if optimizer else {}
-    found = parts.write(path, step, parts.flat(model.state_dict(), state), group)
-    return {"weights": {}, "optimizer": parts.bare(state), "parts": found}
+    found = parts.write_parts(path, step, parts.flatten(model.state_dict(), state), group)
+    return {"weights": {}, "optimizer": parts.without_tensors(state), "parts": found}
 
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module, state: dict) -> None:
-    """The weights of a checkpoint in parts into a model of any kind; each process reads what it
-    holds. Raises ValueError."""
+    """Loads the weights of a checkpoint in parts into a model, divided or not; each process reads
+    what it holds. Raises ValueError if they do not fit or are damaged."""
     own = model.state_dict()
-    odd = sorted(own.keys() ^ state.keys())
-    odd += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
-    if odd:
-        raise ValueError(f"{path} does not fit the model that it names: {', '.join(odd[:5])}")
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit the model that it names: {', '.join(wrong[:5])}")
     for name, tensor in own.items():
         tensor.copy_(part_for(tensor, state[name]))
 
 
 def load_optimizer(optimizer, state: dict) -> None:
-    """The state of a whole optimizer, as every checkpoint has it, into one of any kind; each
-    process takes (of a checkpoint in parts: reads) what it holds."""
+    """Loads the state of a whole optimizer, as every checkpoint has it, into an optimizer, divided
+    or not; each process takes what it holds, or reads it from a checkpoint in parts."""
     inner, own = optimizers_of(optimizer), {}
     for which, one in one_by_one(state).items():
         mine = {i: p for i, p in enumerate(parameters(inner[which])) if holds(optimizer, p)}
@@ -323,8 +327,8 @@ def load_optimizer(optimizer, state: dict) -> None:
 
 
 def part_for(parameter: Tensor, whole) -> Tensor:
-    """Of a moment (a Tensor or parts.Stored) the rows that a divided parameter needs; all of one
-    without rows, the number of steps."""
+    """The rows of a moment or weight (a Tensor or parts.Stored) that this process needs for a
+    divided parameter; all of it if the parameter is not divided, or for the number of steps."""
     if not is_divided(parameter) or whole.shape != parameter.shape:
         return whole[...]
     first, count = my_rows(len(parameter), parameter.device_mesh)

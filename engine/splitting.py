@@ -1,16 +1,16 @@
 r"""Splitting text for byte-pair encoding three times as fast, and counting chunks on all cores.
 
-bpe.py asks the package `regex` for letters (\p{L}) and numbers (\p{N}), which the standard
-library's `re` does not know, at a third of `re`'s speed. But a class of characters can be written
-as ranges, short ones for text in ASCII, and then `re` does the same work: 35 MB/s of Python source
-instead of 12 (25 MB/s where there are other characters).
+bpe.py uses the package `regex` for letters (\p{L}) and numbers (\p{N}), because the standard
+library's `re` does not know these classes; it has a third of `re`'s speed. But a class of
+characters can be written as ranges, which are short for ASCII text, and then `re` does the same
+work: 35 MB/s of Python source instead of 12 (25 MB/s with other characters).
 
-install() assigns both to their places in bpe.py. Worker processes need no install(): a Tokenizer
-carries its splitter with it.
+use_in_bpe() assigns both to their places in bpe.py. Worker processes need not call it, because a
+Tokenizer carries its splitter with it.
 
-Left out: the same for other patterns; those of imported tokenizers stay with `regex`.
+Left out: other patterns, as imported tokenizers have them; they are left to `regex`.
 
-bpe.py decides what is right: tests/engine/test_splitting.py compares both with the plain functions.
+bpe.py is the definition: tests/engine/test_splitting.py compares both with its plain functions.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ import bpe
 from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, beyond_ascii
 from data.cores import batched, on_all_cores
 
-# The patterns for `re`, with L for the letters, N for the numbers, S for the white space. Nothing
-# is possessive, which Python 3.10 lacks: giving characters back would help none of these to match.
+# The patterns for `re`, where L stands for letters, N for numbers, S for white space. Nothing is
+# possessive, which Python 3.10 lacks: it would change nothing, as backtracking helps none to match.
 TRANSLATED = {
     GPT2_PATTERN: r"'(?:[dmst]|ll|re|ve)| ?[L]+| ?[N]+| ?[^SLN]+|[S]+(?![^S])|[S]",
     GPT4_PATTERN: r"'(?i:[dmst]|ll|re|ve)|[^\r\nLN]?[L]+|[N]{1,3}| ?[^SLN]+[\r\n]*"
     r"|[S]+\Z|[S]*[\r\n]|[S]+(?![^S])|[S]",
 }
-# `\s` of `re` would also take the separators U+001C to U+001F, which are no white space in Unicode.
+# `\s` of `re` also matches the separators U+001C to U+001F, which are no white space in Unicode.
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
-def install() -> None:
-    """Lets bpe.py use what is here."""
+def use_in_bpe() -> None:
+    """Assigns the splitter and the counter of this file to their places in bpe.py."""
     bpe.make_splitter, bpe.count_chunks = Splitter, count_chunks
 
 
 def count_chunks(texts: Iterable[str], pattern: str) -> Counter[str]:
-    """bpe.plain_count_chunks(texts, pattern), on all cores."""
+    """The same as bpe.plain_count_chunks(texts, pattern), on all cores."""
     counts: Counter[str] = Counter()
     for found in on_all_cores(partial(_count_batch, Splitter(pattern)), batched(texts, len)):
         counts.update(found)
@@ -55,7 +55,7 @@ def _count_batch(split: Splitter, texts: list[str]) -> Counter[str]:
 
 
 class Splitter:
-    """splitter(text) is regex.findall(pattern, text), for every str."""
+    """splitter(text) equals regex.findall(pattern, text) for every str."""
 
     def __init__(self, pattern: str):
         self.pattern = pattern
@@ -70,10 +70,10 @@ class Splitter:
 
 
 def ranges_hold(text: str) -> bool:
-    """Whether `re` with the ranges of `classes` sees each character of the text as `regex` does.
+    """Whether `re` with the ranges of `classes` classes each character of the text as `regex` does.
 
     Characters newer than this Python's Unicode may be letters to `regex`. Letters and numbers from
-    U+10000 on are not in the ranges: `re` is slow (4 MB/s) with a class that goes beyond.
+    U+10000 on are not in the ranges, because `re` is slow (4 MB/s) with a class that has them.
     """
     for c in beyond_ascii(text):
         kind = unicodedata.category(c)

@@ -1,8 +1,8 @@
-"""Optimizer steps that nobody waits for: the update decided on the device, the numbers read later.
+"""Optimizer steps that the host does not wait for.
 
-A GPU works on a queue, and idles where the host asks for a number before it queues more. So nothing
-here asks: whether to skip a step is decided on the device, and its losses are read when the next
-step is queued.
+A GPU works on a queue, and idles when the host asks for a number before it queues more work. So
+nothing here asks for one: whether to skip a step is decided on the device, and its losses are read
+when the next step has been queued.
 """
 
 import math
@@ -21,10 +21,10 @@ MOST_SKIPPED = 5  # steps in a row whose gradient is not finite
 
 
 def update(optimizer, norm: Tensor) -> None:
-    """optimizer.step(), but all stays as it is where the gradient's norm is not finite.
+    """optimizer.step(), unless the gradient's norm is not finite: then nothing changes.
 
-    torch's Adam and AdamW, fused, decide that on the device, by the attribute that GradScaler sets.
-    For others, Muon that is, the host waits for the norm, once a step.
+    torch's fused Adam and AdamW decide that on the device, by the attribute that GradScaler sets.
+    For other optimizers (Muon) the host waits for the norm once a step.
     """
     each = optimizers_of(optimizer).values()
     adams = all(isinstance(one, torch.optim.Adam | torch.optim.AdamW) for one in each)
@@ -37,10 +37,10 @@ def update(optimizer, norm: Tensor) -> None:
 
 
 class Step:
-    """The numbers of an optimizer step, number `step` from 0: a GPU may still work on them.
+    """The numbers of one optimizer step, on which a GPU may still be working. `step` counts from 0.
 
-    It copies them to the host as soon as they are there, so that reading them waits for nothing
-    that was queued behind.
+    The GPU copies them to the host as soon as they are there, so that reading them does not wait
+    for work that was queued later.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Step:
             self.copied.record()
 
     def read(self, group: Processes) -> dict:
-        """A record for the log, of all processes, each of which calls it."""
+        """The record for the log, over all processes. Every process must call it."""
         group.at("reading losses", self.step)
         if self.copied:
             self.copied.synchronize()
         sums, counts = [float(value) for value in self.sums.values()], self.counts
         total = dict(zip(self.sums, group.all_reduce(sums), strict=True))
-        # Beside the losses: mlm_accuracy is told for each of the "mlm_targets", the nll of seq2seq,
-        # which has none of its own, for each of the "targets".
+        # Sums that are no losses are divided too: mlm_accuracy by the number of "mlm_targets", and
+        # the nll of seq2seq, which has no targets of its own, by that of "targets".
         mean = {
             n: s / max(counts.get(n.partition("_")[0], counts.get("loss", 0)), 1)
             for n, s in total.items()
@@ -77,13 +77,14 @@ class Step:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """From CUDA into pinned memory, in its turn; from other devices at once."""
+    """A copy on the host. From CUDA it is queued, into pinned memory; elsewhere it is made now."""
     return tensor.to("cpu", non_blocking=tensor.is_cuda)
 
 
 class StepQueue:
-    """The steps that are queued and not yet read. Reading logs them, and counts those that were
-    skipped because the norm of their gradient was not finite: `skipped` in all, and in a row."""
+    """The steps that are queued and not yet read. Reading a step logs it. Steps that were skipped
+    because the norm of their gradient was not finite are counted: all of them in `skipped`, the
+    latest consecutive ones in `in_a_row`."""
 
     def __init__(self, config: TrainConfig, group: Processes, skipped: int = 0):
         self.config, self.group, self.skipped = config, group, skipped
@@ -91,13 +92,13 @@ class StepQueue:
         self.in_a_row = 0
 
     def add(self, step: Step, log: RunLog | None) -> None:
-        """While a GPU works on a step, the host reads the numbers of the one before."""
+        """Queues a step. While a GPU works on it, the host reads the numbers of the one before."""
         self.queue.append(step)
         self.read(log, leave=int(self.group.device.type in QUEUING))
 
     def read(self, log: RunLog | None, leave: int = 0) -> None:
-        """Waits for all queued steps but the last `leave` of them. ValueError after MOST_SKIPPED
-        steps in a row that were skipped."""
+        """Waits for all queued steps but the last `leave` of them. Raises ValueError after
+        MOST_SKIPPED skipped steps in a row."""
         while len(self.queue) > leave:
             record = self.queue.popleft().read(self.group)
             step, config = record["step"], self.config

@@ -1,11 +1,12 @@
-"""What tells a process that waits for another one for ever from one that works.
+"""A watchdog: it finds the process for which all others wait.
 
-A collective operation returns when all processes have reached it. One that never comes, because its
-disk, its GPU or its machine is stuck, holds up all others without a word, in a call that nothing
-can interrupt. So a thread of every process looks at how long it has been at the same place, and
-compares with the others by the key-value store through which they have found each other.
+A collective operation returns when all processes have reached it. A process that never comes,
+because its disk, its GPU or its machine is stuck, blocks all others without a message, in a call
+that nothing can interrupt. So a thread of every process watches how long the process has been at
+the same place, and compares that with the others by the key-value store through which they have
+found each other.
 
-Left out: mending it. The process ends, and torchrun (--max-restarts) or the user goes on from the
+Left out: any repair. The process ends, and torchrun (--max-restarts) or the user goes on from the
 checkpoint.
 """
 
@@ -21,12 +22,12 @@ import torch.distributed as dist
 
 
 class Watchdog(threading.Thread):
-    """Ends this process, with a sentence about who holds up whom, where nothing has moved for
-    `patience` seconds.
+    """Ends this process when nothing has moved for `patience` seconds, with a sentence that names
+    the process for which the others wait.
 
-    All processes pass the same places in the same order, so the one that has passed the fewest is
-    the one that the others wait for; or else it is one whose thread is silent, too: that was
-    stopped, or its machine is gone.
+    All processes pass the same places in the same order, so the others wait for the one that has
+    passed the fewest places; or for one whose watchdog does not report any more, because it was
+    stopped or its machine is gone.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, patience: float):
@@ -37,7 +38,7 @@ class Watchdog(threading.Thread):
         self.since, self.ended = time.monotonic(), threading.Event()
 
     def at(self, place: str, step: int | None = None) -> None:
-        """This process is at `place` of `step`. The same once more means that it still moves."""
+        """Notes that this process is at `place` of `step`; the same place once more is progress."""
         step = self.step if step is None else step
         if (step, place) != (self.step, self.place):
             self.passed, self.step, self.place = self.passed + 1, step, place
@@ -46,7 +47,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self.ended.wait(self.period):
             try:
-                self.tell()
+                self.report()
                 if self.store.check(["verdict"]):
                     self.end()
                 elif time.monotonic() - self.since > self.patience:
@@ -56,23 +57,24 @@ class Watchdog(threading.Thread):
                     self.say("the process that keeps the addresses of all is gone")
                     os._exit(1)
 
-    def tell(self) -> None:
+    def report(self) -> None:
         self.looks += 1
         state = [self.looks, self.passed, self.step, self.place]
         self.store.set(str(self.rank), json.dumps(state))
 
     def states(self) -> dict[int, list]:
-        """{rank: [looks, passed, step, place]} of all that have ever told."""
+        """{rank: [looks, passed, step, place]} of all processes that have ever reported."""
         ranks = [rank for rank in range(self.world) if self.store.check([str(rank)])]
         return {rank: json.loads(self.store.get(str(rank))) for rank in ranks}
 
     def judge(self) -> None:
-        """Finds the culprits, unless things move again, and says so if no other was faster."""
+        """Finds the culprits, unless the run has moved meanwhile, and names them if no other
+        process has done so."""
         before, since = self.states(), self.since
-        for _ in range(4):  # long enough for everyone who lives to tell something new
+        for _ in range(4):  # long enough for every living process to report something new
             if self.ended.wait(self.period):
                 return
-            self.tell()
+            self.report()
         after = self.states()
         if self.since != since:
             return
@@ -101,7 +103,8 @@ class Watchdog(threading.Thread):
         )
 
     def end(self) -> None:
-        """After the verdict. The main thread is in a call that nothing interrupts."""
+        """Ends the process after the verdict, by force: the main thread is in a call that nothing
+        interrupts."""
         _, culprits = json.loads(self.store.get("verdict"))
         if self.rank in culprits:
             print(f"rank {self.rank} of {self.world} hangs here:", file=sys.stderr)

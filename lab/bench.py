@@ -1,12 +1,12 @@
-"""Speed beside the peers that are installed, in one interleaved run.
+"""Speed compared with the peers that are installed, in one interleaved run.
 
     python -m lab.bench                    everything, four minutes on two cores
     python -m lab.bench --device cuda      eight minutes on one GPU: larger models, bf16, compiled
     python -m lab.bench --only train       one comparison; --only ? lists them
 
-What is compared lies in training.py, sampling.py and tokenizing.py, how in
-turns.py. Costs of long runs are in runs.py, of fine-tuning in finetuning.py, of growth in
-growth.py; what was tried and rejected in docs/speed.md.
+training.py, sampling.py and tokenizing.py say what is compared, turns.py how. runs.py measures the
+costs of long runs, finetuning.py those of fine-tuning, growth.py those of growth. What was tried
+and rejected is in docs/speed.md.
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ BENCHES = {
         *(bench_seq2seq, bench_sample, bench_translate),
     )
 }
-TOKENIZERS = ("bpe", "encode", "corpus")  # which no GPU makes faster
+TOKENIZERS = ("bpe", "encode", "corpus")  # a GPU makes no difference to them
 
 
 def versions() -> dict[str, str]:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.dtype not in ("", "fp32", "bf16"):
         raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
     cli.check_ranges(config, {"repeats": (2, 1000)})
-    if (path := Path(config.out)).parent.is_dir():  # which is made in the end
+    if (path := Path(config.out)).parent.is_dir():  # else it is made at the end
         new_file("out", config.out, lambda p: p.read_bytes().startswith(b'{\n "versions": {'))
     device, begin = pick_device(config.device), time.perf_counter()
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def multiplier(device: torch.device) -> str:
-    """Who multiplies matrices in fp32, after `cpu.py` has looked at the processor."""
+    """The library that multiplies matrices in fp32, after `cpu.py` has chosen one."""
     if device.type != "cpu":
         return "its own library"
     return "oneDNN" if torch.get_float32_matmul_precision() == "medium" else "MKL or BLAS"

@@ -3,10 +3,10 @@
     python -m lab.finetuning --model classify --init out/minilm.pt --data train.tsv --valid dev.tsv
     python -m lab.finetuning --model tag --minutes 10 …    and what their loop reaches in that time
 
-First, in turns: the seconds that an epoch takes. Their loop is the usual one: rows in random order,
---rows of them in a batch, each batch padded to its longest row, AdamW, a linear schedule. Their
-model begins with the same weights, reads the same rows and is scored by the same code. Ours is the
-step of train.py.
+First, both take turns, and the seconds of an epoch are measured. Their loop is the usual one: rows
+in random order, --rows of them in a batch, each batch padded to its longest row, AdamW, a linear
+schedule. Their model begins with the same weights, reads the same rows and is scored by the same
+code. Our loop makes the step of train.py.
 """
 
 import statistics
@@ -40,7 +40,7 @@ from train import gradients
 
 
 @dataclass
-class BenchConfig:
+class ComparisonConfig:
     model: str = HEADS[0]  # classify, tag or answer
     init: str = ""  # the pretrained encoder, from convert.py
     data: str = ""  # as for train.py
@@ -55,7 +55,7 @@ class BenchConfig:
 
 
 class Theirs(nn.Module):
-    """Their class behind our names, so that one evaluation serves both."""
+    """Their class with the arguments and results of ours, so that one evaluation serves both."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -81,8 +81,8 @@ class Theirs(nn.Module):
         )
 
 
-def rows_of(data) -> list[dict[str, Tensor]]:
-    """Every row of an epoch by itself, without padding."""
+def single_rows(data) -> list[dict[str, Tensor]]:
+    """The rows of an epoch, each by itself and without padding."""
     rows = []
     for batch in map(data.batch, range(data.n_batches)):
         keep = batch.pop("keep", torch.ones_like(batch["tokens"], dtype=torch.bool))
@@ -92,18 +92,18 @@ def rows_of(data) -> list[dict[str, Tensor]]:
 
 
 def random_batches(rows: list[dict], size: int, pad: int) -> Iterator[dict[str, Tensor]]:
-    """Epoch after epoch, each batch padded to its longest row."""
+    """Batches of `size` rows in random order, epoch after epoch, each padded to its longest row."""
     fills = {"tokens": pad, "segments": 0, "targets": -100}
     while True:
         for chosen in torch.randperm(len(rows)).split(size):
             some = [rows[i] for i in chosen]
             lengths = torch.tensor([len(row["tokens"]) for row in some])
             batch = {"keep": torch.arange(int(lengths.max())) < lengths[:, None]}
-            for name, first in some[0].items():
+            for name, example in some[0].items():
                 parts = [row[name] for row in some]
                 batch[name] = (
                     pad_sequence(parts, batch_first=True, padding_value=fills[name])
-                    if first.dim()
+                    if example.dim()
                     else torch.stack(parts)
                 )
             yield batch
@@ -120,8 +120,9 @@ def their_step(model: nn.Module, batch: dict, optimizer, autocast) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def load(config: BenchConfig) -> tuple[nn.Module, Theirs, object, object, int]:
-    """(our model, theirs with the same weights, training data, validation data, the padding)."""
+def load_both(config: ComparisonConfig) -> tuple[nn.Module, Theirs, object, object, int]:
+    """(our model, theirs with the same weights, training data, validation data, the padding id).
+    Raises ValueError if transformers is not installed."""
     transformers = peer("transformers")
     if not transformers:
         raise ValueError("there is nothing to compare with: pip install transformers")
@@ -144,13 +145,18 @@ def load(config: BenchConfig) -> tuple[nn.Module, Theirs, object, object, int]:
 
 
 def compare_speed(
-    ours: nn.Module, theirs: Theirs, train, batches: Iterator[dict], autocast, config: BenchConfig
+    ours: nn.Module,
+    theirs: Theirs,
+    train,
+    batches: Iterator[dict],
+    autocast,
+    config: ComparisonConfig,
 ) -> float:
-    """Prints the seconds of an epoch of both, in turns of a share of it, at a learning rate so
-    small that no weight moves; returns theirs."""
+    """Prints the seconds that an epoch takes with ours and with theirs, and returns theirs. Both
+    take turns, each a part of an epoch, at a learning rate so small that no weight moves."""
     fast = optim.make_optimizer(ours, "adamw", lr=1e-12)
     slow = torch.optim.AdamW(theirs.parameters(), lr=1e-12, weight_decay=0.01)
-    group, step, n = Processes(0, 1, torch.device("cpu")), 0, len(rows_of(train))
+    group, step, n = Processes(0, 1, torch.device("cpu")), 0, len(single_rows(train))
     share = max(1, min(640, n // 10))
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(config.repeats + 1):
@@ -167,7 +173,7 @@ def compare_speed(
             batch = next(batches)
             their_step(theirs, batch, slow, autocast)
             count += len(batch["tokens"])
-        if turn:  # the first one warms up
+        if turn:  # turn 0 warms up
             seconds["ours"].append((middle - begin) / done * n)
             seconds["theirs"].append((time.perf_counter() - middle) / count * n)
     for name, each in seconds.items():
@@ -178,16 +184,16 @@ def compare_speed(
     return other
 
 
-def train_theirs(
+def train_their_model(
     theirs: Theirs,
     batches: Iterator[dict],
     valid,
     autocast,
-    config: BenchConfig,
+    config: ComparisonConfig,
     steps: int,
     n: int,
 ) -> None:
-    """As many steps as fit into --minutes, scored after every epoch of n rows."""
+    """Trains their model for so many steps, and prints its figures after every epoch of n rows."""
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=config.lr, weight_decay=0.01)
     warm = max(1, steps // 10)
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -207,22 +213,22 @@ def train_theirs(
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser("Fine-tuning beside the same encoder in Hugging Face's class.")
-    cli.add_flags(parser, BenchConfig, "comparison")
-    config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
+    cli.add_flags(parser, ComparisonConfig, "comparison")
+    config = ComparisonConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     if config.model not in HEADS:
         raise ValueError(f"--model {config.model} is not known: choose {', '.join(HEADS)}")
     limits = {"minutes": (0, 1e6), "rows": (1, 2**20), "lr": (0, 1e3), "row_length": (0, None)}
     cli.check_ranges(config, {**limits, "repeats": (2, 1000), "seed": (0, None)})
     if config.dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
-    ours, theirs, train, valid, pad = load(config)
-    rows = rows_of(train)
+    ours, theirs, train, valid, pad = load_both(config)
+    rows = single_rows(train)
     batches = random_batches(rows, config.rows, pad)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=config.dtype == "bf16")
     epoch = compare_speed(ours, theirs, train, batches, autocast, config)
     if config.minutes:
         steps = max(1, round(60 * config.minutes / epoch * len(rows) / config.rows))
-        train_theirs(theirs, batches, valid, autocast, config, steps, len(rows))
+        train_their_model(theirs, batches, valid, autocast, config, steps, len(rows))
 
 
 if __name__ == "__main__":

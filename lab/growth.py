@@ -1,14 +1,14 @@
-"""How the cost of a GPT grows with context, width, depth, batch and vocabulary: measured, and
-beside it what the formulas say.
+"""How the cost of a GPT grows with context, width, depth, batch and vocabulary, as measured and as
+the formulas say.
 
     python -m lab.growth                   a table and a picture, less than a minute on two cores
 
-What is measured is the forward and backward pass of a micro-batch in fp32, with the gradients of an
-earlier one there, to which it adds. One of the five sizes grows at a time. Two questions are asked
-of each: with what exponent does the cost grow at these sizes, and which does it approach?
+It measures the forward and backward pass of a micro-batch in fp32, which adds to the gradients of
+an earlier one. One of the five sizes grows at a time. Two questions are asked for each: with what
+exponent does the cost grow at these sizes, and which exponent does it approach?
 
 Left out: the optimizer's step, which takes 8 more bytes and a few reads and writes for each
-parameter, whatever the context and the batch; bf16, torch.compile, several processes.
+parameter, independent of context and batch; bf16, torch.compile, more than one process.
 
 Papers: operations of a training step, Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; what is
 kept for the backward pass, Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1 (there in 16
@@ -60,18 +60,18 @@ class Size(NamedTuple):
     V: int  # vocabulary
 
 
-# {device: (the sizes of all but the one that grows, the first of five sizes of that one)}
+# {device: (the sizes that do not grow, the smallest of five sizes for each that does)}
 SIZES = {
     "cpu": (Size(256, 128, 4, 2, 4096), Size(256, 64, 1, 1, 4096)),
     "cuda": (Size(1024, 512, 8, 8, 16384), Size(256, 128, 2, 2, 8192)),
 }
 NAMES = {"T": "context", "C": "width", "L": "depth", "B": "batch", "V": "vocabulary"}
-# What each exponent approaches as that size alone grows.
+# The exponent that each cost approaches as that size alone grows.
 LIMITS = {
     "time": {"T": 2, "C": 2, "L": 1, "B": 1, "V": 1},
     "memory": {"T": 1, "C": 2, "L": 1, "B": 1, "V": 1},
 }
-# Why what is measured is not what the formula says.
+# Why the measured cost differs from the formula.
 STAYS = "a chunk of logits and more than 8 bytes a weight of the embeddings stay"
 WHY = {
     "time": {
@@ -95,8 +95,8 @@ WHY = {
 
 
 def operations(size: Size, device: str) -> dict[str, float]:
-    """FLOPs of a step: 6 for each token and weight that multiplies, 2 forward and 4 backward; as
-    many for each product of attention, which has T weights of its own for each query."""
+    """FLOPs of a step: 6 for each token and each weight of a matrix, 2 forward and 4 backward. In
+    attention, each query likewise has T keys and T values of C numbers in place of weights."""
     T, C, L, B, V = size
     return {
         "blocks": 6 * B * T * L * 12 * C * C,
@@ -106,10 +106,10 @@ def operations(size: Size, device: str) -> dict[str, float]:
 
 
 def stored(size: Size, device: str) -> dict[str, float]:
-    """Bytes. A parameter has its gradient, 4 + 4. A block keeps, for each token, 16 numbers for
-    each channel (two inputs of LayerNorms and two of what follows, q, k, v, what attention gives,
-    and 4 + 4 inside the MLP) and, where attention is written out, each head's row of T weights.
-    The loss holds a chunk of logits and of log-probabilities."""
+    """Bytes of a step. A parameter and its gradient take 4 + 4. For each token and channel a block
+    keeps 16 numbers: the inputs of two LayerNorms and of what follows them (4), q, k, v, the output
+    of attention (4), and 4 + 4 inside the MLP. Where attention is written out, it keeps each head's
+    T weights for each token too. The loss holds a chunk of logits and of log-probabilities."""
     T, C, L, B, V = size
     written_out = device == "cpu" and T * T < LONG
     return {
@@ -134,7 +134,7 @@ class Cost(NamedTuple):
 
 
 def make_step(size: Size, device: torch.device) -> tuple[Callable[[], object], list[torch.Tensor]]:
-    """(a step, the tensors that are there before it: batch, weights, gradients)."""
+    """(a step, the tensors that exist before it: batch, weights, gradients)."""
     T, C, L, B, V = size
     model = GPT(GPTConfig(V, T, L, C // HEAD, C)).to(device)
     tokens, targets = torch.randint(V, (2, B, T), device=device)
@@ -149,8 +149,8 @@ def make_step(size: Size, device: torch.device) -> tuple[Callable[[], object], l
 
 
 def peak_memory(step: Callable[[], object], held: list[torch.Tensor]) -> float:
-    """Bytes when a step has the most. On a GPU torch's allocator knows. Elsewhere the step is
-    watched: the tensors that its operations return are counted for as long as they live."""
+    """The most bytes that a step has at one time. On a GPU torch's allocator knows them. Elsewhere
+    a Ledger counts the tensors that the step's operations return, for as long as they live."""
     if held[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -162,7 +162,7 @@ def peak_memory(step: Callable[[], object], held: list[torch.Tensor]) -> float:
 
 
 def sweep(base: Size, first: Size, doublings: int = 4) -> dict[str, list[Size]]:
-    """{axis: sizes}, of which that one doubles from one to the next."""
+    """{axis: sizes}; along an axis only the size of that name changes, and doubles each time."""
     return {
         axis: [base._replace(**{axis: getattr(first, axis) << i}) for i in range(doublings + 1)]
         for axis in Size._fields
@@ -170,7 +170,7 @@ def sweep(base: Size, first: Size, doublings: int = 4) -> dict[str, list[Size]]:
 
 
 def measure(sizes: set[Size], repeats: int, device: torch.device) -> dict[Size, Cost]:
-    """All of them take turns, so that what else the machine does hits all of them."""
+    """{size: cost}. All sizes take turns, so that other work of the machine slows all alike."""
     steps, memory = {}, {}
     for size in sorted(sizes):
         steps[str(size)], held = make_step(size, device)
@@ -188,11 +188,11 @@ def exponents(at: list[float], costs: list[float]) -> list[float]:
     return [math.log(after / before) / math.log(y / x) for (x, before), (y, after) in steps]
 
 
-def fit(terms: list[list[float]], measured: list[float]) -> list[float]:
-    """The weights, none below zero, with which the terms add up to what is measured: least squares
-    of relative errors. terms has a row for each measurement."""
+def fit_weights(terms: list[list[float]], measured: list[float]) -> list[float]:
+    """The non-negative weights with which the terms add up to the measured costs, by least squares
+    of relative errors. terms has a row for each measurement and a column for each weight."""
     ratios = np.array(terms) / np.array(measured)[:, None]
-    scales = ratios.max(0)  # FLOPs stand beside ones
+    scales = ratios.max(0)  # terms differ by orders of magnitude: FLOPs, and 1 for a step
     kept, weights = np.flatnonzero(scales), np.zeros(len(scales))
     while True:
         found = np.linalg.lstsq(ratios[:, kept] / scales[kept], np.ones(len(ratios)), rcond=None)[0]
@@ -206,20 +206,20 @@ Series = dict[str, dict[Size, float]]  # measured, formula, fitted: {size: ms or
 
 
 def compare(cost: str, found: dict[Size, Cost], device: str) -> tuple[Series, str]:
-    """What is measured; the formula, of time at the one rate that suits all sizes best; the formula
-    with a weight for each of its terms, and for what it leaves out: each layer's and each step's
-    own. And a sentence with these weights."""
+    """(series, a sentence with the fitted weights). The series are the measured cost; the formula,
+    for time at the one rate that fits all sizes best; and the formula with a fitted weight for each
+    of its terms and for what it leaves out, the overhead of each layer and of each step."""
     unit, scale = UNITS[cost]
     measured = {s: scale * getattr(c, cost) for s, c in found.items()}
     terms = {s: FORMULAS[cost](s, device) for s in found}
     totals = {s: sum(of_size.values()) for s, of_size in terms.items()}
     rate = scale
     if cost == "time":
-        rate = fit([[total] for total in totals.values()], list(measured.values()))[0]
+        rate = fit_weights([[total] for total in totals.values()], list(measured.values()))[0]
     formula = {s: rate * total for s, total in totals.items()}
     for s, of_size in terms.items():
         of_size |= {"layer": s.L, "step": 1} if cost == "time" else {"step": 1}
-    weights = fit([list(x.values()) for x in terms.values()], list(measured.values()))
+    weights = fit_weights([list(x.values()) for x in terms.values()], list(measured.values()))
     fitted = {s: float(np.dot(weights, list(x.values()))) for s, x in terms.items()}
     said = []
     for name, weight in zip(next(iter(terms.values())), weights, strict=True):
@@ -237,11 +237,11 @@ def compare(cost: str, found: dict[Size, Cost], device: str) -> tuple[Series, st
     return series, f"Fitted {cost}: {', '.join(said)}; {errors}."
 
 
-# ---- what is told --------------------------------------------------------------------------------
+# ---- tables and pictures -------------------------------------------------------------------------
 
 
-def describe(cost: str, sweeps: dict[str, list[Size]], series: Series) -> str:
-    """A table in Markdown, of each exponent the first and the last, and the reasons."""
+def exponent_table(cost: str, sweeps: dict[str, list[Size]], series: Series) -> str:
+    """A Markdown table with the first and the last exponent of each size, and the reasons below."""
     lines = [f"| {cost}: what grows | sizes | {UNITS[cost][0]} | {' | '.join(series)} | limit |"]
     lines.append("|---|---|---|---|---|---|---|")
     measured = series["measured"]
@@ -259,10 +259,8 @@ def describe(cost: str, sweeps: dict[str, list[Size]], series: Series) -> str:
 
 
 def draw(sweeps: dict[str, list[Size]], costs: dict[str, Series], path: Path) -> Path | None:
-    """A panel for each axis and cost, both scales logarithmic: an exponent is a slope.
-
-    None where matplotlib is missing: the table does not fail for want of a picture.
-    """
+    """Draws a panel for each axis and cost, with logarithmic scales: an exponent is a slope there.
+    Returns the path, or None if matplotlib is missing: the table must not fail for a picture."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -296,11 +294,11 @@ def draw(sweeps: dict[str, list[Size]], costs: dict[str, Series], path: Path) ->
 
 # ---- the command line ----------------------------------------------------------------------------
 
-OURS = "growth.py of this project"  # in both files, which may then be written again
+OURS = "growth.py of this project"  # marks both files as ours, which may be overwritten
 
 
 def files(out: str) -> list[Path]:
-    """[picture, table], which can be written. Raises ValueError."""
+    """[picture, table]: the paths of both files. Raises ValueError if they cannot be written."""
     picture = Path(out)
     if picture.suffix.lower() != ".png":
         raise ValueError(f"--out {out} is no PNG picture: end it in .png")
@@ -330,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     costs = {}
     for cost in UNITS:
         costs[cost], sentence = compare(cost, found, device.type)
-        parts += [describe(cost, sweeps, costs[cost]), sentence]
+        parts += [exponent_table(cost, sweeps, costs[cost]), sentence]
     text = "\n\n".join(parts)
     print(text)
     beside.write_text(f"{text}\n", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""What it costs to run on several processes, to save, and to go on: train.py from outside.
+"""What it costs to run on several processes, to save, and to resume: train.py from outside.
 
-    python -m lab.runs                      the three of them, ten minutes on two cores
+    python -m lab.runs                      all three measurements, ten minutes on two cores
     python -m lab.runs --only scaling       two processes of one thread each against one
 
-Times come from the runs' own logs and from the lines that they print, so everything counts that a
-user waits for: the exchange of gradients, the evaluation between two checkpoints, imports.
+Times come from the runs' own logs and from the lines that they print, so they include everything
+that a user waits for: the exchange of gradients, the evaluation between two checkpoints, imports.
 """
 
 import json
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
-class BenchConfig:
+class RunsConfig:
     only: str = ""  # scaling, saving or resuming; empty: all of them
     repeats: int = 3  # turns of each contestant
     steps: int = 14  # of a turn of scaling, of which the first four do not count
@@ -37,13 +37,13 @@ class BenchConfig:
 
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=300"]
-# The shape in which the README compares the speed of training.
+# The size with which the README compares the speed of training.
 MIDDLE = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=256", "--batch_size=8"]
 GPT2 = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=64", "--vocab_size=50257"]
 
 
 def launch(folder: Path, processes: int, *flags: str) -> subprocess.Popen:
-    """train.py at work, each process with one thread. Its caches lie where they always do."""
+    """Starts train.py with so many processes of one thread each. Its caches are the usual ones."""
     script = str(ROOT / "train.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
@@ -63,14 +63,15 @@ def launch(folder: Path, processes: int, *flags: str) -> subprocess.Popen:
 
 
 def finish(run: subprocess.Popen) -> str:
+    """Waits for the run and returns what it printed. Raises ValueError if it failed."""
     said = run.communicate()[0]
     if run.returncode:
         raise ValueError(f"{' '.join(run.args)} ended with status {run.returncode}: {said[-500:]}")
     return said
 
 
-def scaling(config: BenchConfig, folder: Path) -> dict:
-    """Tokens a second of one process and of two that share the same steps, in turns."""
+def scaling(config: RunsConfig, folder: Path) -> dict:
+    """Tokens per second of one process, and of two that share the same steps, in turns."""
     sizes = SMALL if config.small else MIDDLE
     rates: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(config.repeats):
@@ -85,9 +86,9 @@ def scaling(config: BenchConfig, folder: Path) -> dict:
     return {"one": one, "two": two, "ratio": two / one, "all": list(rates.values())}
 
 
-def time_saves(config: BenchConfig, folder: Path) -> dict:
-    """The share of the default run's time that goes into its checkpoints."""
-    real, spent = saving.save, []
+def time_saves(config: RunsConfig, folder: Path) -> dict:
+    """The share of the default run's time that its checkpoints take."""
+    real, spent = saving.save_run, []
 
     def timed(run, name: str) -> bool:
         start = time.perf_counter()
@@ -95,20 +96,20 @@ def time_saves(config: BenchConfig, folder: Path) -> dict:
         spent.append(time.perf_counter() - start)
         return done
 
-    saving.save = timed
+    saving.save_run = timed
     start = time.perf_counter()
     try:
         small = [*SMALL, "--steps=20", "--eval_interval=10"] if config.small else []
         with redirect_stdout(sys.stderr):
             train.main([f"--out={folder / 'saving'}", "--device=cpu", *small])
     finally:
-        saving.save = real
+        saving.save_run = real
     whole = time.perf_counter() - start
     return {"saves": len(spent), "seconds": sum(spent), "of": whole, "share": sum(spent) / whole}
 
 
-def resuming(config: BenchConfig, folder: Path) -> dict:
-    """Seconds from the command to the first step of a run with a large model that goes on."""
+def resuming(config: RunsConfig, folder: Path) -> dict:
+    """Seconds from the command to the first step when a run of a large model is resumed."""
     out = folder / "resuming"
     sizes = SMALL if config.small else GPT2
     flags = ("--tokens_per_step=64", "--optimizer=adamw", "--steps=99", "--stop_after=1")
@@ -136,8 +137,8 @@ SENTENCES = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser("Time runs on several processes, their checkpoints and their resumption.")
-    cli.add_flags(parser, BenchConfig, "bench")
-    config = BenchConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
+    cli.add_flags(parser, RunsConfig, "bench")
+    config = RunsConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     if config.only and config.only not in BENCHES:
         raise ValueError(f"--only {config.only} is not known: choose {', '.join(BENCHES)}")
     found = {}

@@ -1,8 +1,9 @@
 """Writing with GPT and translating with the encoder-decoder, beside Hugging Face's generate.
 
-Two times are told apart: the prefill, which reads the prompt at once, and decoding, token by token.
-That of decoding is what `count` tokens more take. Its bound at batch 1 is memory: every weight is
-read for every token, so the bare products of all matrices with one row are measured beside it.
+Two times are measured: that of the prefill, which reads the prompt at once, and that of decoding,
+token by token. The time of decoding is what `count` more tokens take. At batch 1 memory limits it,
+because every weight is read for every token; so the bare products of all matrices with one row are
+measured beside it.
 """
 
 import time
@@ -22,7 +23,7 @@ from engine.checkpoint import load_model
 from engine.cpu import lay_out_for_decoding
 from engine.graphs import GPTSteps, StaticAdvance
 from engine.hub.peers import hugging_face_gpt2, hugging_face_marian, peer
-from lab.turns import BenchConfig, peer_turns, show, take_turns
+from lab.turns import BenchConfig, peer_turns, print_table, take_turns
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks import translation
@@ -36,17 +37,17 @@ BYTES = Tokenizer({bytes([i]): i for i in range(256)}, "(?s:.)", {END_OF_TEXT: 5
 
 
 def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
-    """GPT-2 124M; on a GPU also xl, and 64 rows."""
+    """GPT-2 124M; on a GPU also GPT-2 xl, each with 1 and 64 rows."""
     if device.type != "cuda":
         dtypes = [config.dtype] if config.dtype else ["fp32", "bf16"]
-        return [r for dtype in dtypes for r in bench_gpt(config, device, GPTConfig(), dtype, [1])]
+        return [r for d in dtypes for r in bench_decoding(config, device, GPTConfig(), d, [1])]
     dtype = config.dtype or "bf16"
-    small = bench_gpt(config, device, GPTConfig(), dtype, [1, 64])
-    return small + bench_gpt(config, device, GPTConfig(**XL), dtype, [1, 64])
+    small = bench_decoding(config, device, GPTConfig(), dtype, [1, 64])
+    return small + bench_decoding(config, device, GPTConfig(**XL), dtype, [1, 64])
 
 
 @torch.no_grad()
-def bench_gpt(
+def bench_decoding(
     config: BenchConfig, device: torch.device, sizes: GPTConfig, dtype: str, rows: list[int]
 ) -> list[dict]:
     cuda, results = device.type == "cuda", []
@@ -71,7 +72,9 @@ def bench_gpt(
 
             found |= peer_turns(GENERATE, their_prefill, device)
         times = take_turns(found, config.repeats, device)
-        results.append(show(f"prefill, {name}, {B} x {length} tokens", times, B * length, "tokens"))
+        results.append(
+            print_table(f"prefill, {name}, {B} x {length} tokens", times, B * length, "tokens")
+        )
         found = our_decoders(ours, prompt, count)
         if B == 1:
             found["the bare products"] = bare
@@ -79,17 +82,17 @@ def bench_gpt(
             found |= their_decoders(theirs, prompt, count)
         times = take_turns(found, config.repeats, device)
         title = f"decoding, {name}, {B} row{'s' * (B > 1)}, behind {length} tokens, greedy"
-        results.append(show(title, times, B * count, "tokens"))
+        results.append(print_table(title, times, B * count, "tokens"))
     return results
 
 
 def matrices(model: nn.Module) -> list[nn.Module]:
-    """All that multiply: the token embedding is the output matrix too."""
+    """The modules whose weight multiplies; the token embedding is the output matrix too."""
     return [m for m in model.modules() if isinstance(m, nn.Linear)] + [model.token_embedding]
 
 
 def bare_products(weights: list[Tensor], count: int) -> Callable[[], None]:
-    """One row times every matrix, as torch has them, `count` times."""
+    """A function that multiplies one row with every matrix, `count` times."""
     inputs = {w.size(1): torch.randn_like(w[:1]) for w in weights}
 
     def run() -> None:
@@ -101,7 +104,8 @@ def bare_products(weights: list[Tensor], count: int) -> Callable[[], None]:
 
 
 def more(write: Callable[[int], None], count: int, device: torch.device) -> Callable[[], float]:
-    """The seconds of `count` tokens more: write(1 + count) without write(1), the prefill."""
+    """A function that returns the seconds of `count` more tokens: those of write(1 + count) minus
+    those of write(1), the prefill."""
 
     def seconds(n: int) -> float:
         if device.type == "cuda":
@@ -116,7 +120,8 @@ def more(write: Callable[[int], None], count: int, device: torch.device) -> Call
 
 
 def our_decoders(model: GPT, prompt: Tensor, count: int) -> dict[str, Callable[[], float]]:
-    """By `generate`, as sample.py: on a GPU with captured steps, compiled or not, and without."""
+    """Decoding by `generate`, as sample.py does it; on a GPU with captured steps, compiled or not,
+    and without them."""
     device, rows = prompt.device, prompt.tolist()
 
     def writer(compiled: bool | None) -> Callable[[int], None]:
@@ -154,7 +159,7 @@ def their_decoders(model: nn.Module, prompt: Tensor, count: int) -> dict[str, Ca
 
         return more(write, count, device)
 
-    if device.type == "cuda":  # with a static cache it compiles the step
+    if device.type == "cuda":  # with a static cache, transformers compiles the step
         return {
             f"{GENERATE}, static": writer(cache_implementation="static"),
             GENERATE: writer(),
@@ -167,8 +172,8 @@ def their_decoders(model: nn.Module, prompt: Tensor, count: int) -> dict[str, Ca
 
 @torch.no_grad()
 def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
-    """Beam search of 5, the same batches for both: the test sentences of --checkpoint, or random
-    ones and a model that never ends of itself."""
+    """Beam search with 5 beams, on the same batches for both: the test sentences of --checkpoint's
+    data, or random ones with a model that never ends a sentence by itself."""
     batch_size, limit = 64, 24
     if config.checkpoint:
         model, tokenizer, checkpoint = load_model(Path(config.checkpoint), device)
@@ -217,4 +222,4 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
         found |= peer_turns(GENERATE, their_search, device)
     times = take_turns(found, config.repeats, device)
     title = f"translating {len(ids):,} sentences, beam 5, batches of {batch_size}, fp32"
-    return [show(title, times, len(ids), "sentences")]
+    return [print_table(title, times, len(ids), "sentences")]

@@ -1,10 +1,10 @@
 """Tokenizers beside Hugging Face's and OpenAI's, both in Rust: three comparisons of bench.py.
 
 The text is Python source that every machine has: the standard library with its tests, then the
-installed packages, no file twice. Where that is not enough, the rest is generated from its lines.
+installed packages, no file twice. If that is not enough, the rest is generated from its lines.
 
-Memory is that of a fresh process and its workers together, each page divided by how many of them
-share it (PSS), looked at 20 times a second: Linux only.
+The memory measured is that of a fresh process and its workers together, where each page is divided
+by the number of processes that share it (PSS). It is read 20 times a second, on Linux only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from data.text import Corpus, Part, open_corpus
 from data.tokens import tokenize
 from engine import splitting
 from engine.hub.peers import peer
-from lab.turns import show, take_turns
+from lab.turns import print_table, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 
 LARGE = 100_000_000  # bytes
 VOCABULARY = 32768
-KEPT_LINES = 100_000  # from which text is generated: all of them would count as training's memory
+KEPT_LINES = 100_000  # to generate text from; if all were kept, training would seem to need them
 
 
 # ---- text ----------------------------------------------------------------------------------------
 
 
 def source_files() -> Iterator[tuple[str, str]]:
-    """("standard library" or "packages", text) of each distinct file, in the same order each time
-    on the same machine. Empty files and those that are not UTF-8, or not text, are left out."""
+    """("standard library" or "packages", text) of each distinct file, always in the same order on
+    the same machine. Files that are empty, not UTF-8 or not text are left out."""
     paths = sysconfig.get_paths()
     library, installed = Path(paths["stdlib"]), {Path(paths[k]) for k in ("purelib", "platlib")}
     inside = {"site-packages", "dist-packages"}
@@ -70,8 +70,9 @@ def source_files() -> Iterator[tuple[str, str]]:
 
 
 def plenty(size: int, found: Iterator[tuple[str, str]] | None = None) -> Iterator[tuple[str, str]]:
-    """Like source_files(), until `size` bytes are reached; what is lacking is "generated":
-    documents of 200 lines each, drawn from those before, the same each time. ValueError if none."""
+    """Like source_files(), until `size` bytes are reached. The rest is "generated": documents of
+    200 lines drawn from the lines before, the same each time. Raises ValueError if there is no
+    source at all."""
     lines, total = [], 0
     for kind, text in source_files() if found is None else found:
         yield kind, text
@@ -90,7 +91,7 @@ def plenty(size: int, found: Iterator[tuple[str, str]] | None = None) -> Iterato
 
 
 def shares(size: int) -> str:
-    """How much of plenty(size) is of which kind."""
+    """How many MB of plenty(size) are of which kind."""
     bytes_of: dict[str, int] = {}
     for kind, text in plenty(size):
         bytes_of[kind] = bytes_of.get(kind, 0) + len(text.encode("utf-8"))
@@ -142,14 +143,14 @@ def bench_bpe(config: BenchConfig, device: torch.device) -> list[dict]:
         }
         times = take_turns(runs, min(config.repeats, 5), device)
         title = f"BPE training, {megabytes:.1f} MB of {name} to {vocab_size:,} tokens"
-        results.append(show(title, times, megabytes, "MB"))
-    if config.only and Path("/proc/self/smaps_rollup").exists():  # it takes half a minute
+        results.append(print_table(title, times, megabytes, "MB"))
+    if config.only and Path("/proc/self/smaps_rollup").exists():  # half a minute
         results.append(bench_memory(LARGE))
     return results
 
 
 def bench_memory(size: int) -> dict:
-    """Training on much text, each contestant once, in a process of its own."""
+    """The memory of training on much text, each contestant once, in a process of its own."""
     title = f"BPE training, {shares(size)}, to {VOCABULARY:,} tokens, in a fresh process"
     print(f"\n{title}")
     figures = {}
@@ -161,7 +162,8 @@ def bench_memory(size: int) -> dict:
 
 
 def run_measured(command: list[str]) -> tuple[float, int]:
-    """(seconds, bytes of memory at the peak) of a command and all processes that it starts."""
+    """(seconds, peak memory in bytes) of a command and all processes that it starts. Raises
+    ValueError if it fails."""
     start, peak = time.perf_counter(), 0
     with subprocess.Popen(command, cwd=ROOT) as process:
         while process.poll() is None:
@@ -173,7 +175,7 @@ def run_measured(command: list[str]) -> tuple[float, int]:
 
 
 def family(process: int) -> list[int]:
-    """A process, its children, theirs, …"""
+    """The numbers of a process, its children, their children, …"""
     found = [process]
     for parent in found:
         for thread in Path(f"/proc/{parent}/task").glob("*/children"):
@@ -185,6 +187,7 @@ def family(process: int) -> list[int]:
 
 
 def memory_of(process: int) -> int:
+    """The PSS of a process in bytes; 0 if it has ended."""
     try:
         rows = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:  # it has just ended
@@ -196,7 +199,7 @@ def memory_of(process: int) -> int:
 
 
 def bench_encode(config: BenchConfig, device: torch.device) -> list[dict]:
-    """On one core."""
+    """Encoding on one core."""
     import tiktoken
 
     texts = [text for text, _ in open_corpus("stdlib", Path(config.cache_dir)).pieces("train")]
@@ -220,12 +223,13 @@ def bench_encode(config: BenchConfig, device: torch.device) -> list[dict]:
         )
         runs["tiktoken, gpt2"] = lambda: theirs.encode_ordinary(text)
     times = take_turns(runs, config.repeats, device)
-    return [show("encoding Python source", times, len(text.encode("utf-8")) / 1e6, "MB")]
+    return [print_table("encoding Python source", times, len(text.encode("utf-8")) / 1e6, "MB")]
 
 
 def bench_corpus(config: BenchConfig, device: torch.device) -> list[dict]:
-    """A corpus on all cores: ours from files to a token file, tiktoken's batches from texts that
-    lie in memory to lists, with as many threads. Files, and a .jsonl of short documents."""
+    """Tokenizing a corpus on all cores: ours from files to a token file, tiktoken's batches from
+    texts in memory to lists, with as many threads. Once with large files, once with a .jsonl of
+    short documents."""
     size = LARGE if config.only else LARGE // 5
     large = [text for _, text in plenty(size)]
     tenth = [text for _, text in plenty(size // 10)]
@@ -248,12 +252,12 @@ def bench_corpus(config: BenchConfig, device: torch.device) -> list[dict]:
             times = take_turns(runs, min(config.repeats, 5), device)
         megabytes = sum(len(text.encode("utf-8")) for text in texts) / 1e6
         title = f"tokenizing {megabytes:.0f} MB on {threads} cores, {len(texts):,} {name}"
-        results.append(show(title, times, megabytes, "MB"))
+        results.append(print_table(title, times, megabytes, "MB"))
     return results
 
 
 def written_corpus(folder: Path, texts: list[str], in_lines: bool) -> Corpus:
-    """The texts as documents, all for training: in a file each, or in the lines of one .jsonl."""
+    """A corpus of the texts, all for training: each in a file, or each in a line of one .jsonl."""
     if in_lines:
         parts = [Part(folder / "texts.jsonl")]
         rows = "".join([json.dumps({"text": text}) + "\n" for text in texts])
@@ -266,5 +270,5 @@ def written_corpus(folder: Path, texts: list[str], in_lines: bool) -> Corpus:
 
 
 if __name__ == "__main__":  # as bench_memory() calls it
-    splitting.install()
+    splitting.use_in_bpe()
     TRAINERS[sys.argv[1]]((text for _, text in plenty(int(sys.argv[2]))), VOCABULARY)

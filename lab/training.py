@@ -1,7 +1,7 @@
 """Training steps and evaluations of the three families beside Hugging Face's models.
 
-A step is all of it: forward, loss, backward, clipping, AdamW (torch's fused, for both). Tokens are
-random, so the loss does not fall, but nothing is a zero.
+A step is a whole training step: forward, loss, backward, clipping, AdamW (torch's fused one for
+both). Tokens are random, so the loss does not fall, but no gradient is zero.
 """
 
 import functools
@@ -19,7 +19,7 @@ from engine.plan import least_seconds
 from engine.processes import Processes
 from engine.setup import compiled
 from engine.steps import update
-from lab.turns import BenchConfig, peer_turns, show, take_turns
+from lab.turns import BenchConfig, peer_turns, print_table, take_turns
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from train import gradients
@@ -28,7 +28,7 @@ THEIRS = "Hugging Face"
 
 
 def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
-    """What reading AdamW in optim.py costs beside torch's kernel, which the loop uses."""
+    """The readable AdamW of optim.py beside torch's kernels; the loop uses the fused one."""
     shapes = [(384, 384)] * 24 + [(1536, 384), (384, 1536)] * 6 + [(8192, 384)]
     contestants = {}
     for name, make in (
@@ -43,10 +43,10 @@ def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
         contestants[name] = make(parameters).step
     work = sum(a * b for a, b in shapes) / 1e6
     times = take_turns(contestants, 3 * config.repeats, device)
-    return [show("optimizer step, 13.8 million parameters", times, work, "M parameters")]
+    return [print_table("optimizer step, 13.8 million parameters", times, work, "M parameters")]
 
 
-# ---- a step, of both -----------------------------------------------------------------------------
+# ---- a step of both ------------------------------------------------------------------------------
 
 
 def autocast_of(config: BenchConfig, device: torch.device) -> Callable:
@@ -55,11 +55,11 @@ def autocast_of(config: BenchConfig, device: torch.device) -> Callable:
 
 
 def named(autocast: Callable, device: torch.device, config: BenchConfig) -> str:
-    compiles = ", compiled" if wants_compiler(config, device) else ""
-    return ("bf16" if autocast.keywords["enabled"] else "fp32") + compiles
+    precision = "bf16" if autocast.keywords["enabled"] else "fp32"
+    return precision + ", compiled" * compiles(config, device)
 
 
-def wants_compiler(config: BenchConfig, device: torch.device) -> bool:
+def compiles(config: BenchConfig, device: torch.device) -> bool:
     return device.type == "cuda" if config.compile is None else config.compile
 
 
@@ -70,10 +70,11 @@ def training_steps(
     their_loss: Callable[[nn.Module], Tensor],
     config: BenchConfig,
 ) -> dict[str, Callable[[], None]]:
-    """{contestant: its step}, with the same optimizer; their_loss is the peer's on the batch."""
+    """{contestant: its step}, all with the same optimizer. their_loss(model) is the peer's loss on
+    the batch."""
     device = next(iter(batch.values())).device
     group, autocast = Processes(0, 1, device), autocast_of(config, device)
-    # As train.py has it: a batch of the host, in pinned memory.
+    # As in train.py, a batch comes from pinned memory of the host.
     here = {k: v.cpu().pin_memory() if v.is_cuda else v for k, v in batch.items()}
 
     def step_of(model: nn.Module, backward: Callable[[], None]) -> Callable[[], None]:
@@ -86,11 +87,11 @@ def training_steps(
 
         return step
 
-    fast = compiled(ours, [batch], autocast) if wants_compiler(config, device) else ours
+    fast = compiled(ours, [batch], autocast) if compiles(config, device) else ours
     our_step = step_of(ours, lambda: gradients(fast, [here], group, autocast))
     if theirs is None:
         return {"ours": our_step}
-    their_model = torch.compile(theirs) if wants_compiler(config, device) else theirs
+    their_model = torch.compile(theirs) if compiles(config, device) else theirs
 
     def their_backward() -> None:
         with autocast():
@@ -111,15 +112,16 @@ def bench_family(
     config: BenchConfig,
     flops: float = 0.0,
 ) -> list[dict]:
-    """A training step, then an evaluation: the loss alone. flops are those of the step."""
+    """Compares a training step, then an evaluation, which is the loss alone. `work` is the tokens
+    of a step, `flops` its floating-point operations."""
     device = next(ours.parameters()).device
     steps = training_steps(ours, theirs, batch, their_loss, config)
     times = take_turns(steps, config.repeats, device)
     autocast = autocast_of(config, device)
     how = named(autocast, device, config)
     least = least_seconds(flops, device)
-    results = [show(f"training step, {what}, {how}", times, work, "tokens", least)]
-    if wants_compiler(config, device):  # each would compile a graph more
+    results = [print_table(f"training step, {what}, {how}", times, work, "tokens", least)]
+    if compiles(config, device):  # an evaluation would need graphs of its own
         return results
     ours.eval()
 
@@ -135,14 +137,14 @@ def bench_family(
     if theirs:
         found |= peer_turns(THEIRS, their_evaluation, device)
     times = take_turns(found, config.repeats, device)
-    return [*results, show(f"evaluation, {what}, {how}", times, work, "tokens")]
+    return [*results, print_table(f"evaluation, {what}, {how}", times, work, "tokens")]
 
 
 # ---- the three families --------------------------------------------------------------------------
 
 
 def bench_train(config: BenchConfig, device: torch.device) -> list[dict]:
-    """GPT, without dropout, and on a CPU with the 0.1 that Hugging Face's configuration has."""
+    """GPT without dropout; on a CPU also with 0.1, Hugging Face's default."""
     rates = (0.0,) if device.type == "cuda" else (0.0, 0.1)
     return [result for rate in rates for result in bench_gpt(config, device, rate)]
 
@@ -170,7 +172,7 @@ def bench_gpt(config: BenchConfig, device: torch.device, dropout: float) -> list
 
 
 def bench_bert(config: BenchConfig, device: torch.device) -> list[dict]:
-    """Pretraining, 15% of the tokens masked, pairs of sentences; base on a GPU."""
+    """BERT's pretraining: 15% of the tokens masked, pairs of sentences. BERT base on a GPU."""
     shapes = [(128, 256), (512, 64)] if device.type == "cuda" else [(128, 16)]
     return [result for T, B in shapes for result in bench_bert_shape(config, device, T, B)]
 
@@ -203,7 +205,8 @@ def bench_bert_shape(config: BenchConfig, device: torch.device, T: int, B: int) 
 
 
 def bench_seq2seq(config: BenchConfig, device: torch.device) -> list[dict]:
-    """transformer-tiny (base on a GPU: 24,576 target tokens), label smoothing and padding too."""
+    """transformer-tiny, or on a GPU transformer-base with 24,576 target tokens in a step; both with
+    label smoothing and padding."""
     if device.type == "cuda":
         sizes, (B, S) = Seq2SeqConfig(vocab_size=37056), (768, 32)
     else:

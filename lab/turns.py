@@ -1,7 +1,8 @@
 """Contestants that take turns, and the table of their times.
 
-All are warmed up, then each has its turn again and again, so that what else the machine does hits
-all of them. The table: medians, the middle half, ratios to the last, the one to compare with.
+All are warmed up, then they take turns, so that other work of the machine slows all of them alike.
+The table shows medians, the range of the middle half, and ratios to the last contestant, the one to
+compare with.
 """
 
 import statistics
@@ -29,8 +30,9 @@ class BenchConfig:
 def take_turns(
     contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """{name: seconds of each turn}; one untimed round first. What returns a float has measured
-    itself. On a CPU, contestants whose name ends in AS_IT_COMES run without what `cpu.py` sets."""
+    """{name: seconds of each turn}, after one untimed round. A contestant that returns a float has
+    measured its time itself. On a CPU, contestants whose name ends in AS_IT_COMES run without the
+    settings of `cpu.py`."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats + 1):
         for name, run in contestants.items():
@@ -52,14 +54,15 @@ AS_IT_COMES = ", as it comes"
 
 
 def peer_turns(name: str, run: Callable[[], object], device: torch.device) -> dict[str, Callable]:
-    """{contestant: run}: a peer, which on a CPU runs with what `cpu.py` sets, and without."""
+    """{contestant: run} of a peer, which on a CPU runs both with the settings of `cpu.py` and
+    without them."""
     cpu_names = [f"{name}, with our cpu.py", name + AS_IT_COMES]
     return dict.fromkeys(cpu_names if device.type == "cpu" else [name], run)
 
 
 def as_it_comes() -> None:
-    """torch without `cpu.py`: MKL, and memory that is given back. (glibc's own thresholds move;
-    these are the highest that it comes to by itself.)"""
+    """Undoes the settings of `cpu.py`: MKL multiplies, and freed memory goes back to the system.
+    (glibc adapts its thresholds; these are the highest that it reaches by itself.)"""
     torch.set_float32_matmul_precision("highest")
     if library := cpu.glibc():
         library.mallopt(cpu.MMAP_THRESHOLD, 32 * 2**20)
@@ -67,9 +70,12 @@ def as_it_comes() -> None:
         library.malloc_trim(0)
 
 
-def show(title: str, times: dict[str, list[float]], work: float, unit: str, least=0.0) -> dict:
-    """Prints the table; `work` is how many `unit` one turn does, and `least` how long that takes at
-    the GPU's peak rate, the share of which is the MFU. Returns the figures."""
+def print_table(
+    title: str, times: dict[str, list[float]], work: float, unit: str, least=0.0
+) -> dict:
+    """Prints the table and returns its figures. A turn does `work` units (`unit` is their name).
+    `least` is the seconds that it would take at the GPU's peak rate; the share of that rate which
+    is reached is the MFU."""
     print(f"\n{title}")
     names = list(times)
     base = statistics.median(times[names[-1]])

@@ -268,14 +268,14 @@ def test_parameter_table_counts_blocks_as_copies():
 def test_initialisation_follows_the_laws_of_its_table(pre_ln):
     """Cut off at two deviations, a normal distribution keeps 0.88 of its deviation."""
     sizes = {"vocab_size": 1000, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 96}
-    fresh, again = (BERT(BERTConfig(**sizes, pre_ln=pre_ln)) for _ in range(2))
-    for p in again.parameters():
+    first, second = (BERT(BERTConfig(**sizes, pre_ln=pre_ln)) for _ in range(2))
+    for p in second.parameters():
         nn.init.constant_(p, 5.0)
-    init_bert(again)  # so that what it forgets stays 5
+    init_bert(second)  # so that what it forgets stays 5
     density = math.exp(-2) / (2 * math.pi) ** 0.5
     std = 0.02 * (1 - 4 * density / math.erf(2**0.5)) ** 0.5
     assert std == pytest.approx(0.88 * 0.02, rel=1e-3)
-    for model in (fresh, again):
+    for model in (first, second):
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 assert (p == 0).all(), name

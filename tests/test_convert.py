@@ -89,10 +89,10 @@ def test_an_exported_model_is_the_same_function(
 def test_out_and_in_again_changes_no_bit(name, tmp_path, tokenizers):
     ours = save_ours(name, tmp_path / "best.pt", tokenizers[name])
     export_model(tmp_path / "best.pt", tmp_path / "there")
-    again, checkpoint, _ = imported(tmp_path / "there")
-    assert again.state_dict().keys() == ours.state_dict().keys()
+    copy, checkpoint, _ = imported(tmp_path / "there")
+    assert copy.state_dict().keys() == ours.state_dict().keys()
     for key, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[key]), key
+        assert torch.equal(tensor, copy.state_dict()[key]), key
     assert checkpoint["model_config"] == vars(ours.config)
     assert checkpoint["tokenizer"] == tokenizers[name].to_json()
 
@@ -163,9 +163,9 @@ def test_an_encoder_without_heads_keeps_its_features(pooler, tmp_path, tokenizer
     features = ours.features(**given)
     want = theirs(**named)
     torch.testing.assert_close(features, want.last_hidden_state, atol=1e-5, rtol=1e-5)
-    told = "\n".join(lines[2:])
-    assert "freshly initialised: mlm_bias, mlm_dense.weight" in told
-    assert ("nsp_head" in told) == pooler and ("pooler" in told) != pooler
+    printed = "\n".join(lines[2:])
+    assert "freshly initialised: mlm_bias, mlm_dense.weight" in printed
+    assert ("nsp_head" in printed) == pooler and ("pooler" in printed) != pooler
     assert checkpoint["model_config"]["nsp"] == pooler
     assert not ours.mlm_bias.any() and (ours.mlm_norm.weight == 1).all()
     assert 0.01 < ours.mlm_dense.weight.std() < 0.02
@@ -281,9 +281,9 @@ def test_half_a_head_is_an_error(tmp_path):
 def test_settings_are_the_same_both_ways(name):
     config = OURS[name][1]
     said = their_settings(TASK[name], config)
-    task, again = our_config(json.loads(json.dumps(said)))
+    task, copy = our_config(json.loads(json.dumps(said)))
     config = vars(config) | ({"nsp": True} if name == "masked" else {})
-    assert task == TASK[name] and vars(again) == config
+    assert task == TASK[name] and vars(copy) == config
 
 
 @pytest.mark.parametrize("name,Config", [("gpt", "GPT2"), ("bert", "Bert"), ("seq2seq", "Marian")])

@@ -1,4 +1,4 @@
-"""train.py and sample.py with the tasks of heads.py: what is learnt, resumed and said."""
+"""train.py and sample.py with the tasks of fine-tuning: what is learnt, resumed and printed."""
 
 import io
 import re
@@ -68,7 +68,7 @@ def test_a_small_problem_is_learnt_shown_and_scored_again(files, capsys, task):
     folder = learnt(task)
     out = capsys.readouterr().out
     goal, lower = tasks.task(task).GOAL, tasks.task(task).LOWER_IS_BETTER
-    last_first = evaluations(folder)[::-1]  # of equals the last is the best
+    last_first = evaluations(folder)[::-1]  # of two equal ones the later is the best
     best = (min if lower else max)(last_first, key=lambda r: r[goal])
     if task == "complete":
         assert best["loss"] < 0.2

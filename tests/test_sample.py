@@ -160,13 +160,13 @@ def test_sample_finds_the_newest_checkpoint_and_streams(run, capsys):
     assert out.out.startswith("3 times") and len(out.out) > 20
     assert "out/gpt/best.pt: gpt, step" in out.err.replace("\\", "/")
     assert "may reach 3" in out.err and "sees 16: the oldest are dropped" in out.err
-    again = io.StringIO()
-    sys.stdout, old = again, sys.stdout
+    second = io.StringIO()
+    sys.stdout, old = second, sys.stdout
     try:
         sample.main(["--prompt=3 times", "--max_new_tokens=30", "--device=cpu"])
     finally:
         sys.stdout = old
-    assert again.getvalue() == out.out
+    assert second.getvalue() == out.out
 
 
 def test_several_prompts_and_samples_are_printed_in_order(run, capsys):

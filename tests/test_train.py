@@ -335,17 +335,17 @@ def test_gradients_are_exchanged_once_and_the_switch_covers_forward():
     class Parallel(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w, self.silent = nn.Parameter(torch.ones(())), False
+            self.w, self.in_no_sync = nn.Parameter(torch.ones(())), False
 
         @contextlib.contextmanager
         def no_sync(self):
-            self.silent = True
+            self.in_no_sync = True
             yield
-            self.silent = False
+            self.in_no_sync = False
 
         def forward(self, targets):
-            seen.append(("forward", self.silent))
-            self.w.register_hook(lambda g: seen.append(("backward", self.silent)))
+            seen.append(("forward", self.in_no_sync))
+            self.w.register_hook(lambda g: seen.append(("backward", self.in_no_sync)))
             return {"loss": self.w * targets.sum()}
 
     class Two(Processes):
@@ -354,7 +354,7 @@ def test_gradients_are_exchanged_once_and_the_switch_covers_forward():
 
     batches = [{"targets": torch.tensor([1, 2])}] * 3
     train.gradients(Parallel(), batches, Two(0, 2, torch.device("cpu")), no_autocast)
-    assert [silent for kind, silent in seen if kind == "forward"] == [True, True, False]
+    assert [in_no_sync for kind, in_no_sync in seen if kind == "forward"] == [True, True, False]
     assert ("backward", False) in seen and ("backward", True) in seen
 
 

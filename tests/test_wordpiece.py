@@ -303,8 +303,8 @@ def test_worked_example_of_the_docstring():
 )
 def test_training_equals_the_naive_version(words, more, min_frequency):
     """Few letters, so that a join overlaps itself ("aaaa") and scores tie."""
-    room = 10 + more
-    assert learn(words, room, min_frequency) == naive_learn(words, room, min_frequency)
+    size = 10 + more
+    assert learn(words, size, min_frequency) == naive_learn(words, size, min_frequency)
 
 
 @pytest.mark.parametrize("min_frequency", [1, 2, 7])

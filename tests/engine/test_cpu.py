@@ -64,7 +64,7 @@ def test_threads_are_no_more_than_a_container_may_use(tmp_path, monkeypatch, quo
     cpu.limit_threads()
     assert torch.get_num_threads() == threads
     torch.set_num_threads(5)
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # who says so knows better
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # the user's choice stays
     cpu.limit_threads()
     assert torch.get_num_threads() == 5
 
@@ -73,8 +73,9 @@ def test_threads_are_no_more_than_a_container_may_use(tmp_path, monkeypatch, quo
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc alone"
 )
 def test_freed_memory_stays():
-    """Once taken it is not taken again, whatever the order: in a process of its own, whose heap no
-    other test has used. Without the setting each of the last rounds takes 10,000 pages or more."""
+    """Freed memory is used for later allocations in any order. It runs in a process of its own,
+    whose heap no other test has used. Without the setting each of the last rounds takes 10,000
+    pages or more."""
     script = """
 import resource, torch
 from engine import cpu

@@ -1,4 +1,4 @@
-"""graphs.py: the steps that a GPU captures, uncaptured, beside the caches that grow."""
+"""graphs.py: the steps that a GPU captures, here uncaptured, beside the caches that grow."""
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ from decoding import beam_search, generate, write
 from engine import graphs, kernels
 from engine.graphs import (
     AHEAD,
+    CapturedSteps,
     GPTSteps,
     Seq2SeqSteps,
     StaticAdvance,
     StaticCache,
-    Steps,
     adds,
     empty_cache,
 )
@@ -38,9 +38,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
 
 
 @pytest.fixture(autouse=True)
-def several_sizes(monkeypatch):
+def sizes_from_4(monkeypatch):
     """Texts of a few tokens see caches of 4, 8, 16, ... positions: a graph each."""
-    monkeypatch.setattr(Steps, "least", 4)
+    monkeypatch.setattr(CapturedSteps, "least", 4)
     monkeypatch.setattr(Seq2SeqSteps, "least", 4)
 
 

@@ -86,7 +86,7 @@ def test_a_vocabulary_wider_than_a_chunk_goes_row_by_row(monkeypatch):
 
 
 def test_the_chunks_are_as_small_as_they_claim(monkeypatch):
-    """Holding all logits at once would give the right numbers too, and be of no use."""
+    """Holding all logits at once would give the right numbers too, but save nothing."""
     largest = []
     real = torch.Tensor.log_softmax
     monkeypatch.setitem(losses.CHUNK, "cpu", 4 * 37)

@@ -1,5 +1,5 @@
-"""memory.py and plan.py: what a step is said to need against what one takes, as told by torch's
-profiler, a meter that knows nothing of the ledger; on a GPU against max_memory_allocated."""
+"""memory.py and plan.py: the memory planned for a step against what a step takes, as measured by
+torch's profiler, which knows nothing of the ledger; on a GPU by max_memory_allocated."""
 
 import math
 import re
@@ -24,7 +24,14 @@ import train
 from engine import config as configs
 from engine import kernels, memory, plan
 from engine.evaluation import loss_name
-from engine.memory import FlashAttention, Ledger, make_batch, make_model, plan_memory, rows_of
+from engine.memory import (
+    FlashAttention,
+    Ledger,
+    full_batch_shape,
+    make_batch,
+    make_model,
+    plan_memory,
+)
 from engine.processes import Processes
 from model import Dropout, attend
 
@@ -47,8 +54,8 @@ def bytes_in(tensors) -> int:
 
 
 def state_of(optimizer) -> list[torch.Tensor]:
-    several = getattr(optimizer, "optimizers", [optimizer])
-    return [t for one in several for state in one.state.values() for t in state.values()]
+    optimizers = getattr(optimizer, "optimizers", [optimizer])
+    return [t for one in optimizers for state in one.state.values() for t in state.values()]
 
 
 def allocated(work) -> list[int]:
@@ -129,7 +136,7 @@ def test_the_planned_batch_is_as_large_as_any_of_the_data(even_pairs, task):
     flags = toys[task] if task in toys else fine_flags(task, "--row_length=20")
     flags = [*flags, "--class_weights"] if task == "classify" else flags
     run = begin(flags)
-    B, T = rows_of(run.config, run.model.config.block_size, run.config.batch_size)
+    B, T = full_batch_shape(run.config, run.model.config.block_size, run.config.batch_size)
     assert (16 if task in toys else 20) == T and run.data.tokens_per_batch // T == B
     made = make_batch(run.config, run.model, B, T)
     found = [run.data.batch(i) for i in range(30)]
@@ -345,7 +352,7 @@ def test_the_ledger_leaves_out_copies_that_are_gathered():
             assert ledger.live == 2 * 7 * 13
 
 
-# ---- what is told --------------------------------------------------------------------------------
+# ---- what is printed -----------------------------------------------------------------------------
 
 
 def lines_for(*flags: str, shard: str = "") -> list[str]:
@@ -451,7 +458,7 @@ def test_gpu_needs_what_was_planned(flags, dtype, recompute):
             tensor.normal_(std=0.02)
     optimizer = train.optim.make_optimizer(model, config.optimizer, lr=1e-3, dtype=kind)
     batch_size, accumulate = configs.divide_step(config, sizes["block_size"], 1)
-    shape = rows_of(config, sizes["block_size"], batch_size)
+    shape = full_batch_shape(config, sizes["block_size"], batch_size)
     for _ in range(2):  # in the first step, the state is made
         torch.cuda.reset_peak_memory_stats()
         for _ in range(accumulate):

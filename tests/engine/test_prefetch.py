@@ -1,4 +1,4 @@
-"""data/prefetch.py: the same batches whoever makes them, a thread that ends, errors that show."""
+"""engine/prefetch.py: the same batches whoever makes them, a thread that ends, errors that show."""
 
 import threading
 import time
@@ -40,7 +40,7 @@ def batch_of(i: int) -> dict[str, torch.Tensor]:
     st.lists(st.tuples(st.integers(0, 40), st.integers(1, 6)), min_size=1, max_size=4),
 )
 def test_what_is_asked_for_is_what_comes(stride, ahead, runs):
-    """Also where it is asked for other numbers than the next, and again for those before."""
+    """Also when it is asked for other numbers than the next one, and for earlier ones once more."""
     prefetch = Prefetch(batch_of, stride, ahead, CPU)
     for start, length in runs:
         for i in range(start, start + length * stride, stride):
@@ -121,7 +121,7 @@ def test_an_error_is_raised_as_itself_for_who_asks_for_its_batch():
     prefetch = Prefetch(make, 1, 5, CPU)
     for i in (0, 1, 2):
         prefetch(i)
-    for _ in range(2):  # who asks again hears it again
+    for _ in range(2):  # each call that asks for it raises it
         with pytest.raises(Broken) as found:
             prefetch(3)
         names = [frame.name for frame in traceback.extract_tb(found.value.__traceback__)]

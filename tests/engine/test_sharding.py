@@ -1,5 +1,5 @@
 """sharding.py and parts.py: the same numbers whatever is divided, one format of checkpoints, less
-memory. All runs on two processes are those of one launch (tests/several.py)."""
+memory. All runs on two processes are those of one launch (tests/sharded_runs.py)."""
 
 import io
 import json
@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import finetuning
 import pytest
-import several
+import sharded_runs
 import torch
 from conftest import ROOT, TOY, write_pairs, write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from several import DIVIDES_ON_CPU, FAMILIES, GPT_RUN, HALF
+from sharded_runs import DIVIDES_ON_CPU, FAMILIES, GPT_RUN, HALF
 from test_train import Payload, assert_equal, flatten, losses, no_autocast, torchrun
 
 import convert
@@ -40,7 +40,7 @@ divides = pytest.mark.skipif(not DIVIDES_ON_CPU, reason="--shard model needs tor
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> SimpleNamespace:
-    """.folder of all the runs, .told {job: what each process told}."""
+    """.folder of all the runs, .reports {job: what each process reported}."""
     folder = tmp_path_factory.mktemp("launched")
     write_texts(folder)
     write_pairs(folder)
@@ -50,7 +50,7 @@ def launched(tmp_path_factory) -> SimpleNamespace:
         train.main([*HALF, "--out=one-then-optimizer"])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "several.py")],
+        [*command, str(ROOT / "tests" / "sharded_runs.py")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"},
         capture_output=True,
         encoding="utf-8",
@@ -58,10 +58,12 @@ def launched(tmp_path_factory) -> SimpleNamespace:
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    files = [(folder / f"told-{i}.jsonl").read_text(encoding="utf-8") for i in range(2)]
-    told = zip(*([json.loads(line) for line in text.splitlines()] for text in files), strict=True)
+    files = [(folder / f"report-{i}.jsonl").read_text(encoding="utf-8") for i in range(2)]
+    reports = zip(
+        *([json.loads(line) for line in text.splitlines()] for text in files), strict=True
+    )
     return SimpleNamespace(
-        folder=folder, told=dict(zip(several.jobs(), told, strict=True)), out=done.stdout
+        folder=folder, reports=dict(zip(sharded_runs.jobs(), reports, strict=True)), out=done.stdout
     )
 
 
@@ -143,8 +145,8 @@ def test_bf16_is_what_autocast_makes_of_it(runs):
 
 
 def test_each_process_holds_its_part(runs):
-    for name, (first, second) in runs.told.items():
-        whole = runs.told["adamw" if name.startswith("adamw") else "gpt"][0]
+    for name, (first, second) in runs.reports.items():
+        whole = runs.reports["adamw" if name.startswith("adamw") else "gpt"][0]
         if name in ("gpt-model", "adamw-model"):
             assert first["weights"] + second["weights"] == whole["weights"]
             assert first["weights"] < 0.51 * whole["weights"]
@@ -152,7 +154,7 @@ def test_each_process_holds_its_part(runs):
         if name in ("gpt-model", "adamw-model", "gpt-optimizer", "adamw-optimizer", "minutes"):
             assert max(first["moments"], second["moments"]) < 0.51 * whole["moments"]
             assert first["moments"] + second["moments"] >= whole["moments"]
-    assert runs.told["adamw-optimizer"][1]["weights"] == runs.told["adamw"][1]["weights"]
+    assert runs.reports["adamw-optimizer"][1]["weights"] == runs.reports["adamw"][1]["weights"]
 
 
 def test_alone_there_is_nothing_to_divide(toy):
@@ -215,9 +217,9 @@ def test_parts_are_one_checkpoint_for_every_reader(runs, capsys):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(runs):
-    for told in runs.told["parts+full"]:
-        assert "stopped after step 6, which is not saved: make room" in told["error"]
-        assert "\n" not in told["error"]
+    for report in runs.reports["parts+full"]:
+        assert "stopped after step 6, which is not saved: make room" in report["error"]
+        assert "\n" not in report["error"]
     assert state_of("parts")["step"] == 3 and not list(Path("parts").glob("latest.0000004*"))
 
 
@@ -353,7 +355,7 @@ def test_every_parameter_has_one_owner_and_all_own_about_the_same(name):
     world, owned = 3, []
     for rank in range(world):
         group = Processes(rank, world, torch.device("cpu"))
-        divided = sharding.make_optimizer("optimizer", group, model, name, lr=0.1)
+        divided = sharding.make_sharded_optimizer("optimizer", group, model, name, lr=0.1)
         owned.append([p for p in model.parameters() if sharding.holds(divided, p)])
     assert sorted(id(p) for some in owned for p in some) == sorted(map(id, model.parameters()))
     hidden = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
@@ -419,7 +421,7 @@ def test_other_things_cannot_be_divided(monkeypatch):
         sharding.divide_model("model", two, torch.nn.Linear(2, 2), torch.float32)
 
 
-def test_a_micro_batch_is_silent_only_where_that_costs_no_memory():
+def test_the_exchange_is_put_off_only_where_that_costs_no_memory():
     """FSDP2 would keep the whole gradient; DDP has it anyway."""
     model = torch.nn.Linear(2, 2)
     with sharding.no_sync(model) as found:

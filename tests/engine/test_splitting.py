@@ -121,7 +121,7 @@ def test_an_error_in_the_texts_is_not_swallowed(monkeypatch):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """bpe.py as it is by itself, until install(); afterwards as it was."""
+    """bpe.py as it is by itself, until use_in_bpe(); afterwards as it was."""
     monkeypatch.setattr(bpe, "make_splitter", plain_splitter)
     monkeypatch.setattr(bpe, "count_chunks", plain_count_chunks)
 
@@ -144,7 +144,7 @@ def test_a_run_uses_them(monkeypatch):
 def test_a_tokenizer_keeps_its_splitter_on_the_way_to_another_process():
     """One under `spawn` or of another program, where nothing was installed."""
     plain = Tokenizer.train([TEXT], 300)
-    splitting.install()
+    splitting.use_in_bpe()
     fast = Tokenizer.train([TEXT], 300)
     bpe.make_splitter = plain_splitter
     for tokenizer, kind in ((plain, type(plain._split)), (fast, Splitter)):
@@ -166,7 +166,7 @@ def test_spawned_workers_count_and_encode_the_same(tmp_path):
         "    cores.BATCH, os.cpu_count = 1000, lambda: 2\n"
         "    texts = [f'word{i % 7} the 12 ' * 60 for i in range(99)]\n"
         "    plain = bpe.Tokenizer.train(texts, 290)\n"
-        "    splitting.install()\n"
+        "    splitting.use_in_bpe()\n"
         "    fast = bpe.Tokenizer.train(texts, 290)\n"
         "    assert fast.hash == plain.hash\n"
         "    for tok in (plain, fast):\n"

@@ -1,5 +1,5 @@
-"""Steps that are queued, and read when the next one is (engine/steps.py): on a GPU the host waits
-for nothing in between. Here the CPU is treated as if it were one: the same must come out."""
+"""engine/steps.py: steps that are queued, and read when the next one is queued, so that the host
+does not wait for a GPU in between. Here the CPU is treated like a GPU: results must be equal."""
 
 import math
 from pathlib import Path
@@ -257,7 +257,7 @@ def test_numbers_of_the_host_are_added_up_without_the_gpu(monkeypatch):
         tensor.mul_(2)
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    group = Processes(0, 2, torch.device("cuda"), patient="gloo's")
+    group = Processes(0, 2, torch.device("cuda"), cpu_group="gloo's")
     assert group.all_reduce([1.5, 2]) == [3.0, 4.0]
     assert group.all_reduce([2**53 + 1], torch.int64) == [2 * (2**53 + 1)]
     assert sent == [("cpu", torch.float64, "gloo's"), ("cpu", torch.int64, "gloo's")]
@@ -275,7 +275,7 @@ def with_gradient(model: nn.Module, seed: int) -> None:
     torch.manual_seed(seed)
     for p in model.parameters():
         whole = torch.randn(p.shape)
-        if isinstance(p, sharding.DTensor):
+        if sharding.is_divided(p):
             whole = sharding.as_rows(whole, p)
         p.grad = whole
 

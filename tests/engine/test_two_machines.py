@@ -211,28 +211,28 @@ def test_the_slurm_script_goes_on_with_a_requeued_job(toy):
 class Threads(Processes):
     """Processes that are threads of this one."""
 
-    def __init__(self, rank: int, barrier: threading.Barrier, numbers: list):
-        super().__init__(rank, barrier.parties, torch.device("cpu"))
-        self.all_here, self.numbers = barrier, numbers
+    def __init__(self, rank: int, meeting: threading.Barrier, numbers: list):
+        super().__init__(rank, meeting.parties, torch.device("cpu"))
+        self.meeting, self.numbers = meeting, numbers
 
     def all_reduce(self, numbers, dtype=torch.float64):
         self.numbers[self.rank] = torch.tensor(numbers, dtype=dtype)
-        self.all_here.wait(20)
+        self.meeting.wait(20)
         total = sum(self.numbers).tolist()
-        self.all_here.wait(20)
+        self.meeting.wait(20)
         return total
 
     def barrier(self):
-        self.all_here.wait(20)
+        self.meeting.wait(20)
 
 
 def together(world: int, work) -> list:
     """[work(group) of each rank, or the error that it ended with]"""
-    barrier, numbers, found = threading.Barrier(world), [None] * world, [None] * world
+    meeting, numbers, found = threading.Barrier(world), [None] * world, [None] * world
 
     def one(rank: int) -> None:
         try:
-            found[rank] = work(Threads(rank, barrier, numbers))
+            found[rank] = work(Threads(rank, meeting, numbers))
         except ValueError as error:
             found[rank] = error
 
@@ -299,4 +299,4 @@ def test_one_who_died_is_not_taken_for_one_who_comes():
     store = dist.HashStore()
     store.set("name 1", "of a process that was killed")
     with pytest.raises(TimeoutError):
-        processes.fresh(store, 0, 2, 0.005)
+        processes.new_prefix_store(store, 0, 2, 0.005)

@@ -1,5 +1,4 @@
-"""watchdog.py: three processes in one, of which one hangs or none. With real processes:
-test_faults.py."""
+"""watchdog.py: three processes in one, of which one hangs or none; test_faults.py has real ones."""
 
 import threading
 import time
@@ -17,7 +16,7 @@ class Ended(Exception):
 
 @pytest.fixture
 def dogs(monkeypatch):
-    """Of three processes, in one; when they end they do it alone."""
+    """The watchdogs of three processes, as threads of this one; each ends only itself."""
     ended = []
 
     def leave(status):
@@ -45,15 +44,15 @@ def test_the_process_that_has_passed_the_fewest_places_is_named(dogs, capfd):
     with three[0], three[1], three[2]:
         while len(ended) < 3:
             time.sleep(0.05)
-    told = capfd.readouterr().err
-    assert told.count("error: ") == 1
-    assert "rank 1 of 3 is still at step 8 (reading batches), for which rank" in told
-    assert "rank 1 of 3 hangs here:" in told and "test_watchdog.py" in told
-    assert told.count("hangs here") == 1 and sorted(ended) == [0, 1, 2]
+    err = capfd.readouterr().err
+    assert err.count("error: ") == 1
+    assert "rank 1 of 3 is still at step 8 (reading batches), for which rank" in err
+    assert "rank 1 of 3 hangs here:" in err and "test_watchdog.py" in err
+    assert err.count("hangs here") == 1 and sorted(ended) == [0, 1, 2]
 
 
-def test_who_moves_is_left_alone(dogs, capfd):
-    """Also where it is at one place for long, as an evaluation is, and comes by it again."""
+def test_a_process_that_moves_is_left_alone(dogs, capfd):
+    """Also one that is at one place for long, as in an evaluation, but reports it repeatedly."""
     ended, three = dogs
     with three[0], three[1], three[2]:
         for _ in range(8):

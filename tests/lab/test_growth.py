@@ -1,5 +1,5 @@
-"""growth.py: exponents and weights that are known are found again; its formulas against torch's
-counters and the model's own; the script from end to end, with models of no size."""
+"""lab/growth.py: known exponents and weights are recovered; its formulas against torch's counters
+and the model's own; the script from end to end, with tiny models."""
 
 import math
 import sys
@@ -48,18 +48,18 @@ def test_the_weights_of_a_sum_are_found_although_the_terms_differ_by_12_digits(w
     terms = [[1e12 * n * n, 1e3 * n, 1.0] for n in (1, 2, 4, 8, 16)]
     true = [weights[0] / 1e12, weights[1] / 1e3, weights[2]]
     measured = [sum(w * t for w, t in zip(true, row, strict=True)) for row in terms]
-    assert growth.fit(terms, measured) == pytest.approx(true, rel=1e-6)
+    assert growth.fit_weights(terms, measured) == pytest.approx(true, rel=1e-6)
 
 
 def test_no_weight_is_negative_and_a_term_that_is_never_there_has_none():
-    found = growth.fit([[n, 1.0, 0.0] for n in (1, 2, 4)], [0.5, 1.9, 4.3])
+    found = growth.fit_weights([[n, 1.0, 0.0] for n in (1, 2, 4)], [0.5, 1.9, 4.3])
     assert found[0] == pytest.approx((2 + 1 / 0.95 + 1 / 1.075) / (4 + 0.95**-2 + 1.075**-2))
     assert found[1:] == [0, 0]
 
 
 def test_errors_count_in_proportion():
     """Twice 1 and once 1,000 of what 1 x is: the middle of the ratios, not of the numbers."""
-    assert growth.fit([[1.0], [1000.0]], [2.0, 1000.0])[0] == pytest.approx(1.5 / 1.25)
+    assert growth.fit_weights([[1.0], [1000.0]], [2.0, 1000.0])[0] == pytest.approx(1.5 / 1.25)
 
 
 def synthetic() -> tuple[dict, dict[Size, Cost]]:
@@ -93,7 +93,7 @@ def test_a_machine_of_known_rates_is_recognised():
 def test_the_table_has_the_first_and_the_last_exponent_of_each():
     sweeps, found = synthetic()
     series, _ = growth.compare("memory", found, "cpu")
-    lines = growth.describe("memory", sweeps, series).splitlines()
+    lines = growth.exponent_table("memory", sweeps, series).splitlines()
     assert lines[0] == "| memory: what grows | sizes | MB | measured | formula | fitted | limit |"
     row = [cell.strip() for cell in lines[2 + list(sweeps).index("V")].strip("|").split("|")]
     assert row[:2] == ["vocabulary V", "700, 1,400, 2,800, 5,600, 11,200"] and row[6] == "1"
@@ -214,8 +214,8 @@ def test_time_is_a_median_and_each_size_has_its_own(monkeypatch):
 def test_the_script_writes_a_table_and_a_picture_and_writes_them_again(tiny, capsys):
     for _ in range(2):
         growth.main(["--repeats=1", "--out=new/g.png"])
-        told = capsys.readouterr().out
-        text, _, last = told.rpartition("\n\n")
+        out = capsys.readouterr().out
+        text, _, last = out.rpartition("\n\n")
         assert (tiny / "new/g.md").read_text(encoding="utf-8") == text + "\n"
         assert last == "the same in new/g.md, drawn in new/g.png\n"
         assert text.count("| context T | 8, 16, 32 |") == 2 and "T 16, C 64, L 1, B 1, V 37" in text
@@ -246,9 +246,9 @@ def test_the_picture_has_a_panel_for_each_cost_and_size(tmp_path, monkeypatch):
 def test_without_matplotlib_there_is_a_table_and_a_sentence(tiny, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     growth.main(["--repeats=1", "--out=g.png"])
-    told = capsys.readouterr().out
-    assert "g.png is not drawn: pip install matplotlib\n" in told
-    assert told.endswith("the same in g.md\n") and (tiny / "g.md").is_file()
+    out = capsys.readouterr().out
+    assert "g.png is not drawn: pip install matplotlib\n" in out
+    assert out.endswith("the same in g.md\n") and (tiny / "g.md").is_file()
     assert not (tiny / "g.png").exists()
 
 

@@ -1,4 +1,5 @@
-"""bench_finetune.py: their class behind our names says what ours does, and their loop learns."""
+"""lab/finetuning.py: Hugging Face's class behind our names gives what ours gives, and the peer's
+loop learns."""
 
 import re
 
@@ -9,8 +10,7 @@ from finetuning import FILES, batch_of, flags, losses_in, model_of, write_files
 
 import train
 from engine.hub.peers import hugging_face_encoder
-from lab import finetuning as bench_finetune
-from lab.finetuning import Theirs, random_batches
+from lab.finetuning import Theirs, main, random_batches
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_both_are_timed_and_theirs_is_trained(toy, capsys):
     train.main([*flags("classify", "--steps=2"), "--out=base"])
     capsys.readouterr()
     said = ["--init=base/best.pt", f"--data={FILES['classify']}", "--repeats=2", "--minutes=0.05"]
-    bench_finetune.main([*said, f"--valid=valid-{FILES['classify']}", "--lr=3e-3"])
+    main([*said, f"--valid=valid-{FILES['classify']}", "--lr=3e-3"])
     out = capsys.readouterr().out
     times = re.findall(r"(ours|theirs) +([\d.]+) s an epoch of 150 rows", out)
     assert [name for name, _ in times] == ["ours", "theirs"]
@@ -59,6 +59,6 @@ def test_both_are_timed_and_theirs_is_trained(toy, capsys):
 
 def test_what_it_cannot_compare_is_refused():
     with pytest.raises(ValueError, match="--model similar is not known: choose classify, tag"):
-        bench_finetune.main(["--model=similar"])
+        main(["--model=similar"])
     with pytest.raises(ValueError, match=r"--repeats 1 is out of range: choose between 2"):
-        bench_finetune.main(["--repeats=1"])
+        main(["--repeats=1"])

@@ -1,17 +1,17 @@
-"""bench_runs.py: each of its measures, with a model of no size."""
+"""lab/runs.py: each of its measures, with a tiny model."""
 
 import json
 
 import pytest
 
-from lab import runs as bench_runs
+from lab import runs
 
 pytestmark = pytest.mark.slow
 
 
 def test_every_measure_is_taken(toy, capsys, monkeypatch):
-    monkeypatch.setattr(bench_runs, "SMALL", [*bench_runs.SMALL, "--data=toy.txt"])
-    bench_runs.main(["--small", "--repeats=1", "--steps=6"])
+    monkeypatch.setattr(runs, "SMALL", [*runs.SMALL, "--data=toy.txt"])
+    runs.main(["--small", "--repeats=1", "--steps=6"])
     *sentences, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
     assert sentences[-3].startswith("two processes ") and sentences[-1].endswith(" bytes")
@@ -24,4 +24,4 @@ def test_every_measure_is_taken(toy, capsys, monkeypatch):
 
 def test_a_measure_that_does_not_exist_is_refused(toy):
     with pytest.raises(ValueError, match=r"--only speed is not known: choose scaling, saving"):
-        bench_runs.main(["--only=speed"])
+        runs.main(["--only=speed"])

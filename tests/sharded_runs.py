@@ -1,10 +1,10 @@
 """Runs of train.py one after the other in one launch of torchrun, which alone takes six seconds.
 
-    torchrun --standalone --nproc_per_node=2 tests/several.py
+    torchrun --standalone --nproc_per_node=2 tests/sharded_runs.py
 
-A job is {"flags": a command line}. With "parts" its checkpoints are in parts whatever their size,
-with "full": rank that process finds no space for its own. Behind each job, every process appends
-to told-RANK.jsonl in the working folder how many bytes it has held, or what it was refused for.
+A job is {"flags": a command line}. With "parts" its checkpoints are in parts although they are
+small; with "full": rank that process finds no space for its part. After each job, every process
+appends to report-RANK.jsonl in the working folder how many bytes it held, or the error.
 """
 
 import json
@@ -38,7 +38,7 @@ HALF, ON = [*GPT_RUN, "--stop_after=3"], ["--resume", "--stop_after=3", "--keep=
 
 
 def jobs() -> dict[str, dict]:
-    """{name: job} in the order in which they run; what follows a + in a name is the same run."""
+    """{name: job} in the order in which they run; "NAME+…" goes on with the run NAME."""
     found = {}
 
     def job(name: str, *flags: str, **more) -> None:
@@ -93,16 +93,16 @@ def main() -> None:
         try:
             train.main(job["flags"])
         except ValueError as error:
-            told = {"error": str(error)}
+            report = {"error": str(error)}
         else:
             run = runs.pop()
             states = [
                 s for o in sharding.optimizers_of(run.optimizer).values() for s in o.state.values()
             ]
             moments = [tensor for state in states for tensor in state.values()]
-            told = {"weights": held(run.model.parameters()), "moments": held(moments)}
-        with Path(f"told-{group.rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(told) + "\n")
+            report = {"weights": held(run.model.parameters()), "moments": held(moments)}
+        with Path(f"report-{group.rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report) + "\n")
         group.barrier()
     stop()
 
