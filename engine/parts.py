@@ -34,7 +34,7 @@ from torch.futures import Future
 
 from engine.checkpoint import flush_names
 from engine.processes import Processes
-from optim import one_by_one
+from optim import separate_states
 
 # ---- writing -------------------------------------------------------------------------------------
 
@@ -175,13 +175,13 @@ def find(path: Path, checkpoint: dict, whole: bool) -> None:
         del checkpoint["parts"]
 
 
-# ---- names: "model/NAME" and "optimizer/WHICH/NUMBER/NAME", WHICH as in `one_by_one` -------------
+# ---- names: "model/NAME" and "optimizer/WHICH/NUMBER/NAME", WHICH as in `separate_states` --------
 
 
 def flat(weights: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
     """The tensors in the state of a model and in that of an optimizer, by their names here."""
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
-    for which, one in one_by_one(state).items():
+    for which, one in separate_states(state).items():
         for number, found in one["state"].items():
             tensors |= {f"optimizer/{which}/{number}/{name}": t for name, t in found.items()}
     return tensors
@@ -194,7 +194,7 @@ def put(checkpoint: dict, name: str, tensor) -> None:
         checkpoint["model"][rest] = tensor
     else:
         which, number, key = rest.split("/")
-        state = one_by_one(checkpoint["optimizer"])[which]["state"]
+        state = separate_states(checkpoint["optimizer"])[which]["state"]
         state.setdefault(int(number), {})[key] = tensor
 
 

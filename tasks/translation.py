@@ -34,7 +34,7 @@ from data.lines import answer_stdin, new_file
 from data.parallel import ParallelCorpus, open_pairs
 from data.sentencepieces import START
 from data.tokens import AnyTokenizer, TokenFile, both_splits
-from decoding import Advance, beam_search, choose, distribution, write
+from decoding import Advance, beam_search, choose, distribution, generate_targets
 from model import Attention
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
@@ -279,7 +279,7 @@ def translate_ids(
         u = [torch.rand((), generator=streams[i], dtype=torch.double) for i in alive]
         return choose(p, torch.stack(u))
 
-    return write(advance, limits, pick, **ends)
+    return generate_targets(advance, limits, pick, **ends)
 
 
 def translate(

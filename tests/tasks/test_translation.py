@@ -18,7 +18,7 @@ import sample
 import train
 from bpe import GPT2_PATTERN, Tokenizer
 from data.tokens import END_OF_TEXT
-from decoding import beam_search, write
+from decoding import beam_search, generate_targets
 from engine import checkpoint as checkpoints
 from engine.config import resolve
 from engine.graphs import StaticAdvance
@@ -120,7 +120,7 @@ def test_a_beam_of_one_is_greedy_on_a_model_too():
         advance = make_advance(model, source, keep, 10, 257)
         found = beam_search(advance, [9] * 3, beam=1, start=256, end=256)
         advance = uncached_advance(model, source, keep)
-        oracle = write(advance, [9] * 3, lambda x, _: x.argmax(-1), start=256, end=256)
+        oracle = generate_targets(advance, [9] * 3, lambda x, _: x.argmax(-1), start=256, end=256)
     assert greedy == [tokens for _, tokens in found] == oracle
 
 
