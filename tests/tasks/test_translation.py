@@ -138,7 +138,7 @@ def test_the_limit_follows_the_source_and_the_block():
 def test_of_a_line_that_is_too_long_the_beginning_is_translated(capsys):
     """One such line must neither end a run over a million others nor shift them."""
     model, config = untrained(), SampleFlags(beam=2, max_new_tokens=6)
-    texts = translate(model, BYTES, ["a cat", "b" * 50, "two dogs"], config, first=11)
+    texts = translate(model, BYTES, ["a cat", "b" * 50, "two dogs"], config, first_line=11)
     assert texts == translate(model, BYTES, ["a cat", "b" * 39, "two dogs"], config)
     told = capsys.readouterr().err
     assert told == "note: line 12 has 50 tokens, the model reads 39: the rest is left out\n"
