@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
-from decoding import write
+from decoding import generate_targets
 from engine.hub.mapping import to_ours
 from engine.hub.peers import hugging_face_marian
 from engine.plan import parameter_table
@@ -412,7 +412,9 @@ def test_it_learns_to_reverse_what_it_reads():
     given = reversals(200, random)
     with torch.no_grad():
         advance = make_advance(model, given["source"], given["source_keep"], 8, 10)
-        written = write(advance, [7] * 200, lambda logits, _: logits.argmax(-1), start=0, end=0)
+        written = generate_targets(
+            advance, [7] * 200, lambda logits, _: logits.argmax(-1), start=0, end=0
+        )
     rows = [
         row[keep].tolist()[:-1]
         for row, keep in zip(given["source"], given["source_keep"], strict=True)

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bpe import GPT2_PATTERN, Tokenizer
 from data.tokens import END_OF_TEXT
-from decoding import beam_search, generate, write
+from decoding import beam_search, generate, generate_targets
 from engine import graphs, kernels
 from engine.graphs import (
     AHEAD,
@@ -369,7 +369,8 @@ def test_greedy_writing_is_the_same():
         limits = [10, 7, 12, 3][: len(lines)]
         advances = static(source, keep, 13), make_advance(model, source, keep, 13, 257)
         ours, want = (
-            write(a, limits, lambda x, _: x.argmax(-1), start=256, end=256) for a in advances
+            generate_targets(a, limits, lambda x, _: x.argmax(-1), start=256, end=256)
+            for a in advances
         )
         assert ours == want
 

@@ -20,7 +20,7 @@ from bpe import Tokenizer
 from data.encoding import CLS, PAD, SEP, encode_text
 from engine.evaluation import evaluate
 from engine.processes import Processes
-from tasks.answer import Data, Flags, encode_context, windows
+from tasks.answer import Data, Flags, context_windows, encode_context
 from wordpiece import WordPiece
 
 T = 48
@@ -112,7 +112,7 @@ def wanted_rows(name: str, tokenizer, T: int, none: tuple[int, int] = (0, 0)) ->
             for answer in qa["answers"][:1]:
                 start = answer["answer_start"]
                 end = start + len(answer["text"]) - 1
-            for a, b, first in windows(len(asked), len(context.ids), T):
+            for a, b, first in context_windows(len(asked), len(context.ids), T):
                 inside = range(a, b)
                 found = [
                     [i for i in range(len(context.ids))

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.hub.wordpiece_json import wordpiece_to_json
-from tasks.classify import Data, Flags, collate, encode_parts
+from tasks.classify import Data, Flags, encode_parts
+from tasks.encoders import collate
 from wordpiece import WordPiece
 
 T = 24

@@ -451,7 +451,7 @@ def test_a_run_shows_the_nearest_other_text_of_each(capsys):
         shown = re.fullmatch(r"(.*)\n-> (-?\d\.\d{3})  (.*)", block)
         assert (shown[1], shown[3]) == (text, other)
         assert float(shown[2]) == pytest.approx(cosine, abs=6e-4)
-    assert similar.alike(model, BPE, ["one"]) == ["1.000  one"]
+    assert similar.most_similar(model, BPE, ["one"]) == ["1.000  one"]
     assert similar.ask(data.prompts) == ("--similar", "queries.txt", "lines.txt")
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bpe import Tokenizer
 from data.conll import open_tagged
 from data.encoding import CLS, MASK, PAD, SEP, SPECIAL, encode_text
-from tasks.tag import Data, entity_scores, join_rows, sentence_rows, windows
+from tasks.tag import Data, entity_scores, join_rows, sentence_rows, word_windows
 from wordpiece import UNK, WordPiece
 
 TYPES = ("person", "place", "x")
@@ -125,7 +125,7 @@ def test_every_word_is_asked_for_once_an_epoch_with_its_own_label(folder, block_
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(9, 30))
 def test_windows_fit_follow_each_other_and_ask_once(sizes, limit):
-    found, n = windows(sizes, limit), len(sizes)
+    found, n = word_windows(sizes, limit), len(sizes)
     assert [i for _, _, a, b in found for i in range(a, b)] == list(range(n))
     for start, end, first, behind in found:
         assert start <= first < behind <= end and sum(sizes[start:end]) <= limit
@@ -139,19 +139,24 @@ def test_windows_fit_follow_each_other_and_ask_once(sizes, limit):
 @given(st.integers(1, 99), st.integers(1, 40))
 def test_a_word_at_a_border_has_context_on_both_sides(n, limit):
     """A quarter of the row, if words have one sub-token each."""
-    for start, end, first, behind in windows([1] * n, limit):
+    for start, end, first, behind in word_windows([1] * n, limit):
         assert first == 0 or first - start >= limit // 4
         assert behind == n or end - behind >= limit // 4
 
 
 def test_windows_by_hand():
-    assert windows([1] * 8, 8) == [(0, 8, 0, 8)] and windows([3], 3) == [(0, 1, 0, 1)]
-    assert windows([1] * 20, 8) == [(0, 8, 0, 6), (4, 12, 6, 10), (8, 16, 10, 14), (12, 20, 14, 20)]
-    assert windows([4, 4, 4], 4) == [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 3)]
-    assert windows([1, 1, 8, 1], 8) == [(0, 2, 0, 2), (2, 3, 2, 3), (3, 4, 3, 4)]
-    assert windows([], 8) == []
+    assert word_windows([1] * 8, 8) == [(0, 8, 0, 8)] and word_windows([3], 3) == [(0, 1, 0, 1)]
+    assert word_windows([1] * 20, 8) == [
+        (0, 8, 0, 6),
+        (4, 12, 6, 10),
+        (8, 16, 10, 14),
+        (12, 20, 14, 20),
+    ]
+    assert word_windows([4, 4, 4], 4) == [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 3)]
+    assert word_windows([1, 1, 8, 1], 8) == [(0, 2, 0, 2), (2, 3, 2, 3), (3, 4, 3, 4)]
+    assert word_windows([], 8) == []
     with pytest.raises(AssertionError, match="a word does not fit"):
-        windows([1, 9], 8)
+        word_windows([1, 9], 8)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
@@ -301,7 +306,7 @@ def test_rows_are_joined_in_the_order_of_the_words():
     for row in rows:
         answers.append(np.full(T + 4, -7))
         for k, at in enumerate(row.places):
-            place[row.sentence, row.first + k] = len(place)
+            place[row.sentence, row.first_word + k] = len(place)
             answers[-1][at] = len(place) - 1
     order = Random(0).sample(range(len(rows)), len(rows))
     found = join_rows([rows[k] for k in order], [answers[k] for k in order])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_conll import slow_entities, tags
 
-from tasks.tag import entity_scores, entity_scores_by_type, marked, text_spans, words_of
+from tasks.tag import entity_scores, entity_scores_by_type, mark_entities, text_spans, words_of
 
 # ---- scores --------------------------------------------------------------------------------------
 
@@ -127,8 +127,11 @@ def test_labels_of_words_mark_the_text():
         ("PLACE", "New York"),
     ]
     want = "Yesterday  [Barack\nObama]PERSON's wife visited [New York]PLACE."
-    assert marked(text, spans) == marked(text, spans[::-1]) == want
-    assert marked(text, []) == text and marked("ab", [("X", 1, 2), ("Y", 0, 1)]) == "[a]Y[b]X"
+    assert mark_entities(text, spans) == mark_entities(text, spans[::-1]) == want
+    assert (
+        mark_entities(text, []) == text
+        and mark_entities("ab", [("X", 1, 2), ("Y", 0, 1)]) == "[a]Y[b]X"
+    )
 
 
 @given(LETTERS, st.data())
@@ -136,7 +139,7 @@ def test_without_its_marks_a_marked_text_is_the_text(text, data):
     words = words_of(text)
     tags = [data.draw(st.sampled_from(["O", "B-T", "I-T"])) for _ in words]
     spans = text_spans(tags, words)
-    shown = marked(text, [("\0", a, b) for _, a, b in spans])
+    shown = mark_entities(text, [("\0", a, b) for _, a, b in spans])
     assert len(shown) == len(text) + 3 * len(spans)
     for _, a, b in spans:
         assert f"[{text[a:b]}]\0" in shown

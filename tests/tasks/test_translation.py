@@ -18,7 +18,7 @@ import sample
 import train
 from bpe import GPT2_PATTERN, Tokenizer
 from data.tokens import END_OF_TEXT
-from decoding import beam_search, write
+from decoding import beam_search, generate_targets
 from engine import checkpoint as checkpoints
 from engine.config import resolve
 from engine.graphs import StaticAdvance
@@ -121,7 +121,7 @@ def test_a_beam_of_one_is_greedy_on_a_model_too():
         advance = make_advance(model, source, keep, 10, 257)
         found = beam_search(advance, [9] * 3, beam=1, start=256, end=256)
         advance = uncached_advance(model, source, keep)
-        oracle = write(advance, [9] * 3, lambda x, _: x.argmax(-1), start=256, end=256)
+        oracle = generate_targets(advance, [9] * 3, lambda x, _: x.argmax(-1), start=256, end=256)
     assert greedy == [tokens for _, tokens in found] == oracle
 
 
@@ -139,7 +139,7 @@ def test_the_limit_follows_the_source_and_the_block():
 def test_of_a_line_that_is_too_long_the_beginning_is_translated(capsys):
     """One such line must neither end a run over a million others nor shift them."""
     model, config = untrained(), SampleFlags(beam=2, max_new_tokens=6)
-    texts = translate(model, BYTES, ["a cat", "b" * 50, "two dogs"], config, first=11)
+    texts = translate(model, BYTES, ["a cat", "b" * 50, "two dogs"], config, first_line=11)
     assert texts == translate(model, BYTES, ["a cat", "b" * 39, "two dogs"], config)
     printed = capsys.readouterr().err
     assert printed == "note: line 12 has 50 tokens, the model reads 39: the rest is left out\n"
