@@ -228,7 +228,7 @@ def holds(optimizer, parameter: Tensor) -> bool:
 
 
 def optimizers_of(optimizer) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers of torch that this one consists of, named as `separate_states` names the states."""
+    """The optimizers of torch that this one consists of, named as `separate_states` has them."""
     if isinstance(optimizer, DividedOptimizer):
         return optimizers_of(optimizer.optimizer)
     if isinstance(optimizer, ChainedOptimizer):
