@@ -71,12 +71,11 @@ class Data(InBuckets):
         tokenizer: Tokenizer,
         *,
         block_size: int,
-        batch_size: int,
         row_length: int = 0,
-        tokens_per_step: int = 0,
-        seed: int = 0,
         max_tokens: int = 0,
+        **buckets,
     ):
+        """buckets: see InBuckets.make_buckets."""
         self.row_length = min(row_length or block_size, block_size)
         self.tokenizer, self.fingerprint, self.rule = tokenizer, corpus.hash, corpus.rule
         prompts = dict.fromkeys(row.texts[0] for row in corpus.splits["validation"])
@@ -90,14 +89,7 @@ class Data(InBuckets):
         lengths, self.n_all = np.array([len(row) - 1 for row in self.rows]), len(self.rows)
         limit = 0 if split == "train" else max_tokens
         self.chosen = evenly_within(self.n_all, int(lengths.sum()), limit)
-        self.make_buckets(
-            lengths[self.chosen],
-            split,
-            block_size=block_size,
-            batch_size=batch_size,
-            tokens_per_step=tokens_per_step,
-            seed=seed,
-        )
+        self.make_buckets(lengths[self.chosen], split, block_size=block_size, **buckets)
 
     @classmethod
     def splits(cls, flags: FinetuneConfig, sizes: dict, tokenizer: Tokenizer | None = None):

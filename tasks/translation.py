@@ -69,11 +69,10 @@ class Data(InBuckets):
         tokenizer: AnyTokenizer,
         *,
         block_size: int,
-        batch_size: int,
-        tokens_per_step: int = 0,
-        seed: int = 0,
         max_tokens: int = 0,
+        **buckets,
     ):
+        """buckets: see InBuckets.make_buckets."""
         self.ids, self.fingerprint, self.tokenizer = file.ids, corpus.hash, tokenizer
         self.prompts, self.rule = corpus.prompts, corpus.rule
         self.start, self.end = start_and_end(tokenizer)
@@ -91,14 +90,7 @@ class Data(InBuckets):
             )
         tokens, limit = int(longer[self.chosen].sum()), 0 if split == "train" else max_tokens
         self.chosen = self.chosen[evenly_within(self.n_all, tokens, limit)]
-        self.make_buckets(
-            longer[self.chosen],
-            split,
-            block_size=block_size,
-            batch_size=batch_size,
-            tokens_per_step=tokens_per_step,
-            seed=seed,
-        )
+        self.make_buckets(longer[self.chosen], split, block_size=block_size, **buckets)
 
     @classmethod
     def splits(cls, flags: Flags, sizes: dict, tokenizer: AnyTokenizer | None = None):
