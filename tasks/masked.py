@@ -351,7 +351,7 @@ def fill_mask(
         else:
             continue
         if not first_line:
-            prompt = repr(prompts[number])  # of a long one, the beginning is enough
+            prompt = repr(prompts[number])  # the beginning of a long one is enough
             prompt = prompt if len(prompt) < 100 else f"{prompt[:90]}…"
             raise ValueError(f"the prompt {prompt} {wrong}{VERDICT * (mask not in ids)}")
         tqdm.write(f"note: line {first_line + number:,} {wrong}", file=sys.stderr)

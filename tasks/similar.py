@@ -230,7 +230,7 @@ class Data:
 
 def groups(pairs: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
     """n pairs of ids -> (index of each pair's group (n,), index of its text b (n,)). Texts are
-    equal if their ids are, before they are cut. A union-find joins the texts of pairs into groups."""
+    equal if their ids are, before they are cut. A union-find joins texts of pairs into groups."""
     numbers: dict[tuple[int, ...], int] = {}
     texts = [[numbers.setdefault(tuple(ids), len(numbers)) for ids in pair] for pair in pairs]
     parent = list(range(len(numbers)))
