@@ -6,7 +6,7 @@ blocks are `blocks.0`, `blocks.1`, …, and the names of heads begin with one of
 linear layers `q` and `v` is an attention. The file needs torch alone; `python finetune.py` adapts a
 small network.
 
-Left out: prompts that are learnt (prefix tuning), adapters of other shapes, more than one task at once.
+Left out: prompts that are learnt (prefix tuning), adapters of other shapes, several tasks at once.
 
 Papers: smaller rates in lower layers (Howard and Ruder 2018, arXiv:1801.06146); low-rank adapters
 (Hu et al. 2021, arXiv:2106.09685).

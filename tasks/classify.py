@@ -10,7 +10,7 @@ predicted, counts as 0. Macro-F1 is the mean over the labels that occur, in trut
 prediction: other labels say nothing about the model. scikit-learn with zero_division=0 does the
 same.
 
-Left out: more than one label for a text, numbers to predict (regression), windows over texts longer than
+Left out: several labels for a text, numbers to predict (regression), windows over texts longer than
 a row, which are cut instead, micro averages (for one label per example they are the accuracy),
 curves over thresholds (ROC), correlation (Matthews). Axes as in `model.py`; k counts labels.
 """

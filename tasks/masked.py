@@ -43,7 +43,7 @@ from tasks.flags import TrainConfig, check, choice, ranged
 from tasks.similar import framed, print_similar, row_features, write_embeddings
 from wordpiece import WordPiece
 
-EVALUATED_RATE = 0.15  # share of tokens in an evaluation, the same for all runs to compare them
+EVALUATED_RATE = 0.15  # share of tokens asked for in evaluations, so that all runs compare
 # Shares of the chosen tokens that become [MASK] and a random token; the others stay.
 HIDDEN, REPLACED = 0.8, 0.1
 
