@@ -11,7 +11,7 @@ same number of consecutive rows. In the first call, each has one row, with the s
 start token is never written, unless it is the end token too.
 
 Left out: penalties for repetition, diverse beams, speculative decoding. The file needs torch alone;
-`python decoding.py` shows one distribution at several settings.
+`python decoding.py` shows one distribution at different settings.
 
 Nucleus sampling: Holtzman et al. 2020 (arXiv:1904.09751); min-p: Nguyen et al. 2024
 (arXiv:2407.01082). Beam search with the length penalty of Wu et al. 2016 (arXiv:1609.08144),

@@ -5,7 +5,7 @@ each also as .gz. The columns are found by their names: the texts have those of 
 label has one of LABELS. Without names, the columns are text and label, or text, text_b and label;
 another order is not guessed, but refused where it shows (`check_order`).
 
-Left out: several labels for a text, numbers to predict, a search for texts that are in both splits.
+Left out: more than one label for a text, numbers to predict, a search for texts in both splits.
 """
 
 import hashlib

@@ -43,7 +43,7 @@ from tasks.flags import TrainConfig, check, choice, ranged
 from tasks.similar import framed, print_similar, row_features, write_embeddings
 from wordpiece import WordPiece
 
-EVALUATED_RATE = 0.15  # share of tokens in an evaluation, the same for all runs to compare them
+EVALUATED_RATE = 0.15  # share of tokens asked for in evaluations, so that all runs compare
 # Shares of the chosen tokens that become [MASK] and a random token; the others stay.
 HIDDEN, REPLACED = 0.8, 0.1
 
@@ -351,7 +351,7 @@ def fill_mask(
         else:
             continue
         if not first_line:
-            prompt = repr(prompts[number])  # of a long one, the beginning is enough
+            prompt = repr(prompts[number])  # the beginning of a long one is enough
             prompt = prompt if len(prompt) < 100 else f"{prompt[:90]}…"
             raise ValueError(f"the prompt {prompt} {wrong}{VERDICT * (mask not in ids)}")
         tqdm.write(f"note: line {first_line + number:,} {wrong}", file=sys.stderr)

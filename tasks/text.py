@@ -36,7 +36,7 @@ from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
 GOAL, LOWER_IS_BETTER = "loss", True
 
-Flags = TrainConfig  # of train.py: the common ones, and no others
+Flags = TrainConfig  # train.py has the common flags for this task, and no others
 
 
 # ---- text -> batches -----------------------------------------------------------------------------

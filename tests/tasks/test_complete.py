@@ -244,7 +244,7 @@ def test_sampling_reads_a_prompt_as_training_did(name, prompt, completion):
     completion = completion + "."
     rows = [Row(1, (prompt, completion))]
     corpus = TableCorpus("x", "", "", {"train": rows, "validation": rows})
-    data = Data(corpus, "train", tokenizer, block_size=200, batch_size=1)
+    data = Data(corpus, "train", tokenizer, block_size=10_000, batch_size=1)
     row, border = data.rows[0].tolist(), data.borders[0]
     assert row[:border] == ids and row[-1] == tokenizer.special_tokens[END_OF_TEXT]
     assert tokenizer.decode_bytes(row[border:-1]).startswith(lead)
