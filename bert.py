@@ -1,14 +1,15 @@
 """BERT: the encoder that learns from masked words and from pairs of sentences.
 
-Every position sees all others, so the model cannot be asked for the next word. Instead some words
-of the input are hidden and asked for (masked language modelling, MLM), and the first position says
-whether the second part of the input follows the first in its document (next-sentence prediction,
-NSP). Which words, which pairs: `tasks/masked.py` and `data/sentence_pairs.py`.
+Every position sees all others, so the model cannot learn from the next word. Instead, some words
+of the input are hidden, and the model predicts them (masked language modelling, MLM); and from the
+first position it predicts whether the second part of the input follows the first in its document
+(next-sentence prediction, NSP). `tasks/masked.py` chooses the words, `data/sentence_pairs.py` the
+pairs.
 
-Left out on purpose: the variants of RoBERTa, ALBERT and ELECTRA, except what is a setting here
-(`nsp`, `pre_ln`, and the masking rate of the data). Heads of other tasks are in `heads.py`.
+Left out on purpose: the variants of RoBERTa, ALBERT and ELECTRA, except for what is a setting here
+(`nsp`, `pre_ln`, and the masking rate of the data). Heads of other tasks are in tasks/.
 
-The file needs torch and `model.py`; `python bert.py` learns to fill in a letter of a sentence.
+The file needs torch and `model.py`; `python bert.py` learns to fill in letters of a sentence.
 
 Papers: BERT (Devlin et al. 2019, arXiv:1810.04805); GELU (Hendrycks and Gimpel, arXiv:1606.08415);
 without NSP: RoBERTa (Liu et al. 2019, arXiv:1907.11692); pre-LN, no dropout, no NSP in short
@@ -54,8 +55,8 @@ class BERTConfig(EncoderConfig):
 
 
 class Encoder(nn.Module):
-    """What every model of this family has: embeddings and blocks. What is made of the features is
-    the business of heads, here those of pretraining, in `heads.py` those of other tasks."""
+    """What every model of this family has: embeddings and blocks. Heads use the features: those of
+    pretraining are in BERT below, those of other tasks in the files of tasks/."""
 
     Config = EncoderConfig
 
@@ -78,7 +79,10 @@ class Encoder(nn.Module):
     def features(
         self, tokens: Tensor, segments: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
-        """tokens (B, T) -> (B, T, C). Raises ValueError beyond block_size positions."""
+        """tokens, segments, keep (B, T), as in BERT.forward -> features (B, T, C).
+
+        Raises ValueError for more than block_size positions.
+        """
         T, block_size = tokens.size(1), self.config.block_size
         if block_size < T:
             raise ValueError(
@@ -93,20 +97,20 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def pooled(self, features: Tensor) -> Tensor:
-        """(B, T, C) -> (B, C): the first position, [CLS], made ready for a head. Where there is a
-        pooler."""
+        """features (B, T, C) -> (B, C): the pooler, where a model has one, prepares the first
+        position, [CLS], for a head."""
         return torch.tanh(self.pooler(features[:, 0]))
 
     def flops_per_token(self) -> int:
-        """Of training, in rows of block_size, the heads left out: 6 for each weight of the blocks,
-        and 12·L·C·T for the attention scores."""
+        """Training in rows of block_size takes 6 for each weight of the blocks and 12·L·C·T for the
+        attention scores; heads are left out."""
         c = self.config
         return 6 * count_parameters(self.blocks) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 class BERT(Encoder):
-    """The encoder, the MLM head, whose output matrix is the embedding, and with config.nsp the
-    pooler and the NSP head."""
+    """The encoder and its heads of pretraining: the MLM head, whose output matrix is the embedding,
+    and, with config.nsp, the pooler and the NSP head."""
 
     Config = BERTConfig
 
@@ -130,14 +134,15 @@ class BERT(Encoder):
         mlm_targets: Tensor | None = None,
         nsp_targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None] | dict[str, Tensor]:
-        """tokens (B, T) -> MLM logits (B, T, V) and NSP logits (B, 2), None without that head;
-        or, given targets, {"mlm": summed loss, "mlm_accuracy": number right, and so for "nsp"}.
+        """tokens (B, T) -> MLM logits (B, T, V) and NSP logits (B, 2), None without the NSP head;
+        or, given targets, {"mlm": summed loss, "mlm_accuracy": number of right predictions, and
+        the same two for "nsp"}.
 
         segments (B, T) is 0 in the first part and 1 in the second; None: all 0. keep (B, T) is
         False at padding; None: there is none. mlm_positions (N,) are the places in the flattened
-        (B·T) batch that mlm_targets (N,) belong to: the logits of all others are never computed.
-        nsp_targets (B,): 0, the second part follows the first; 1, it does not. Targets of -100 do
-        not count.
+        (B·T) batch of the mlm_targets (N,): logits of other places are never computed.
+        nsp_targets (B,) are 0 where the second part follows the first, 1 where it does not.
+        Targets of -100 do not count.
         """
         features, sums = self.features(tokens, segments, keep), {}
         if mlm_targets is None and nsp_targets is None:
@@ -158,28 +163,28 @@ class BERT(Encoder):
         return sums
 
     def mlm_features(self, features: Tensor) -> Tensor:
-        """(..., C) -> (..., C): the transform of the MLM head, before its output matrix."""
+        """features (..., C) -> (..., C): what the MLM head multiplies by its output matrix."""
         return self.mlm_norm(F.gelu(self.mlm_dense(features)))
 
     def mlm_logits(self, features: Tensor) -> Tensor:
-        """(..., C) -> (..., V)"""
+        """features (..., C) -> (..., V)"""
         return F.linear(self.mlm_features(features), self.token_embedding.weight, self.mlm_bias)
 
     def nsp_logits(self, features: Tensor) -> Tensor | None:
-        """(B, T, C) -> (B, 2), None without that head."""
+        """features (B, T, C) -> (B, 2), or None without the NSP head."""
         return self.nsp_head(self.pooled(features)) if self.config.nsp else None
 
     def flops_per_token(self) -> int:
-        """Of training: beside the encoder's, 6 for each weight of MLM's head and output matrix at
-        15% of the positions, the usual rate. The pooler and NSP, at one position of each row, are
-        left out."""
+        """Training takes what the encoder takes and, at 15% of the positions (the usual rate), 6
+        for each weight of the MLM head and its output matrix. The pooler and the NSP head, at one
+        position of each row, are left out."""
         head = count_parameters(self.mlm_dense) + self.token_embedding.weight.numel()
         return super().flops_per_token() + round(6 * 0.15 * head)
 
 
 def init_bert(model: Encoder) -> None:
-    """The law of the paper's own code: a normal distribution cut off at two deviations, which
-    leaves a standard deviation of 0.88 · 0.02.
+    """The law of the paper's own code: a normal distribution cut off at two standard deviations,
+    which leaves a standard deviation of 0.88 · 0.02.
 
     tensor                                       law
     every embedding, every Linear      weight    N(0, 0.02) within ± 0.04
@@ -189,7 +194,7 @@ def init_bert(model: Encoder) -> None:
     initialise(model, lambda name, weight: nn.init.trunc_normal_(weight, 0, 0.02, -0.04, 0.04))
 
 
-if __name__ == "__main__":  # learn a sentence that has holes, then fill in others
+if __name__ == "__main__":  # learn a sentence that has holes, then fill in other holes
     torch.manual_seed(1)
     text = "every position sees all others, those before it and those behind it"
     letters = ["_", *sorted(set(text))]  # 0 is the mask

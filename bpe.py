@@ -15,16 +15,16 @@ Worked example: learn three merges from the text "banana bandana", chunks "banan
     ban ana | _ ban d ana                               14 bytes have become 6 tokens:
                                                         [257, 258, 32, 257, 100, 258]
 
-The file begins with all of this in its slow and obvious form (the three `naive` functions); then
-come fast learning and the Tokenizer, which tests compare with it. `python bpe.py` shows an example.
+The file begins with the slow and obvious form of all this (the three `naive` functions). The fast
+learning and the Tokenizer follow; tests compare them with it. `python bpe.py` shows an example.
 
-Not everything here is what a training run executes. encode() lets tiktoken's core, in Rust, do what
-encode_python() spells out with the same result: to have a run use the readable path, let
+A training run does not execute everything here. encode() lets tiktoken's core, in Rust, do what
+encode_python() spells out with the same result: to make a run use the readable path, let
 Tokenizer._rust_can_split return False. And make_splitter and count_chunks are names to which faster
 functions may be assigned when a program starts.
 
-Two special cases need no code of their own: CHAR_PATTERN makes each character its own chunk, which
-gives one token per character; and a vocabulary of 256 plus the special tokens is plain bytes.
+Two special cases need no code of their own: CHAR_PATTERN makes each character a chunk, which gives
+one token per character; and a vocabulary of 256 plus the special tokens is plain bytes.
 
 Left out: normalisation (NFC, lower case), merges across chunks, WordPiece and Unigram, dropout.
 
@@ -43,7 +43,6 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
@@ -55,7 +54,7 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-# The splits of GPT-2 and GPT-4, equal to tiktoken's. `++` never gives back what it took, and
+# The splits of GPT-2 and GPT-4, equal to tiktoken's. `++` never gives back what it has matched, and
 # `\s+(?!\S)` leaves the last space of a run to the word behind it.
 GPT2_PATTERN = r"'(?:[dmst]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT4_PATTERN = (
@@ -78,7 +77,7 @@ Pair = tuple[int, int]
 def naive_learn_merges(
     texts: Iterable[str], n_merges: int, pattern: str = GPT2_PATTERN
 ) -> list[Pair]:
-    """The pairs of ids that become the tokens 256, 257, …: counts all pairs anew for each merge."""
+    """The pairs of ids that become the tokens 256, 257, …; all pairs are counted anew for each."""
     chunks = [chunk for text in texts for chunk in regex.findall(pattern, text)]
     rows = [list(chunk.encode("utf-8", "surrogatepass")) for chunk in chunks]
     merges: list[Pair] = []
@@ -104,7 +103,7 @@ def naive_merge(ids: list[int], pair: Pair, new: int) -> list[int]:
 
 
 def naive_encode(text: str, merges: list[Pair], pattern: str = GPT2_PATTERN) -> list[int]:
-    """Applies each merge, in the order learnt, to each chunk."""
+    """The ids of the text: each merge, in the order learnt, is applied to each chunk."""
     out = []
     for chunk in regex.findall(pattern, text):
         ids = list(chunk.encode("utf-8", "surrogatepass"))
@@ -123,7 +122,7 @@ def plain_splitter(pattern: str) -> Callable[[str], list[str]]:
 
 
 def plain_count_chunks(texts: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each chunk occurs. No chunk spans two texts; only distinct chunks are kept."""
+    """How often each chunk occurs. No chunk spans two texts; memory holds distinct chunks only."""
     return Counter(chain.from_iterable(map(make_splitter(pattern), texts)))
 
 
@@ -145,19 +144,19 @@ def learn_merges(chunks: dict[str, int], n_merges: int, progress: bool = False) 
         data = chunk.encode("utf-8", "surrogatepass")
         ids += [*data, -1]
         weight += [n] * (len(data) + 1)
-    # Each number is one object in all of the lists: 64 bytes a place less than with ranges.
+    # All lists share one object for each number, which saves 64 bytes a place against ranges.
     numbers = list(range(-1, len(ids) + 1))
     following, before = numbers[2:], numbers[: len(ids)]
 
-    # A token that starts at p can only grow, so a pair enters the list of its places once per
-    # place, in rising order. Places are never taken out, only found out of date when visited.
+    # A token that starts at p can only grow, so a pair gets each of its places once, in rising
+    # order. Places are never taken out: a visit finds out whether one is out of date.
     places: dict[Pair, list[int]] = defaultdict(list)
     for p, pair in enumerate(pairwise(ids), 1):
         places[pair].append(numbers[p])
     count = {pair: sum([weight[p] for p in at]) for pair, at in places.items() if min(pair) >= 0}
 
-    # Lazy heap, one entry per pair: once a pair exists its count can only fall, so an entry out of
-    # date is still an upper bound, and goes back with the right count when it comes up.
+    # A lazy heap, one entry per pair. The count of a pair can only fall, so an entry that is out of
+    # date is still an upper bound; when it comes up, it goes back with the right count.
     heap = [(-n, pair) for pair, n in count.items()]
     heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
@@ -175,32 +174,24 @@ def learn_merges(chunks: dict[str, int], n_merges: int, progress: bool = False) 
         tokens.append(tokens[a] + tokens[b])
         left_places: dict[int, list[int]] = defaultdict(list)  # token before -> where it starts
         right_places: dict[int, list[int]] = defaultdict(list)  # token behind -> where `new` starts
-        left_count: dict[int, int] = defaultdict(int)
-        right_count: dict[int, int] = defaultdict(int)
         for p in places.pop(pair):
             q = following[p]
             if ids[p] != a or ids[q] != b:
                 continue
             left, right = before[p], following[q]
-            x, y, n = ids[left], ids[right], weight[p]
-            left_places[x].append(left)
-            left_count[x] += n
-            right_places[y].append(p)
-            right_count[y] += n
+            left_places[ids[left]].append(left)
+            right_places[ids[right]].append(p)
             ids[p], ids[q] = new, -1
             following[p], before[right] = right, p
-        # x+a has become x+new, and b+y new+y: what the new pair gains, the old one loses. The
-        # right side goes first: in "abab", new+a comes with the first ab and goes with the second.
-        for y, n in right_count.items():
-            if y >= 0:
-                places[new, y], count[new, y] = right_places[y], n
-                count[b, y] -= n
-                heappush(heap, (-n, (new, y)))
-        for x, n in left_count.items():
-            if x >= 0:
-                places[x, new], count[x, new] = left_places[x], n
-                count[x, a] -= n
-                heappush(heap, (-n, (x, new)))
+        # x+a has become x+new, and b+y new+y: what the new pair gains, the old one loses. The right
+        # side is counted before the left: in "abab", the first ab makes new+a, the second ends it.
+        gains = [((new, y), (b, y), at) for y, at in right_places.items() if y >= 0]
+        gains += [((x, new), (x, a), at) for x, at in left_places.items() if x >= 0]
+        for gained, lost, at in gains:
+            n = sum([weight[p] for p in at])
+            places[gained], count[gained] = at, n
+            count[lost] -= n
+            heappush(heap, (-n, gained))
         del count[pair]
         bar.update()
     bar.close()
@@ -213,9 +204,9 @@ def learn_merges(chunks: dict[str, int], n_merges: int, progress: bool = False) 
 class Tokenizer:
     """Its state is three plain values; everything else follows from them.
 
-    ranks           token bytes -> id. A lower id is merged earlier, as tiktoken keeps it. The pair
-                    of a merge need not be stored: as long as no token reaches across its borders,
-                    a byte string goes through the same merges wherever it stands, so training
+    ranks           token bytes -> id. A token of a lower id is merged earlier, as in tiktoken. The
+                    pair of a merge need not be stored: as long as no token crosses its borders, a
+                    byte string goes through the same merges wherever it stands, so training
                     cannot make the same bytes from two different pairs.
     pattern         the regular expression that cuts text into chunks. It must match every
                     character: what lies between two matches is lost.
@@ -223,7 +214,7 @@ class Tokenizer:
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]):
-        """ValueError for a state that could not encode every text or decode every id."""
+        """Raises ValueError for a state that cannot encode every text or decode every id."""
         _check_state(ranks, pattern, special_tokens)
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.bytes_of = {i: token for token, i in ranks.items()}
@@ -244,8 +235,9 @@ class Tokenizer:
         """Learns vocab_size - 256 - len(special_tokens) merges; special tokens get the last ids.
 
         The most frequent pair is merged first; of equally frequent ones, the lowest pair of ids.
-        `texts` is streamed. When no pair is left the vocabulary stays smaller than asked for. The
-        text of a special token inside `texts` is text like any other.
+        `texts` is streamed. When no pair is left, the vocabulary stays smaller than vocab_size. The
+        text of a special token inside `texts` is text like any other. Raises ValueError for
+        settings that are out of range.
         """
         for name, value in (("texts", texts), ("special_tokens", special_tokens)):
             if isinstance(value, str):
@@ -256,7 +248,8 @@ class Tokenizer:
         n_merges = count_merges(vocab_size, n_special)
         tokens = [bytes([i]) for i in range(256)]
         special = {text: 256 + n_merges + i for i, text in enumerate(special_tokens)}
-        _check_state(dict(zip(tokens, range(256), strict=True)), pattern, special)  # now, not after
+        # Checked now rather than after minutes of learning.
+        _check_state(dict(zip(tokens, range(256), strict=True)), pattern, special)
         if n_merges:
             quiet = None if progress else True  # None: no bar where there is no terminal
             texts = tqdm(texts, desc="splitting", unit=" texts", disable=quiet)
@@ -268,16 +261,16 @@ class Tokenizer:
         """Ids of `text`. decode(encode(text)) == text for every str, lone surrogates included.
 
         allowed_special names the special tokens whose text becomes their id ("all": all of them);
-        the text of the others is encoded as ordinary text. ValueError for an unknown name.
+        the text of the others is encoded as ordinary text. Raises ValueError for an unknown name.
         """
         return self._encode_parts(text, allowed_special, self._encode_rust)
 
     def encode_python(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """The same ids as encode(), without tiktoken: what to read to see how it works."""
+        """The same ids as encode(), without tiktoken: read this to see how encoding works."""
         return self._encode_parts(text, allowed_special, self._encode_chunks)
 
     def _encode_parts(self, text: str, allowed: Collection[str], ordinary: Callable) -> list[int]:
-        """The allowed special tokens become their ids, `ordinary` encodes what is between them."""
+        """The allowed special tokens become their ids; `ordinary` encodes what is between them."""
         if isinstance(allowed, str):
             allowed = self.special_tokens if allowed == "all" else [allowed]
         for name in allowed:
@@ -286,52 +279,33 @@ class Tokenizer:
                 raise ValueError(f"allowed_special: {name!r} is unknown, {known}")
         if not allowed:
             return ordinary(text)
-        # The longest first: of "<|a|>" and "<|a|>b", the first must not hide the second.
+        # The longest name is tried first: otherwise "<|a|>" would hide "<|a|>b".
         names = sorted(allowed, key=len, reverse=True)
         ids = []
         for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
             ids += [self.special_tokens[part]] if i % 2 else ordinary(part)
         return ids
 
-    def encode_batch(
-        self, texts: Iterable[str], allowed_special: Collection[str] = ()
-    ) -> list[list[int]]:
-        """encode() of each text, in threads: the Rust core works outside Python's lock."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(lambda text: self.encode(text, allowed_special), texts))
-
     def encode_numpy(self, text: str) -> np.ndarray:
-        """Ids of `text`, special tokens not allowed, as a uint32 array that may be read-only."""
+        """Ids of `text` without special tokens, as a uint32 array that may be read-only."""
         if self._rust_can_split(text):
             return self._rust.encode_to_numpy(text, disallowed_special=())
         return np.array(self._encode_chunks(text), dtype=np.uint32)
-
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes. decode_bytes(encode_bytes(data)) == data.
-
-        What is valid UTF-8 is encoded as text; each run of bytes that is not makes one chunk.
-        """
-        ids = []
-        # surrogateescape turns each invalid byte, and nothing else, into one of U+DC80..U+DCFF.
-        text = data.decode("utf-8", "surrogateescape")
-        for i, part in enumerate(re.split("([\udc80-\udcff]+)", text)):
-            invalid = part.encode("utf-8", "surrogateescape") if i % 2 else b""
-            ids += self._merge(invalid) if invalid else self.encode(part)
-        return ids
 
     def _encode_rust(self, text: str) -> list[int]:
         can = self._rust_can_split(text)
         return self._rust.encode_ordinary(text) if can else self._encode_chunks(text)
 
     def _rust_can_split(self, text: str) -> bool:
-        r"""Whether tiktoken takes this text and cuts it where the `regex` module does.
+        r"""Whether tiktoken accepts this text and cuts it where the `regex` module does.
 
         Three kinds of text stay in Python. Lone surrogates are not UTF-8. Characters newer than
         this Python's Unicode may be letters to one engine and unassigned to the other (17,480 are,
         with regex 2026.11 and tiktoken 0.14). And the backtracking of `\s+(?!\S)` ends in a Rust
         panic somewhere between 600,000 and 1,000,000 white-space characters in a row.
         """
-        for i in range(0, len(text) - LONG_RUN, LONG_RUN):  # twice LONG_RUN always fill one slice
+        # Every run of twice LONG_RUN fills one of these slices.
+        for i in range(0, len(text) - LONG_RUN, LONG_RUN):
             if text[i : i + LONG_RUN].isspace():
                 return False
         if text.isascii():
@@ -352,15 +326,16 @@ class Tokenizer:
         return ids
 
     def _merge(self, data: bytes, below: float = float("inf")) -> list[int]:
-        """Ids of one chunk: merge the pair of lowest rank, the leftmost of equals, until none is.
+        """Ids of one chunk: merges the pair of the lowest rank, the leftmost of equals, until no
+        pair is a token. With `below`, only tokens of a lower rank are used.
 
-        A heap holds every mergeable pair as (rank, start, end), a linked list the tokens, so a
-        chunk of n bytes takes O(n log n). With `below`, only tokens of a lower rank are used.
+        A heap holds every mergeable pair as (rank, start, end), and a linked list the tokens, so a
+        chunk of n bytes takes O(n log n).
         """
         ranks, n = self.ranks, len(data)
         if ranks.get(data, below) < below:
             return [ranks[data]]
-        following = list(range(1, n + 1))  # where the token that starts here ends; n for dead ones
+        following = list(range(1, n + 1))  # where the token that starts here ends; n: none starts
         before = list(range(-1, n - 1))
         ranked = [(ranks.get(data[i : i + 2], below), i, i + 2) for i in range(n - 1)]
         heap = [pair for pair in ranked if pair[0] < below]
@@ -389,7 +364,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; surrogates come back, other bytes that are not UTF-8 become U+FFFD."""
+        """Text of `ids`; surrogates come back, and other bytes that are not UTF-8 become U+FFFD."""
         data = self.decode_bytes(ids)
         # The bytes of a surrogate occur in no valid UTF-8, so cutting there splits nothing.
         parts = re.split(rb"(\xed[\xa0-\xbf][\x80-\xbf])", data)
@@ -397,7 +372,8 @@ class Tokenizer:
         return "".join([part.decode("utf-8", how[i % 2]) for i, part in enumerate(parts)])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of `ids`: integers of any kind, numpy's and torch's too. ValueError if unknown."""
+        """Bytes of `ids`, integers of any kind (Python's, numpy's, torch's). Raises ValueError for
+        an unknown id."""
         try:
             return b"".join([self.bytes_of[operator.index(i)] for i in ids])
         except KeyError as e:
@@ -407,27 +383,28 @@ class Tokenizer:
             ) from None
 
     def ordinary_ids(self) -> list[int]:
-        """Of all tokens but the special ones."""
+        """The ids of all tokens but the special ones."""
         return sorted(self.ranks.values())
 
     def word_edges(self, i: int) -> tuple[bool, bool]:
-        """Whether a word could go on before this token, and behind it: a letter, mark, digit, or
-        part of a character stands at that end."""
+        """Whether a word could go on before this token, and whether behind it: where the token has
+        a letter, a mark, a digit or part of a character at that end."""
         text = self.bytes_of[i].decode("utf-8", "replace")  # U+FFFD for a part of a character
         return tuple(
             unicodedata.category(c)[0] in "LMN" or c == "\ufffd" for c in (text[0], text[-1])
         )
 
     def shown(self, i: int) -> str:
-        """The token for people. Most words begin with their space, so "##" is before a token
-        without one: it would go on with the word in front of it."""
+        """The token as people read it. Most words begin with their space; a token without one goes
+        on with the word before it, and gets "##" in front."""
         text = self.bytes_of[i].decode("utf-8", "replace")
         word = text.strip() or "␣"
-        word = word if word.isprintable() else ascii(word)[1:-1]  # half-trained models say such
+        word = word if word.isprintable() else ascii(word)[1:-1]  # half-trained models write such
         return word if text.startswith(" ") else f"##{word}"
 
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The pair behind each merge, in order: what the token's bytes are without the token."""
+        """The pair of each merge, in order: the two tokens that the bytes of the new token would be
+        without it. Raises ValueError where they are not two."""
         pairs = []
         for token, rank in _by_id(self.ranks):
             if len(token) > 1:
@@ -443,7 +420,7 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Equal tokenizers give equal text. Bytes are written as Latin-1 characters."""
+        """The state as JSON; equal tokenizers give equal text. Bytes are Latin-1 characters."""
         state = {
             "format": FORMAT,
             "pattern": self.pattern,
@@ -454,7 +431,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """ValueError, in one sentence, for everything that to_json() cannot have written."""
+        """What to_json() wrote; for anything else, a ValueError of one sentence."""
         try:
             state = json.loads(text, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as e:
@@ -476,7 +453,7 @@ class Tokenizer:
         return cls(ranks, state["pattern"], state["special_tokens"])
 
     def save(self, path: str | Path) -> None:
-        """Writes beside `path`, then renames: an interruption leaves the old file whole."""
+        """Writes beside `path`, then renames, so that an interruption leaves the old file whole."""
         path = Path(path)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -487,7 +464,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """What save() wrote; ValueError that names the path for any other file."""
+        """What save() wrote; for any other file, a ValueError that names the path."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as e:
@@ -505,15 +482,9 @@ class Tokenizer:
             special_tokens=self.special_tokens,
         )
 
-    @classmethod
-    def from_tiktoken(cls, encoding: tiktoken.Encoding) -> Tokenizer:
-        # tiktoken has no public names for these three.
-        ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
-        return cls(dict(ranks), encoding._pat_str, dict(special_tokens))
-
 
 def count_merges(vocab_size: int, n_special: int) -> int:
-    """How many a vocabulary has room for; ValueError if it has none for bytes and special ones."""
+    """How many merges a vocabulary holds; ValueError where bytes and special tokens do not fit."""
     n_merges = vocab_size - 256 - n_special
     if n_merges < 0:
         raise ValueError(

@@ -4,14 +4,14 @@
     python convert.py export out/gpt/best.pt --to FOLDER                for transformers
     python convert.py average --run out/seq2seq                         the mean of the last five
 
-`import` and `export` read and write Hugging Face's files of GPT-2, BERT and Marian: see engine/hub,
-where `families.py` has the names of settings and tensors. `average` needs the files that
+`import` and `export` read and write Hugging Face's files of GPT-2, BERT and Marian; the names of
+their settings and tensors are in engine/hub/families.py. `average` needs the files that
 `train.py --keep 5` leaves: the mean of a run's last checkpoints is a better model than each of
-them (section 6.1 of Vaswani et al. 2017). Weights that were taken while the learning rate was
-still high lie around a minimum, and their mean lies nearer to it. After a schedule that ends at
-rate 0 there is little left to gain.
+them (section 6.1 of Vaswani et al. 2017). Weights from the time when the learning rate was still
+high lie around a minimum, and their mean lies nearer to it. After a schedule that ends at rate 0
+there is little left to gain.
 
-Left out: optimizer states, quantized weights, TensorFlow's and flax's files.
+Left out: optimizer states, quantized weights, TensorFlow's and Flax's files.
 """
 
 import os
@@ -41,6 +41,7 @@ class AverageConfig:
 
 
 def import_command(source: str, out: Path) -> None:
+    """Writes the model in a folder or on the hub into a checkpoint; ValueError if `out` exists."""
     if os.path.lexists(out):
         raise ValueError(f"{out} is there already: choose another --out")
     from engine import checkpoint as checkpoints
@@ -53,6 +54,7 @@ def import_command(source: str, out: Path) -> None:
 
 
 def export_command(source: Path, folder: Path) -> None:
+    """Writes a checkpoint into a new or empty folder as the files of transformers."""
     from engine.hub.exporting import export_model
 
     export_model(source, folder)
@@ -60,6 +62,7 @@ def export_command(source: Path, folder: Path) -> None:
 
 
 def average_command(config: AverageConfig) -> None:
+    """Writes average.pt into the run's folder; ValueError if there are no two step-*.pt."""
     if not config.run:
         raise ValueError("which run? name its folder with --run, out/seq2seq for one")
     folder = Path(config.run)
@@ -77,7 +80,7 @@ def average_command(config: AverageConfig) -> None:
 
 
 def average(paths: list[Path]) -> dict:
-    """The newest checkpoint, with the mean of the weights of all. The tensors suffice for it: no
+    """The last of the checkpoints, with the mean of the weights of all. Tensors suffice for it: no
     model is made. Raises ValueError if the checkpoints are not of one run."""
     from engine import checkpoint as checkpoints
 

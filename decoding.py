@@ -1,14 +1,14 @@
 """Logits -> tokens: drawn from a distribution, the likeliest each time, or by beam search.
 
-`generate` continues a text with any causal language model. `write` and `beam_search`, which write
-the other half of a pair, know even less of a model: they ask it through one function,
+`generate` continues a text with any causal language model. `generate_targets` and `beam_search`
+write the target of a pair, and know even less of the model. They call one function,
 
-    advance(tokens, rows, sentences) -> (N, V) logits of what comes next
+    advance(tokens, rows, sentences) -> (N, V) logits of the next tokens
 
-where row n continues row rows[n] of the call before with tokens[n], and sentences lists which of
-the sentences of the call before are still being written; each has the same number of consecutive
-rows. The first call has one row for each sentence, and the start token in it. A start token that
-is not the end token too is never written.
+in which row n continues row rows[n] of the previous call with tokens[n], and sentences are the
+indices of those sentences of the previous call that are still being written. Each sentence has the
+same number of consecutive rows. In the first call, each has one row, with the start token. The
+start token is never written, unless it is the end token too.
 
 Left out: penalties for repetition, diverse beams, speculative decoding. The file needs torch alone;
 `python decoding.py` shows one distribution at several settings.
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Advance = Callable[[Tensor, Tensor, list[int]], Tensor]
-RANKED = 1024  # the likeliest tokens, which are ranked first for top_p
+RANKED = 1024  # for top_p, so many of the likeliest tokens are ranked before all are
 
-# Two places for faster steps, which `engine/kernels.py` fills once, at the start, on a GPU; None
-# decodes with caches that grow. What stands there gives the same tokens (engine/graphs.py):
+# Two names to which `engine/kernels.py` assigns faster steps (engine/graphs.py) once, at the start,
+# on a GPU. They give the same tokens. With None, caches grow as in model.py.
 #   text_steps(model, rows, size, choose) -> an object for the `steps` of `generate`
 #   pair_steps(model, beam, vocab_size) -> a function (source, keep, target_len) -> Advance
 text_steps: Callable | None = None
@@ -44,8 +44,8 @@ def distribution(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     """(B, V) logits -> (B, V) probabilities. The likeliest token always stays."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
-    # Shifted so that the maximum is 0: dividing by a tiny temperature then cannot overflow to NaN,
-    # if it is not so tiny that float32 has it as 0.
+    # With a maximum of 0, dividing by a tiny temperature cannot overflow to NaN, unless it is so
+    # tiny that it is 0 as a float32.
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if 0 < top_k < logits.size(-1):
@@ -57,14 +57,14 @@ def distribution(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     if top_p < 1:
         wanted = top_p * probabilities.sum(-1, keepdim=True)
-        # A few tokens mostly have that much: on a CPU, ranking them takes a ninth of the time.
+        # Mostly a few tokens suffice; on a CPU, ranking RANKED takes a ninth of the time of all.
         few = probabilities.is_cpu and probabilities.size(-1) > RANKED
         if few:
             ranked, order = probabilities.topk(RANKED)
             few = bool((ranked.sum(-1, keepdim=True) >= wanted).all())
         if not few:
             ranked, order = probabilities.sort(-1, descending=True)
-        cut = ranked.cumsum(-1) - ranked >= wanted  # the likelier ones have enough without it
+        cut = ranked.cumsum(-1) - ranked >= wanted  # the likelier tokens suffice without it
         cut[:, 0] = False
         kept = ranked.masked_fill(cut, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
@@ -72,10 +72,10 @@ def distribution(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
 def choose(probabilities: Tensor, u: Tensor) -> Tensor:
-    """(B, V) and one uniform number in [0, 1) for each row, (B,) -> (B,) tokens.
+    """probabilities (B, V), a uniform number in [0, 1) for each row, u (B,) -> tokens (B,).
 
-    The token in whose stretch of the cumulated distribution u falls. With one number for each row,
-    a row's sample does not depend on its neighbours in the batch.
+    Each is the token in whose stretch of the cumulated distribution u falls. As each row has its
+    own number, its sample does not depend on its neighbours in the batch.
     """
     cumulated = probabilities.double().cumsum(-1)
     target = u[:, None].to(cumulated) * cumulated[:, -1:]
@@ -86,10 +86,10 @@ def choose(probabilities: Tensor, u: Tensor) -> Tensor:
 
 
 def context_start(n: int, block_size: int) -> int:
-    """Where the context of the model begins when there are n tokens.
+    """Where the model's context begins when there are n tokens: at 0 while all of them fit.
 
-    At 0 while they fit. When they no longer do, half a block is dropped at once: positions are
-    learned, so dropping one token moves all others, and the cache would be worthless at each step.
+    When they no longer do, half a block is dropped at once: positions are learned, so dropping one
+    token moves all others, and at every step the cache would have to be made anew.
     """
     if n <= block_size:
         return 0
@@ -107,22 +107,22 @@ def generate(
     use_cache: bool = True,
     steps=None,
 ) -> Iterator[list[int | None]]:
-    """Yields, for each step, the new token of every row, None for a row that has none.
+    """Yields, for each step, the new token of every row, or None for a row that has none.
 
-    `pick` takes (B, V) logits and the rows that want a token, and returns (B,) tokens. Prompts may
-    differ in length: the shortest is read at once, and the longer ones go on reading their own
-    tokens while the shorter ones already write. So all rows share positions, no padding is needed,
-    and each row is what it would be alone. The caller may stop at any time. use_cache=False reads
-    the whole context anew for every token; it is the oracle in the tests. `steps` are made by
-    `text_steps`, which see; `pick` must be what their `write` needs.
+    pick(logits (B, V), rows that need a token) -> tokens (B,). Prompts may differ in length: the
+    shortest is read at once, and the longer ones go on reading their own tokens while the shorter
+    ones already write. So all rows share positions, no padding is needed, and each row is what it
+    would be alone. The caller may stop at any time. use_cache=False reads the whole context anew
+    for every token; it is the oracle in the tests. `steps` is what text_steps makes, and takes a
+    `pick` with the methods that it needs.
 
-    Of the model it needs features(tokens, caches=None) -> (B, T, C), head(features) -> logits,
-    make_caches(), and config.block_size.
+    The model has features(tokens, caches=None) -> (B, T, C), head(features) -> logits,
+    make_caches(), and config.block_size. Raises ValueError for a prompt without tokens.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
     device, block_size = next(model.parameters()).device, model.config.block_size
-    # What no row will look at again is not read: 100,000 tokens beside a short prompt took minutes.
+    # What no row looks at is not read: 100,000 tokens next to a short prompt took minutes.
     prompts = [prompt[context_start(len(prompt), block_size) :] for prompt in prompts]
     lengths = [len(p) for p in prompts]
     shortest, longest = min(lengths), max(lengths)
@@ -155,7 +155,7 @@ def generate(
 # ---- a whole sequence ----------------------------------------------------------------------------
 
 
-def write(
+def generate_targets(
     advance: Advance,
     limits: list[int],
     pick: Callable[[Tensor, list[int]], Tensor],
@@ -165,7 +165,7 @@ def write(
     device: torch.device | str = "cpu",
 ) -> list[list[int]]:
     """For each sentence the tokens that `pick` chooses, until it chooses `end` or has chosen
-    limits[i] of them. pick takes (N, V) logits and the numbers of their sentences, returns (N,).
+    limits[i] of them. pick(logits (N, V), indices of their sentences) -> tokens (N,).
     """
     written: list[list[int]] = [[] for _ in limits]
     alive = list(range(len(limits)))
@@ -186,7 +186,7 @@ def write(
 
 
 def penalty(length: int, alpha: float) -> float:
-    """What a log-probability is divided by, so that long hypotheses stand a chance."""
+    """The divisor of a log-probability, without which long hypotheses would lose."""
     return ((5 + length) / 6) ** alpha
 
 
@@ -203,11 +203,11 @@ def beam_search(
     """For each sentence the best (score, tokens) that was found, without the end token.
 
     At each step the likeliest continuations of all hypotheses are ranked together. Those among the
-    first `beam` that end are complete; the first `beam` of the others live on. A sentence is done
-    when `beam` hypotheses are complete, or when no living one can still become better than the
-    best of them: the first to end is seldom the best. After limits[i] tokens a hypothesis must end.
+    best `beam` that end are complete; the best `beam` of the others live on. A sentence is done
+    when `beam` hypotheses are complete, or when no living one can become better than the best of
+    these: the first to end is seldom the best. After limits[i] tokens a hypothesis must end.
 
-    A beam of 1 is the greedy choice. A beam as wide as the number of sequences finds the best one.
+    A beam of 1 is greedy decoding. A beam as wide as the number of sequences finds the best one.
     """
     best: list[tuple[float, list[int]]] = [(-math.inf, []) for _ in limits]
     complete = [0] * len(limits)
@@ -215,20 +215,20 @@ def beam_search(
     tokens = torch.full((len(alive),), start, device=device)
     rows = torch.arange(len(alive), device=device)
     scores = torch.zeros(len(alive), 1, device=device)  # (sentences, hypotheses of each)
-    written: list[list[int]] = [[] for _ in limits]  # by each row
+    written: list[list[int]] = [[] for _ in limits]  # the tokens of each row
     length = 0
     while alive:
-        length += 1  # of a hypothesis that would end now, its end token included
+        length += 1  # the length of a hypothesis that ends now, its end token included
         logits = advance(tokens, rows, sentences).float()
         V, K = logits.size(-1), scores.size(1)
         log_z = logits.logsumexp(-1, keepdim=True)
         if start != end:  # it keeps its share of the probability, as in Hugging Face's search
             logits[:, start] = -math.inf
         for i, sentence in enumerate(alive):
-            if length > limits[sentence]:  # only ending is left, at the probability that it has
+            if length > limits[sentence]:  # it can only end, with the probability that this has
                 rows_of_it = logits[i * K : (i + 1) * K]
                 rows_of_it[:, :end] = rows_of_it[:, end + 1 :] = -math.inf
-        # The best 2 · beam of a sentence are among the best 2 · beam of each of its rows.
+        # The best 2 · beam of a sentence are among the best 2 · beam of its rows.
         top, token = logits.topk(min(2 * beam, V))
         total = scores[:, :, None] + (top - log_z).view(len(alive), K, -1)
         top, index = total.flatten(1).topk(min(2 * beam, total[0].numel()))
@@ -236,7 +236,7 @@ def beam_search(
         token = token.view(len(alive), -1).gather(1, index)
 
         kept: list[tuple[int, list[tuple[float, int, int]]]] = []
-        # One copy from the device, each of which waits for it; a float32 holds any id to 2^24.
+        # A single copy, since each waits for the device; a float32 holds any id up to 2^24.
         candidates = torch.stack([top, parent.float(), token.float()], dim=1).tolist()
         for i, (sentence, ranked) in enumerate(zip(alive, candidates, strict=True)):
             living = []
@@ -251,11 +251,11 @@ def beam_search(
                     final = score / penalty(length, alpha)
                     if final > best[sentence][0]:
                         best[sentence] = final, written[i * K + p]
-            # Log-probabilities only fall: what a hypothesis can still reach is its own now, divided
-            # by the penalty of the greatest length.
+            # Log-probabilities only fall: the best that a hypothesis can still reach is its present
+            # one divided by the penalty of the greatest length.
             reach = living[0][0] / penalty(limits[sentence] + 1, alpha) if living else -math.inf
             if complete[sentence] < beam and reach > best[sentence][0]:
-                blank = (-math.inf, i * K, end)  # a vocabulary smaller than the beam fills no beam
+                blank = (-math.inf, i * K, end)  # a vocabulary smaller than the beam cannot fill it
                 kept.append((i, (living + [blank] * beam)[:beam]))
 
         sentences = [i for i, _ in kept]
@@ -268,7 +268,7 @@ def beam_search(
     return best
 
 
-if __name__ == "__main__":  # what each setting makes of one distribution, and draws from it
+if __name__ == "__main__":  # one distribution at each setting, and draws from it
     torch.manual_seed(1)
     words = ["mat", "sofa", "floor", "bed", "roof", "moon", "idea", "of"]
     logits = torch.tensor([[3.0, 2.3, 2.0, 1.6, 0.8, -0.5, -1.5, -3.0]])

@@ -1,9 +1,10 @@
-"""What fine-tuning does to any network: weights of another task, frozen layers, smaller rates
-below, low-rank adapters.
+"""What fine-tuning does to any network: weights of another task, frozen layers, smaller learning
+rates in lower layers, low-rank adapters.
 
-Nothing here knows a model's class. It goes by names: embeddings have "embedding" in theirs, blocks
-are `blocks.0`, `blocks.1`, …, and heads begin as HEADS says. An attention is whatever module has
-linear layers `q` and `v`. The file needs torch alone; `python finetune.py` adapts a small network.
+Nothing here knows a model's class. All goes by names: those of embeddings contain "embedding",
+blocks are `blocks.0`, `blocks.1`, …, and the names of heads begin with one of HEADS. A module with
+linear layers `q` and `v` is an attention. The file needs torch alone; `python finetune.py` adapts a
+small network.
 
 Left out: prompts that are learnt (prefix tuning), adapters of other shapes, several tasks at once.
 
@@ -21,13 +22,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-HEADS = ("pooler.", "head.", "mlm_", "nsp_head.")  # how names begin that are no encoder's
+HEADS = ("pooler.", "head.", "mlm_", "nsp_head.")  # how the names of heads begin
 
 
 def take_weights(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Copies what another task's model of the same sizes has learnt; what only the one or the
-    other has must be heads. -> names of those that stay fresh, the last matrix ("head") among
-    them, which has other labels even where its shape is the same. Raises ValueError."""
+    """Copies the weights that another task's model of the same sizes has learnt. -> names of the
+    parameters that stay fresh. The last matrix ("head") always does: its labels are others even
+    where its shape is the same. Raises ValueError where the two models differ in more than heads,
+    or in a shape."""
     own = model.state_dict()
     state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     fresh, unused = own.keys() - state.keys(), state.keys() - own.keys()
@@ -43,7 +45,7 @@ def take_weights(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
 
 
 def depth(name: str) -> float:
-    """Of a parameter: 0 for embeddings, i + 1 for block i, infinite for what comes behind them."""
+    """The depth of a parameter: 0 in embeddings, i + 1 in block i, infinite behind the blocks."""
     block = re.match(r"blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
@@ -51,8 +53,8 @@ def depth(name: str) -> float:
 
 
 def freeze(model: nn.Module, what: str) -> None:
-    """what: "embeddings", or a number n: these and the first n blocks. ValueError otherwise, and
-    where nothing is left that learns."""
+    """Freezes the embeddings (what="embeddings"), or these and the first n blocks (what="n", a
+    number). Raises ValueError for anything else, and where nothing is left that learns."""
     layers = len(model.blocks)
     if what != "embeddings" and not (what.isdecimal() and 1 <= int(what) <= layers):
         raise ValueError(f"--freeze {what} is not known: choose embeddings, or 1 to {layers}")
@@ -65,15 +67,15 @@ def freeze(model: nn.Module, what: str) -> None:
 
 
 def rate_scale(model: nn.Module, decay: float) -> Callable[[str], float]:
-    """The factor of the learning rate for a parameter's name: 1 for heads, decay for the last
-    block, decay² for the one before it, …, the smallest for embeddings."""
+    """A function from a parameter's name to the factor of its learning rate: 1 for heads, decay for
+    the last block, decay² for the one before it, …, and the smallest for embeddings."""
     layers = len(model.blocks)
     return lambda name: decay ** max(0, layers + 1 - depth(name))
 
 
 class LoRA(nn.Module):
     """A frozen matrix W that learns a change of rank r: y = W x + 2 · B A x, with A (r, inputs) and
-    B (outputs, r). B begins as zeros, so that the first step begins from the model as it was."""
+    B (outputs, r). B begins with zeros, so that training begins from the model as it was."""
 
     SCALE = 2.0  # alpha / r in the paper's terms
 
@@ -89,8 +91,8 @@ class LoRA(nn.Module):
 
 
 def add_adapters(model: nn.Module, rank: int) -> None:
-    """Queries and values of each attention, a module with linear layers `q` and `v`, learn by LoRA
-    alone, as in the paper; of all other parameters only the heads learn."""
+    """Makes the queries and values of each attention learn by LoRA alone, as in the paper; of all
+    other parameters only the heads learn."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(HEADS))
     for module in list(model.modules()):
@@ -99,7 +101,7 @@ def add_adapters(model: nn.Module, rank: int) -> None:
 
 
 def merged_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """That of an ordinary model that computes the same: adapters are added to their matrix."""
+    """The state of an ordinary model that computes the same: matrices with adapters added."""
     merged = dict(state)
     for name in (n.removesuffix(".down") for n in state if n.endswith(".down")):
         down, up = (merged.pop(f"{name}.{part}") for part in ("down", "up"))
@@ -110,12 +112,12 @@ def merged_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adapter_rank(state: dict[str, Tensor]) -> int:
-    """Of the adapters in a state, 0 where it has none."""
+    """The rank of the adapters in a state; 0 where it has none."""
     return next((t.shape[0] for name, t in state.items() if name.endswith(".q.down")), 0)
 
 
 def limit_what_learns(model: nn.Module, lora_rank: int, frozen: str) -> None:
-    """By --lora_rank, if the checkpoint has no adapters yet, and --freeze."""
+    """Does what --lora_rank and --freeze ask for. Adapters that the model has already stay."""
     if lora_rank and not adapter_rank(model.state_dict()):
         add_adapters(model, lora_rank)
     if frozen:

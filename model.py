@@ -1,9 +1,9 @@
 """What the three Transformer families share, and GPT.
 
-From the bottom up: masks, the key-value cache, three functions that a machine may have in a faster
-form, scaled dot-product attention, the MLP, the residual block, then GPT, the causal decoder built
-from them. BERT and the encoder-decoder import these parts and write only what is their own. The
-file needs torch and nothing else: copy it. `python model.py` teaches a small GPT a verse by heart.
+From the bottom up: masks, the key-value cache, three functions that may be replaced by faster ones,
+scaled dot-product attention, the MLP, the residual block, and GPT, the causal decoder built from
+them. BERT and the encoder-decoder import these parts and add only what is their own. The file needs
+torch and nothing else: copy it. `python model.py` teaches a small GPT a verse by heart.
 
 Left out on purpose: rotary positions, RMSNorm, gated MLPs, grouped heads. A variant that needs
 them writes its own block, in its own file, from `Attention` and `MLP`.
@@ -30,7 +30,7 @@ from torch import Tensor
 
 
 def causal_mask(T: int, S: int, device: torch.device | str | None = None) -> Tensor:
-    """(T, S) bool: query t is the t-th of the LAST T positions, and sees itself and all before it.
+    """(T, S) bool: query t is the t-th of the LAST T positions; it sees itself and all before it.
 
     causal_mask(3, 5), three new positions behind two cached ones (x = may look):
 
@@ -42,7 +42,7 @@ def causal_mask(T: int, S: int, device: torch.device | str | None = None) -> Ten
 
 
 def padding_mask(keep: Tensor) -> Tensor:
-    """(B, S), nonzero = a real token  ->  (B, 1, 1, S) bool, the same for all heads and queries.
+    """(B, S), nonzero at real tokens -> (B, 1, 1, S) bool, the same for all heads and queries.
 
     keep = [[1, 1, 1, 0, 0]] gives every query the row
 
@@ -52,7 +52,7 @@ def padding_mask(keep: Tensor) -> Tensor:
 
 
 def prefix_mask(prefix_len: Tensor, T: int) -> Tensor:
-    """(B,) prefix lengths -> (B, 1, T, T) bool: causal, but all see the first prefix_len positions.
+    """(B,) lengths -> (B, 1, T, T) bool: causal, but all see the first prefix_len positions.
 
     prefix_mask(tensor([3]), 5):
 
@@ -62,13 +62,13 @@ def prefix_mask(prefix_len: Tensor, T: int) -> Tensor:
         x x x x .
         x x x x x
 
-    Passed to GPT it makes the prefix language model; no other change is needed.
+    As the mask of a GPT it makes a prefix language model; no other change is needed.
     """
     in_prefix = torch.arange(T, device=prefix_len.device) < prefix_len[:, None]  # (B, T)
     return causal_mask(T, T, prefix_len.device) | in_prefix[:, None, None, :]
 
 
-# A tensor is a bool mask, the only str is "causal", and None lets every query look at every key. A
+# A mask is a bool tensor, the string "causal", or None, with which every query sees every key. A
 # callable (q, k, v, dropout) attends by itself: the place for biases (ALiBi, T5) or sparse windows.
 Mask = Tensor | str | Callable[..., Tensor] | None
 
@@ -78,8 +78,8 @@ Mask = Tensor | str | Callable[..., Tensor] | None
 class KVCache:
     """Keys and values of the positions seen so far, for one attention layer.
 
-    It is made outside the model and passed in, so the model itself has no state. Memory for all
-    `max_len` positions is taken at the first append, in the dtype of the keys: growing by
+    It is made outside the model and passed in, so that the model has no state. The first append
+    allocates memory for all `max_len` positions, in the dtype of the keys: growing by
     concatenation would copy everything at every token.
     """
 
@@ -89,9 +89,9 @@ class KVCache:
         self.v: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, H, T, D) keys and values; returns all so far, (B, H, length, D) each.
+        """Adds keys and values (B, H, T, D); returns all so far, each (B, H, length, D).
 
-        Raises ValueError when the positions would exceed max_len.
+        Raises ValueError when there would be more than max_len positions.
         """
         B, H, T, D = k.shape
         if self.length + T > self.max_len:
@@ -107,7 +107,7 @@ class KVCache:
         return self.filled()
 
     def select(self, rows: Tensor) -> None:
-        """Row i continues what row rows[i] has seen; rows may be repeated or left out."""
+        """Row i takes what row rows[i] holds; rows may be repeated or left out."""
         if self.length == 0:
             return
         k, v = (x[:, :, : self.length].index_select(0, rows) for x in (self.k, self.v))
@@ -118,14 +118,14 @@ class KVCache:
         self.k[:, :, : self.length], self.v[:, :, : self.length] = k, v
 
     def filled(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the positions seen so far, (B, H, length, D) each."""
+        """Keys and values of the positions seen so far, each (B, H, length, D)."""
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
 # ---- three functions that may be replaced --------------------------------------------------------
 # The plain forms below are the definition, and all that a copy of this file needs. Where a machine
 # has a faster form with the same result, `engine/kernels.py` assigns it to one of these names once,
-# before a run begins; every model calls what the names stand for.
+# before a run begins; every model calls whatever the name stands for.
 
 
 def plain_cross_entropy(
@@ -139,10 +139,10 @@ def plain_cross_entropy(
     """Cross-entropy of the logits features · weightᵀ + bias, summed over all targets.
 
     features (..., C), weight (V, C), targets (...), bias (V,) -> (summed smoothed loss, summed
-    negative log-likelihood, number of targets that have the highest logit, of equal ones the first;
-    0 unless `accuracy` is asked for). Targets of -100 do not count. Only the loss has a gradient.
-    smoothing ε makes the target distribution (1 - ε) · one-hot + ε / V (Szegedy et al. 2016,
-    arXiv:1512.00567, section 7).
+    negative log-likelihood, number of targets that are the argmax of their logits, which is 0
+    without `accuracy`). Targets of -100 do not count. Only the loss has a gradient. smoothing ε
+    makes the target distribution (1 - ε) · one-hot + ε / V (Szegedy et al. 2016, arXiv:1512.00567,
+    section 7).
     """
     logits, targets = F.linear(features, weight, bias).flatten(0, -2).float(), targets.flatten()
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
@@ -154,14 +154,13 @@ def plain_cross_entropy(
 
 attention_kernel = F.scaled_dot_product_attention  # (q, k, v, mask, dropout_p, is_causal)
 dropout_kernel = F.dropout  # (x, p)
-cross_entropy = plain_cross_entropy  # the faster one never holds all the logits
+cross_entropy = plain_cross_entropy  # the faster form never holds all logits at once
 
 # ---- attention, MLP, block -----------------------------------------------------------------------
 
 
 class Dropout(nn.Module):
-    """`dropout_kernel`, while training: zeroes each element with probability p, and scales up the
-    others by 1 / (1 - p)."""
+    """In training, zeroes elements with probability p and multiplies the rest by 1 / (1 - p)."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -174,10 +173,11 @@ class Dropout(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v for q (B, H, T, D), k and v (B, H, S, D); section 3.2.1 of 2017.
 
-    The one place where a mask becomes an argument of torch's attention, which has three traps: its
-    `is_causal` aligns the mask to the upper left, so that a cache would be hidden; it takes
-    `is_causal` beside a mask without a word; and it adds a 0/1 float mask to the scores. A query
-    that may look at nothing yields zeros (softmax of an empty set would be NaN).
+    This is the one place where a mask becomes an argument of torch's attention, which has three
+    traps: its `is_causal` aligns the mask to the upper left, which would hide a cache; it accepts
+    `is_causal` together with a mask and gives no error; and it adds a 0/1 float mask to the scores.
+    A query that may look at nothing yields zeros (softmax of an empty set would be NaN). Raises
+    ValueError for an unknown string or a mask that is not bool.
     """
     if isinstance(mask, str):
         if mask != "causal":
@@ -185,7 +185,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tenso
         T, S = q.size(2), k.size(2)
         if T == S:
             return attention_kernel(q, k, v, is_causal=True, dropout_p=dropout)
-        # A single new position sees all that is cached: no mask, and so the fast path.
+        # A single new position sees all that is cached: it needs no mask, and so is faster.
         mask = None if T == 1 else causal_mask(T, S, q.device)
         return attention_kernel(q, k, v, mask, dropout_p=dropout)
     if mask is None:
@@ -195,7 +195,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tenso
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask is {mask.dtype}, but must be torch.bool with True = may look")
     blind = ~mask.any(-1, keepdim=True)
-    # Blind rows look at everything and are zeroed afterwards: their gradient stays finite too.
+    # Blind rows look at everything and are zeroed afterwards, so that their gradient is finite too.
     y = attention_kernel(q, k, v, mask | blind, dropout_p=dropout)
     return y.masked_fill(blind, 0.0)
 
@@ -203,8 +203,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tenso
 class Attention(nn.Module):
     """Multi-head attention (section 3.2.2).
 
-    `config` has n_embd, n_head, bias and attention_dropout, the probability with which a query
-    misses a key.
+    `config` has n_embd, n_head, bias and attention_dropout, the probability that a query misses a
+    key. Raises ValueError where n_head does not divide n_embd.
     """
 
     def __init__(self, config):
@@ -235,12 +235,13 @@ class Attention(nn.Module):
         mask: Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """x (B, T, C) attends to itself, or to memory (B, S, C) when that is given.
+        """x (B, T, C) attends to itself, or to memory (B, S, C) where that is given; -> (B, T, C).
 
         A cache of self-attention grows with every call. A cache of cross-attention is filled by
         the first call and reused, because the memory does not change while one output is written.
         x may have K times as many rows as memory: K consecutive rows, the hypotheses of a beam
-        search, then share one and are to it as K queries of one row, so nothing is copied K times.
+        search, then share one row of memory. They become K times as many queries of that row, so
+        that no memory is copied.
         """
         shape = x.shape
         if memory is not None and len(x) != len(memory):
@@ -271,11 +272,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention if asked for, MLP; each inside a residual connection.
+    """Self-attention, cross-attention where cross=True, and MLP, each in a residual connection.
 
     pre_ln=True normalises what enters a sublayer, x + f(norm(x)), as GPT-2 does; False normalises
-    what leaves it, norm(x + f(x)), as the 2017 model and BERT do. `config` has, beside what
-    Attention and MLP need, ln_eps.
+    what leaves it, norm(x + f(x)), as the 2017 model and BERT do. `config` has what Attention and
+    MLP need, and ln_eps.
     """
 
     def __init__(self, config, *, pre_ln: bool, act: Callable[[Tensor], Tensor], cross=False):
@@ -304,20 +305,20 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         memory_cache: KVCache | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C); memory (B, S, C) is what cross-attention looks at."""
+        """x (B, T, C) -> (B, T, C); cross-attention looks at memory (B, S, C)."""
         x = self.residual(x, self.attention_norm, self.attention, None, mask, cache)
         if memory is not None:
             x = self.residual(x, self.cross_norm, self.cross, memory, memory_mask, memory_cache)
         return self.residual(x, self.mlp_norm, self.mlp)
 
 
-# Some ten times what anybody has trained. Beyond, already the description of a model takes minutes.
+# About ten times what anybody has trained. Beyond that, even describing a model takes minutes.
 LARGEST = {"vocab_size": 2**24, "block_size": 2**24, "n_layer": 1000}
 LARGEST |= {"n_head": 2**16, "n_embd": 2**18, "n_ff": 2**20}
 
 
 def check_sizes(config, *rates: str) -> None:
-    """ValueError for a size that is not 1 to LARGEST, a rate that is none, or a wrong ln_eps."""
+    """Raises ValueError unless sizes are 1 to LARGEST, 0 < ln_eps <= 1 and 0 <= each rate < 1."""
     for name, most in LARGEST.items():
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name}={value} is too small: it must be 1 or more")
@@ -359,8 +360,8 @@ class GPTConfig:
 
 
 class GPT(nn.Module):
-    """The causal decoder of GPT-2 and GPT-3 (of GPT-1 with pre_ln=False): learned positions, tied
-    input and output embeddings."""
+    """The causal decoder of GPT-2 and GPT-3 (with pre_ln=False that of GPT-1): positions are
+    learned, and the input embedding is also the output matrix."""
 
     Config = GPTConfig
 
@@ -397,10 +398,10 @@ class GPT(nn.Module):
     def features(
         self, tokens: Tensor, mask: Mask = "causal", caches: list[KVCache] | None = None
     ) -> Tensor:
-        """tokens (B, T) -> (B, T, C), what the head turns into logits.
+        """tokens (B, T) -> features (B, T, C), which the head turns into logits.
 
         With caches, one per block, the tokens continue what the caches hold. Raises ValueError
-        beyond block_size positions.
+        for more than block_size positions.
         """
         T = tokens.size(1)
         past = caches[0].length if caches else 0
@@ -416,16 +417,15 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def head(self, features: Tensor) -> Tensor:
-        """(..., C) -> (..., V) logits: the products with all token embeddings."""
+        """features (..., C) -> logits (..., V): the products with all token embeddings."""
         return F.linear(features, self.token_embedding.weight)
 
     def make_caches(self) -> list[KVCache]:
         return [KVCache(self.config.block_size) for _ in self.blocks]
 
     def flops_per_token(self) -> int:
-        """Of training: 6 for each weight that multiplies, 12·L·C·T for the attention scores.
-
-        Kaplan et al. 2020 (arXiv:2001.08361), section 2.1, with the full context of T positions.
+        """Training takes 6 for each weight that multiplies and 12·L·C·T for the attention scores
+        (Kaplan et al. 2020, arXiv:2001.08361, section 2.1; with the full context of T positions).
         """
         c = self.config
         weights = count_parameters(self) - self.position_embedding.weight.numel()
@@ -433,12 +433,12 @@ class GPT(nn.Module):
 
 
 def init_gpt(model: GPT) -> None:
-    """GPT-2's initialisation (section 2.3 of its paper; n is the number of residual branches).
+    """GPT-2's initialisation (section 2.3 of its paper).
 
     tensor                                          law
     token_embedding, position_embedding             N(0, 0.02)
     attention.q, .k, .v, mlp.fc          weight     N(0, 0.02)
-    attention.proj, mlp.proj             weight     N(0, 0.02 / sqrt(n)),  n = 2 · n_layer
+    attention.proj, mlp.proj             weight     N(0, 0.02 / sqrt(n)), n = 2 · n_layer branches
     every                                bias       0
     every LayerNorm                      weight     1
     """
@@ -451,7 +451,7 @@ def init_gpt(model: GPT) -> None:
 
 
 def initialise(model: nn.Module, matrix: Callable[[str, Tensor], None]) -> None:
-    """Biases 0, the weights of LayerNorms 1, and `matrix(name, weight)` for all others."""
+    """Sets biases to 0 and weights of LayerNorms to 1; matrix(name, weight) sets the others."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -465,7 +465,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-if __name__ == "__main__":  # learn a verse by heart, then say it from its first word
+if __name__ == "__main__":  # learn a verse by heart, then recite it from its first word
     torch.manual_seed(1)
     text = "Tyger Tyger, burning bright,\nIn the forests of the night;\nWhat immortal hand or eye"
     letters = sorted(set(text))
@@ -479,10 +479,10 @@ if __name__ == "__main__":  # learn a verse by heart, then say it from its first
         optimizer.step()
         if step % 10 == 0:
             print(f"step {step:2}   loss {loss.item():.3f}")
-    caches, said = gpt.make_caches(), tokens[:, :5]
-    new = said
+    caches, written = gpt.make_caches(), tokens[:, :5]
+    new = written
     with torch.no_grad():
-        while said.size(1) < len(text):
+        while written.size(1) < len(text):
             new = gpt(new, caches=caches)[:, -1:].argmax(-1)  # only the new token is read
-            said = torch.cat([said, new], 1)
-    print("\n" + "".join(letters[i] for i in said[0].tolist()))
+            written = torch.cat([written, new], 1)
+    print("\n" + "".join(letters[i] for i in written[0].tolist()))

@@ -1,9 +1,9 @@
 """Optimisers and learning-rate schedules, written out.
 
-AdamW is the readable version and the definition; `make_optimizer` hands the loop torch's fused
+AdamW below is the readable definition. `make_optimizer` gives the training loop torch's fused
 kernel, which does the same in one pass over memory (tests/test_optim.py proves them equal, and
-`python -m lab.bench` times them). Muon has no fused kernel to borrow: ours is the one that trains.
-Schedules are pure functions of the step: nothing to save, nothing to restore.
+`python -m lab.bench` times them). Muon has no fused kernel in torch: ours is the one that trains.
+Schedules are pure functions of the step, so there is nothing to save or restore.
 
 Left out: second-order methods, 8-bit states, schedules that watch the loss. The file needs torch
 alone; `python optim.py` draws the schedules, and shows what Muon makes of a gradient.
@@ -31,9 +31,9 @@ class AdamW(torch.optim.Optimizer):
         m ← β1·m + (1−β1)·g            v ← β2·v + (1−β2)·g²
         θ ← θ − lr · (m / (1−β1^t)) / (sqrt(v / (1−β2^t)) + ε)
 
-    m and v start at zero, so early means are too small by exactly 1−β^t: hence the division. The
-    decay λ acts on the weight before the step and is scaled by lr, as in torch.optim.AdamW. With
-    the weights, m and v make 3 numbers per parameter.
+    m and v start at zero, so early means are too small by the factor 1−β^t: hence the division. The
+    decay λ acts on the weight before the step and is scaled by lr, as in torch.optim.AdamW. The
+    weight, m and v are 3 numbers for each parameter.
     """
 
     decoupled = True
@@ -70,10 +70,10 @@ class AdamW(torch.optim.Optimizer):
 
 
 class Adam(AdamW):
-    """The older coupled decay: λ·θ joins the gradient, and so is divided by sqrt(v) like it.
+    """The older, coupled decay: λ·θ is added to the gradient, and so is divided by sqrt(v) too.
 
-    Weights with large gradients then decay less than those with small ones, which is what AdamW
-    was written to mend.
+    Weights with large gradients then decay less than those with small ones; AdamW was written to
+    mend this.
     """
 
     decoupled = False
@@ -83,16 +83,16 @@ class Adam(AdamW):
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """(..., R, C) matrices -> about U Vᵀ of each one's singular value decomposition U S Vᵀ.
+    """Matrices (..., R, C) with singular value decompositions U S Vᵀ -> nearly U Vᵀ, (..., R, C).
 
-    A Newton-Schulz iteration: the odd polynomial a·x + b·x³ + c·x⁵ acts on every singular value,
-    and five rounds bring all of them near 1 (0.7 to 1.2: the coefficients trade accuracy for a
-    steep start). It needs products of matrices only, and survives bfloat16.
+    This is a Newton-Schulz iteration: the odd polynomial a·x + b·x³ + c·x⁵ acts on every singular
+    value, and five rounds bring all of them near 1 (0.7 to 1.2: the coefficients trade accuracy for
+    a steep start). It needs products of matrices only, and works in bfloat16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.size(-2) > g.size(-1)
-    x = g.mT if tall else g  # the smaller side first: x xᵀ is then as small as it can be
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the iteration wants singular values <= 1
+    x = g.mT if tall else g  # with the smaller side first, x xᵀ is as small as it can be
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the iteration needs singular values <= 1
     for _ in range(steps):
         s = x @ x.mT
         x = a * x + (b * s + c * (s @ s)) @ x
@@ -105,12 +105,12 @@ class Muon(torch.optim.Optimizer):
         m ← μ·m + g                       θ ← θ − lr·λ·θ
         θ ← θ − lr · 0.2·sqrt(max(R, C)) · orthogonalize(g + μ·m)
 
-    Every direction of the matrix moves equally far, also those the gradient hardly shows. The
-    factor gives the update the size that AdamW's has (root mean square about 0.2), so that both
-    share one lr and one λ. Embeddings, norms and biases go to AdamW: see `make_optimizer`.
+    Every direction of the matrix moves equally far, also those that the gradient hardly shows. The
+    factor gives the update the size of AdamW's (root mean square about 0.2), so that both share one
+    lr and one λ. Embeddings, norms and biases go to AdamW: see `make_optimizer`.
 
-    `dtype` is that of the iteration. It is a fifth of a small model's step on a CPU, and bfloat16
-    shortens it where the processor has that.
+    `dtype` is that of the iteration, which takes a fifth of a small model's step on a CPU; bfloat16
+    shortens it on processors that have it. Raises ValueError for a parameter that is no matrix.
     """
 
     def __init__(
@@ -146,12 +146,12 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - lr * group["weight_decay"]).add_(u, alpha=-lr * scale)
 
     def orthogonalized(self, updates: list[Tensor]) -> Iterable[Tensor]:
-        """Of matrices that have the same shape; `sharding.py` divides the work."""
+        """The updates, matrices of one shape, orthogonalized; a subclass may divide the work."""
         return orthogonalize(torch.stack(updates).to(self.dtype)).to(updates[0].dtype)
 
 
-class Together:
-    """Several optimisers behind the face of one: step, zero_grad, param_groups, state_dict."""
+class ChainedOptimizer:
+    """Optimisers that are used like a single one: step, zero_grad, param_groups, state_dict."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -178,16 +178,16 @@ class Together:
             optimizer.load_state_dict(state[str(i)])
 
 
-def one_by_one(state: dict) -> dict[str, dict]:
-    """The state of an optimizer -> {"": it}, that of several Together -> {"0": …, "1": …}."""
+def separate_states(state: dict) -> dict[str, dict]:
+    """The state of one optimizer -> {"": that}; of a ChainedOptimizer -> {"0": …, "1": …}."""
     return {"": state} if "param_groups" in state else state
 
 
 def decay_groups(
     parameters: Iterable[nn.Parameter], weight_decay: float, scales: dict[int, float]
 ) -> list[dict]:
-    """Matrices decay; biases and norm weights, being vectors, do not. scales: {id of a parameter:
-    its factor of the learning rate}; the loop heeds it as "lr_scale"."""
+    """Groups of parameters: matrices decay; biases and norm weights, which are vectors, do not.
+    scales: {id of a parameter: factor of its learning rate}, which the loop reads as "lr_scale"."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for p in parameters:
         groups.setdefault((p.dim() < 2, scales[id(p)]), []).append(p)
@@ -209,13 +209,13 @@ def make_optimizer(
     weight_decay: float = 0.1,
     dtype: torch.dtype = torch.float32,
     rate_scale: Callable[[str], float] = lambda name: 1.0,
-    Matrices: type[Muon] = Muon,
-) -> torch.optim.Optimizer | Together:
-    """name is one of OPTIMIZERS. "muon" takes the matrices of the hidden layers, AdamW the rest.
-    dtype is for Muon's iteration; weights and states keep theirs. rate_scale: a parameter's name ->
-    its factor of the learning rate. Matrices: Muon or a kind of it.
+    muon: type[Muon] = Muon,
+) -> torch.optim.Optimizer | ChainedOptimizer:
+    """name is one of OPTIMIZERS. With "muon", Muon gets the matrices of the hidden layers and AdamW
+    the rest. dtype is for Muon's iteration; weights and states keep theirs. rate_scale: a
+    parameter's name -> factor of its learning rate. muon: Muon or a subclass.
 
-    Every trainable parameter is in exactly one group; anything else is an AssertionError.
+    Every trainable parameter is in exactly one group. Raises ValueError for an unknown name.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r} is not known: choose one of {', '.join(OPTIMIZERS)}")
@@ -236,38 +236,38 @@ def make_optimizer(
     if name == "adam":
         return torch.optim.Adam(groups, **settings)
     adamw = torch.optim.AdamW(groups, **settings)
-    return Together(adamw, Matrices(matrices, lr=lr, dtype=dtype)) if hidden else adamw
+    return ChainedOptimizer(adamw, muon(matrices, lr=lr, dtype=dtype)) if hidden else adamw
 
 
 # ---- schedules: the factor of the peak learning rate at a step, counted from 0 -------------------
 
 
 def warmup(step: int, length: int) -> float:
-    """Linear from 1/length to 1. Never 0: a first step at rate 0 would be a wasted one."""
+    """Linear from 1/length to 1. It is never 0: a first step at rate 0 would be wasted."""
     return min(1.0, (step + 1) / length) if length else 1.0
 
 
 def cosine(step: float, period: float, floor: float = 0.0) -> float:
-    """Cosine annealing from 1 at step 0 to floor at `period`; past it the cosine rises again."""
+    """Cosine annealing from 1 at step 0 to floor at `period`; beyond it the cosine rises again."""
     return floor + (1 - floor) * (1 + math.cos(math.pi * step / period)) / 2
 
 
 def cosine_restarts(step: int, period: int, growth: int = 1, floor: float = 0.0) -> float:
-    """Cosine annealing that jumps back to 1 after each period; each is `growth` times longer."""
+    """Cosine annealing that restarts at 1 after each period; the next is `growth` times longer."""
     while step >= period:
         step, period = step - period, period * growth
     return cosine(step, period, floor)
 
 
 def cooldown(step: int, steps: int, length: int, floor: float = 0.0) -> float:
-    """1 for a long time, then linear over the last `length` steps to floor at step `steps`."""
+    """1, then linear over the last `length` steps to floor at step `steps`."""
     return floor + (1 - floor) * min(1.0, max(0.0, (steps - step) / max(length, 1)))
 
 
 def inverse_sqrt(step: int, length: int) -> float:
     """The 2017 paper's schedule (section 5.3), scaled to 1 at its peak, where warmup ends.
 
-    The paper's own peak is (d_model · length)^-0.5: give that as the learning rate.
+    The paper's own peak, to be given as the learning rate, is (d_model · length)^-0.5.
     """
     t, length = step + 1, max(length, 1)
     return length**0.5 * min(t**-0.5, t * length**-1.5)
@@ -279,9 +279,10 @@ SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
 def schedule(
     name: str, step: int, *, steps: int, warmup_steps: int, cooldown_steps: int, floor: float
 ) -> float:
-    """The factor that the training loop applies at `step` of `steps`; name is one of SCHEDULES.
+    """The factor of the learning rate at `step` of `steps`; name is one of SCHEDULES.
 
-    "linear" is warmup, constant, and a linear cooldown over the last cooldown_steps.
+    "linear" is a warmup, a constant rate, and a linear cooldown over the last cooldown_steps.
+    Raises ValueError for an unknown name.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule={name!r} is not known: choose one of {', '.join(SCHEDULES)}")

@@ -1,12 +1,12 @@
 """The encoder-decoder Transformer of 2017, which reads one sequence and writes another.
 
-The encoder turns the source into memory; the decoder writes the target one token at a time, each
-looking back at those before it and across at the memory. Blocks normalise after each sublayer, as
-the paper does, positions are sinusoids, and one matrix is source embedding, target embedding and
-output projection.
+The encoder turns the source into memory. The decoder writes the target one token at a time; each
+position looks back at the tokens before it and across at the memory. As in the paper, blocks
+normalise after each sublayer, positions are sinusoids, and one matrix is source embedding, target
+embedding and output projection.
 
 Left out on purpose: learned or relative positions, separate vocabularies, layers of different
-sizes. Writing with the model (greedy, beam, sampling) is in `decoding.py` and `translate.py`.
+sizes. Greedy decoding, beam search and sampling are in `decoding.py` and `tasks/translation.py`.
 The file needs torch and `model.py`; `python seq2seq.py` learns to write digits in reverse.
 
 Papers: Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762); one matrix for three:
@@ -24,7 +24,7 @@ from torch import Tensor
 import model
 from model import Block, Dropout, KVCache, check_sizes, count_parameters, initialise, padding_mask
 
-# The paper has relu; Marian's models on the hub have silu (swish) or one of the others.
+# The paper has relu; Marian's models on the hub have silu (swish) or another of these.
 ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
@@ -42,7 +42,7 @@ class Seq2SeqConfig:
     ln_eps: float = 1e-5  # added to the variance in LayerNorm
     label_smoothing: float = 0.1  # probability that the target spreads over all tokens
     activation: str = "relu"  # inside the MLP: relu, silu or gelu
-    # A number for each token on its logit, as imported: no training changes it.
+    # Adds a number to each token's logit: imported models have these, and no training changes them.
     output_bias: bool = field(default=False, metadata={"flag": False})
 
     def __post_init__(self):
@@ -67,7 +67,7 @@ def sinusoids(T: int, C: int) -> Tensor:
 
 
 class Seq2Seq(nn.Module):
-    """Encoder, decoder, and the one matrix that they share with the output."""
+    """The encoder, the decoder, and the one matrix that they share with the output."""
 
     Config = Seq2SeqConfig
 
@@ -98,10 +98,11 @@ class Seq2Seq(nn.Module):
         """source (B, S), tokens (B, T) -> logits (B, T, V), or, given targets (B, T),
         {"loss": summed smoothed loss, "nll": summed negative log-likelihood of the targets}.
 
-        tokens are the targets one place to the right, behind the start token: the decoder learns
-        from the right words whatever it would have written itself (teacher forcing). source_keep
-        (B, S) is False at padding; None: there is none. Padding of the target needs no mask: it
-        comes last, where no real position looks, and its targets are -100, which do not count.
+        tokens are the targets moved one place to the right, behind the start token: the decoder
+        always reads the right words, not those that it would have written (teacher forcing).
+        source_keep (B, S) is False at padding; None: there is none. Padding of the target needs no
+        mask: it comes last, where no real position looks, and its targets are -100, which do not
+        count.
         """
         features = self.decode(tokens, self.encode(source, source_keep), source_keep)
         if targets is None:
@@ -111,7 +112,10 @@ class Seq2Seq(nn.Module):
         return {"loss": loss, "nll": nll}
 
     def embed(self, tokens: Tensor, past: int = 0) -> Tensor:
-        """Embeddings times sqrt(C), plus positions (sections 3.4 and 3.5). (B, T) -> (B, T, C)"""
+        """tokens (B, T) -> (B, T, C): embeddings times sqrt(C), plus positions (sections 3.4, 3.5).
+
+        `past` positions came before. Raises ValueError for more than block_size positions.
+        """
         end, block_size = past + tokens.size(1), self.config.block_size
         if end > block_size:
             raise ValueError(
@@ -135,7 +139,7 @@ class Seq2Seq(nn.Module):
         source_keep: Tensor | None = None,
         caches: list[tuple[KVCache, KVCache]] | None = None,
     ) -> Tensor:
-        """tokens (B, T), memory (B, S, C) -> (B, T, C), what the head turns into logits.
+        """tokens (B, T), memory (B, S, C) -> features (B, T, C), which the head turns into logits.
 
         With caches, one pair for each block, the tokens continue what the caches hold. tokens may
         have K times as many rows as memory: each memory then serves K consecutive rows.
@@ -148,22 +152,22 @@ class Seq2Seq(nn.Module):
         return x
 
     def head(self, features: Tensor) -> Tensor:
-        """(..., C) -> (..., V) logits: the products with all token embeddings."""
+        """features (..., C) -> logits (..., V): the products with all token embeddings."""
         return F.linear(features, self.token_embedding.weight, self.output_bias)
 
     def make_caches(self, source_len: int, target_len: int) -> list[tuple[KVCache, KVCache]]:
-        """For each block of the decoder, one for its own keys and values, one for the memory's."""
+        """For each block of the decoder, a cache of its own keys and values and one of memory's."""
         return [(KVCache(target_len), KVCache(source_len)) for _ in self.decoder]
 
     def flops_per_token(self) -> int:
-        """Of training, for one target token with a source as long as the target, T = block_size:
-        6 for each weight that multiplies, 12·C·T for each of three attentions in L layers."""
+        """Training on one target token, with source and target of T = block_size tokens, takes 6
+        for each weight that multiplies and 12·C·T for each of three attentions in L layers."""
         c = self.config
         return 6 * count_parameters(self) + 3 * 12 * c.n_layer * c.n_embd * c.block_size
 
 
 def init_seq2seq(model: Seq2Seq) -> None:
-    """The paper gives no law; this is the one of its code, tensor2tensor.
+    """The paper gives no law of initialisation; this is that of its code, tensor2tensor.
 
     tensor                          law
     token_embedding                 N(0, 1 / sqrt(C)): times sqrt(C), inputs have unit variance

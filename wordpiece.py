@@ -1,15 +1,15 @@
 """WordPiece, the tokenizer of BERT: text to token ids and, spaces aside, back.
 
-A text is cleaned, split at white space and around every punctuation mark and Chinese character,
-and each word is cut from left to right into the longest pieces that the vocabulary has. A piece
-inside a word is written with "##" before it. A word that cannot be cut is one [UNK].
+A text is cleaned and split at white space and around every punctuation mark and Chinese character.
+Each word is then cut from left to right into the longest pieces that the vocabulary has. A piece
+inside a word is written with "##" before it. A word that cannot be cut becomes one [UNK].
 
     "Élan, unhugged"  ->  elan , unhugged  ->  el ##an , un ##hug ##ged      (lowercase)
 
-Training starts from characters and joins the two neighbours that occur together most often for
-how often they occur at all: score = count(ab) / (count(a) · count(b)). Joining the pair with the
-highest score raises the likelihood of the text the most for each time it occurs. Four steps for
-"pit pits spit bat bats", min_frequency 1:
+Training starts from characters and joins the two neighbours that occur together most often in
+relation to how often each occurs at all: score = count(ab) / (count(a) · count(b)). For each time
+that it occurs, the pair with the highest score raises the likelihood of the text the most. Four
+steps for "pit pits spit bat bats", min_frequency 1:
 
     pieces      p 2   b 2   s 1   ##i 3   ##t 5   ##s 2   ##p 1   ##a 2
     pairs       s ##p 1/(1·1)   b ##a 2/(2·2)   p ##i 2/(2·3)   ##p ##i 1/(1·3)   ##i ##t 3/(3·5)
@@ -17,11 +17,11 @@ highest score raises the likelihood of the text the most for each time it occurs
     join        s ##p -> sp, then b ##a -> ba, then of equal scores (1/3) the lower pair of ids:
                 p ##i -> pi, and sp ##i, now 1/(1·1), -> spi
 
-The slow and obvious learning is naive_learn(), which tests compare with the fast learn().
-`python wordpiece.py` shows both and how words are cut.
+naive_learn() is the slow and obvious form; tests compare the fast learn() with it.
+`python wordpiece.py` shows both, and how words are cut.
 
-Left out: the text before tokenization (decode() cannot restore spaces and accents), dropout, and
-accents that stay where capitals go (strip_accents apart from lowercase).
+Left out: restoring the original text (decode() cannot know its spaces and accents), dropout, and
+lower case that keeps accents (strip_accents as a setting of its own).
 
 Papers: Schuster and Nakajima 2012, "Japanese and Korean Voice Search" (the training); Wu et al.
 2016, "Google's Neural Machine Translation System" (arXiv:1609.08144, section 4.1); Devlin et al.
@@ -54,11 +54,11 @@ FORMAT = 1  # of the JSON text
 INSIDE = "##"  # before a piece that does not begin a word
 UNK = "[UNK]"
 SPECIAL = ("[PAD]", UNK, "[CLS]", "[SEP]", "[MASK]")
-LONGEST_WORD = 100  # characters; a longer word is [UNK]
+LONGEST_WORD = 100  # characters; a longer word becomes [UNK]
 MAX_TOKENS = 1 << 22  # eight times the largest BERT vocabulary in use (LaBSE's 501,153)
 MAX_BYTES = 1 << 27  # of a vocab.txt
-CACHED_CHUNKS = 1 << 16  # stretches without a space whose ids are remembered
-# What Hugging Face's clean-up puts behind a word without a space.
+CACHED_CHUNKS = 1 << 16  # stretches of text without a space whose ids are remembered
+# What Hugging Face's clean-up puts directly behind a word.
 CLINGING = (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")
 
 # Chinese characters as BERT's code lists them: no Hangul, no kana, no later extensions.
@@ -72,18 +72,18 @@ IDEOGRAPH = re.compile(
 
 
 def split_words(text: str, lowercase: bool) -> list[str]:
-    """The words of `text`: what is between white space, punctuation marks and Chinese characters,
-    and each of these marks and characters. `lowercase` also takes the accents off.
+    """The words of `text`: each punctuation mark, each Chinese character, and what stands between
+    these and white space. `lowercase` also removes accents.
 
-    Equal to Hugging Face's Rust library: every character is looked at alone, so a capital sigma
-    becomes σ at a word's end too (ς in BERT's own code). The exceptions are characters that
-    Unicode has added or reclassified since version 8, for the library has stayed there, and the
-    Chinese characters U+2B820 to U+2B91F, which it forgets.
+    The words are those of Hugging Face's Rust library, which looks at every character alone: a
+    capital sigma becomes σ at the end of a word too (ς in BERT's own code). The exceptions are
+    characters that Unicode has added or reclassified since version 8, where the library stays, and
+    the Chinese characters U+2B820 to U+2B91F, which it leaves out.
     """
     text = "".join(map(_clean, text))
     if lowercase:
         text = "".join(map(_plain, unicodedata.normalize("NFD", text)))
-    # Only now: decomposed, some signs become punctuation (U+2260, not equal, holds an "=").
+    # After the decomposition, which turns some signs into punctuation (U+2260 into "=" and a mark).
     return "".join(map(_apart, text)).split()
 
 
@@ -105,13 +105,13 @@ def _plain(c: str) -> str:
 
 @lru_cache(1 << 16)
 def _apart(c: str) -> str:
-    """The printable ASCII signs all count as punctuation, also $+<=>^`|~, which are symbols."""
+    """All printable ASCII signs count as punctuation, also the symbols $+<=>^`|~."""
     sign = "!" <= c <= "~" and not c.isalnum()
     return f" {c} " if sign or unicodedata.category(c).startswith("P") else c
 
 
 def _chunks(text: str) -> list[str]:
-    """Cuts where white space is for certain: no rule above looks across a space."""
+    """The text cut at spaces and line ends: no rule above looks across these."""
     return text.replace("\n", " ").split(" ")
 
 
@@ -119,7 +119,7 @@ def _chunks(text: str) -> list[str]:
 
 
 def naive_learn(words: dict[str, int], limit: int, min_frequency: int) -> list[str]:
-    """What learn() gives, from exact fractions of counts that are made anew for each piece."""
+    """The pieces that learn() gives, from exact fractions; all is counted anew for each piece."""
     rows = {word: [word[0], *(INSIDE + c for c in word[1:])] for word in words}
     pieces = sorted({piece for row in rows.values() for piece in row})
     while len(pieces) < limit:
@@ -146,10 +146,10 @@ def learn(
     words: dict[str, int], limit: int, min_frequency: int, progress: bool = False
 ) -> list[str]:
     """At most `limit` pieces for these words and their counts, in the order learnt: characters
-    first. ValueError if those alone are too many. naive_learn gives the same, slowly.
+    come first. Raises ValueError if the characters alone are too many.
 
-    A join visits only the words with its pair. But it makes both of its pieces rarer, and so
-    raises the score of every pair they are in: the heap gets all of those again.
+    A join visits only the words with its pair. But it makes both of its pieces rarer, which raises
+    the score of every pair that has one of them: the heap gets all of those pairs again.
     """
     spelled = [[word[0], *(INSIDE + c for c in word[1:])] for word in words]
     pieces = sorted({piece for row in spelled for piece in row})
@@ -160,10 +160,10 @@ def learn(
         )
     id_of = {piece: i for i, piece in enumerate(pieces)}
     rows, weight = [[id_of[p] for p in row] for row in spelled], [*words.values()]
-    count: Counter[int] = Counter()  # of pieces
-    together: Counter[Pair] = Counter()  # of pairs
+    count: Counter[int] = Counter()  # how often each piece occurs
+    together: Counter[Pair] = Counter()  # how often each pair occurs
     places: dict[Pair, set[int]] = {}  # the rows that have, or had, a pair
-    pairs_of: dict[int, set[Pair]] = defaultdict(set)  # the pairs that a piece is in
+    pairs_of: dict[int, set[Pair]] = defaultdict(set)  # the pairs that have a piece
 
     def add(row: int, sign: int) -> None:
         n = sign * weight[row]
@@ -183,7 +183,7 @@ def learn(
     for row in range(len(rows)):
         add(row, 1)
     heap: list[tuple[float, Pair]] = []
-    most = -1  # entries, of which some are out of date, before the heap is made anew
+    most = -1  # with more entries than this, some out of date, the heap is made anew
     bar = tqdm(total=limit, initial=len(pieces), desc="pieces", disable=None if progress else True)
     while len(pieces) < limit:
         if len(heap) > most:
@@ -194,7 +194,7 @@ def learn(
             break
         found, pair = heappop(heap)
         if together[pair] < min_frequency or -found != score(pair):
-            continue  # out of date: its present score is in the heap too
+            continue  # out of date; the present score is in the heap too
         a, b = pair
         new = len(pieces)
         pieces.append(pieces[a] + pieces[b].removeprefix(INSIDE))
@@ -205,7 +205,7 @@ def learn(
         for other in pairs_of[a] | pairs_of[b] | pairs_of[new]:
             if together[other] >= min_frequency:
                 heappush(heap, (-score(other), other))
-            else:  # counts of pairs never rise
+            else:  # gone for good: counts of pairs never rise
                 del together[other]
                 for piece in other:
                     pairs_of[piece].discard(other)
@@ -215,7 +215,7 @@ def learn(
 
 
 def join(row: list[int], pair: Pair, new: int) -> list[int]:
-    """The row with `new` for each occurrence of the pair, from the left."""
+    """The row with `new` in place of each occurrence of the pair, from the left."""
     out: list[int] = []
     for piece in row:
         if out and (out[-1], piece) == pair:
@@ -232,13 +232,13 @@ class WordPiece:
     """Its state is two plain values; everything else follows from them.
 
     tokens          the vocabulary: a token's place is its id.
-    lowercase       whether capitals and accents are taken away first ("uncased").
+    lowercase       whether capitals and accents are removed first ("uncased").
     special_tokens  name -> id of those of SPECIAL that are among the tokens. encode() produces
-                    them only where the caller allows it by name, and [UNK] where it must.
+                    them only where the caller allows it by name; [UNK] also where a word needs it.
     """
 
     def __init__(self, tokens: list[str], lowercase: bool = True):
-        """ValueError for a vocabulary without [UNK], or that vocab.txt could not hold."""
+        """Raises ValueError for a vocabulary without [UNK], or one that vocab.txt cannot hold."""
         _check_state(tokens, lowercase)
         self.tokens, self.lowercase, self.vocab_size = tokens, lowercase, len(tokens)
         self.ids = {token: i for i, token in enumerate(tokens)}
@@ -256,15 +256,15 @@ class WordPiece:
         min_frequency: int = 2,
         progress: bool = False,
     ) -> WordPiece:
-        """Special tokens get the first ids, then come all characters, sorted, then joined pairs.
+        """Special tokens get the first ids; all characters follow, sorted, then joined pairs.
 
-        A pair seen fewer than min_frequency times is not joined; when no pair is left, the
-        vocabulary stays smaller than asked for. `texts` is streamed, and names of special tokens
-        in it are text. ValueError for settings out of range.
+        A pair that occurs fewer than min_frequency times is not joined; when no pair is left, the
+        vocabulary stays smaller than vocab_size. `texts` is streamed, and names of special tokens
+        in it are text. Raises ValueError for settings that are out of range.
 
         The score prefers what is rare: with min_frequency 2 much of a small vocabulary goes to
-        names, and raising it shortens the encoded text. Hugging Face's WordPieceTrainer, despite
-        its name, does not use the score: it joins the most frequent pair, as BPE does.
+        names; a higher one shortens the encoded text. Hugging Face's WordPieceTrainer, despite its
+        name, does not use the score: it joins the most frequent pair, as BPE does.
         """
         for name, value in (("texts", texts), ("special_tokens", special_tokens)):
             if isinstance(value, str):
@@ -277,7 +277,7 @@ class WordPiece:
             raise ValueError(f"vocab_size={vocab_size} is not between 1 and {MAX_TOKENS:,}")
         if min_frequency < 1:
             raise ValueError(f"min_frequency={min_frequency} is less than 1, which keeps all")
-        _check_state(list(special_tokens), lowercase)  # now, not after
+        _check_state(list(special_tokens), lowercase)  # before minutes of learning
         quiet = None if progress else True  # None: no bar where there is no terminal
         chunks: Counter[str] = Counter()
         for text in tqdm(texts, desc="splitting", unit=" texts", disable=quiet):
@@ -295,10 +295,10 @@ class WordPiece:
         return split_words(text, self.lowercase)
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Ids of `text`, without [CLS] and [SEP] around them; for every str.
+        """Ids of `text`, any str, without [CLS] and [SEP] around them.
 
         allowed_special names the special tokens whose text becomes their id ("all": all of them);
-        the text of the others is encoded as ordinary text. ValueError for an unknown name.
+        the text of the others is encoded as ordinary text. Raises ValueError for an unknown name.
         """
         allowed = allowed_special
         if isinstance(allowed, str):
@@ -315,7 +315,7 @@ class WordPiece:
         return ids
 
     def encode_numpy(self, text: str) -> np.ndarray:
-        """Ids of `text`, special tokens not allowed, as a uint32 array."""
+        """Ids of `text` without special tokens, as a uint32 array."""
         return np.array(self._encode(text), dtype=np.uint32)
 
     def _encode(self, text: str) -> list[int]:
@@ -332,7 +332,7 @@ class WordPiece:
         return ids
 
     def _pieces(self, word: str) -> list[int]:
-        """Greedy: the longest piece that fits, then the longest behind it; all or [UNK]."""
+        """Ids of a word: greedily the longest piece at each place; [UNK] where none fits."""
         start, ids = 0, []
         while start < len(word) <= LONGEST_WORD:
             before = INSIDE if start else ""
@@ -347,10 +347,10 @@ class WordPiece:
         return ids or [self.ids[UNK]]
 
     def decode(self, ids: Iterable[int], clean_up: bool = False) -> str:
-        """The tokens, those inside words joined to the one before, a space before the others.
+        """The text of the tokens, with a space before each that begins a word.
 
-        clean_up leaves out the space before . ? ! and , as Hugging Face's decoder does. ValueError
-        for an id that is no token; integers of any kind are taken, numpy's and torch's too.
+        clean_up leaves out the space before CLINGING, as Hugging Face's decoder does. ids are
+        integers of any kind (Python's, numpy's, torch's). Raises ValueError for an unknown id.
         """
         parts = []
         for i in map(operator.index, ids):
@@ -368,16 +368,16 @@ class WordPiece:
         return "".join(parts)
 
     def ordinary_ids(self) -> list[int]:
-        """Of all tokens but the special ones."""
+        """The ids of all tokens but the special ones."""
         special = set(self.special_tokens.values())
         return [i for i in range(self.vocab_size) if i not in special]
 
     def word_edges(self, i: int) -> tuple[bool, bool]:
-        """Whether a word could go on before this token, and behind it."""
+        """Whether a word could go on before this token, and whether behind it."""
         return self.tokens[i].startswith(INSIDE), True
 
     def shown(self, i: int) -> str:
-        """The token for people: "##" before one that goes on with the word in front of it."""
+        """The token as people read it: with "##" where it goes on with the word before it."""
         return self.tokens[i]
 
     @cached_property
@@ -388,13 +388,13 @@ class WordPiece:
     # ---- files
 
     def to_json(self) -> str:
-        """Equal tokenizers give equal text."""
+        """The state as JSON; equal tokenizers give equal text."""
         state = {"format": FORMAT, "type": "WordPiece", "lowercase": self.lowercase}
         return json.dumps({**state, "tokens": self.tokens})
 
     @classmethod
     def from_json(cls, text: str) -> WordPiece:
-        """ValueError, in one sentence, for everything that to_json() cannot have written."""
+        """What to_json() wrote; for anything else, a ValueError of one sentence."""
         try:
             state = json.loads(text, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as e:
@@ -405,8 +405,8 @@ class WordPiece:
         return cls(state.get("tokens"), state.get("lowercase"))
 
     def save(self, path: str | Path) -> None:
-        """BERT's vocab.txt: a token a line. It does not say whether the tokenizer is lowercase.
-        Writes beside `path`, then renames: an interruption leaves the old file whole."""
+        """Writes BERT's vocab.txt, one token a line, which does not say whether it is lowercase.
+        Writes beside `path`, then renames, so that an interruption leaves the old file whole."""
         path = Path(path)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
@@ -417,7 +417,7 @@ class WordPiece:
 
     @classmethod
     def from_vocab(cls, path: str | Path, *, lowercase: bool) -> WordPiece:
-        """What save() wrote, or BERT's own vocab.txt; ValueError that names the path otherwise."""
+        """What save() wrote, or BERT's own vocab.txt; else a ValueError that names the path."""
         path = Path(path)
         try:
             if path.stat().st_size > MAX_BYTES:

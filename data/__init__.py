@@ -1,1 +1,1 @@
-"""Where text comes from, and how it reaches the models: download, text, tokens, windows."""
+"""Where text comes from: names, files and folders to documents, pairs and rows; tokens on disk."""

@@ -11,14 +11,14 @@ from data.shards import Tokens
 
 
 class Buckets:
-    """Steps of at most tokens_per_step tokens, padding included, each dealt out to micro-batches of
-    about tokens_per_batch.
+    """Steps of at most tokens_per_step tokens, padding included. Each step is divided into
+    micro-batches of about tokens_per_batch tokens.
 
-    Rows are sorted by length and cut into steps that are as full as that allows. Training: every
+    Rows are sorted by length and cut into steps that are as full as that allows. In training, every
     epoch shuffles the rows of equal length and the order of the steps, with the seed; each row
-    comes once. The lengths in sorted order are the same in every epoch, and so are the cuts: the
-    number of steps is fixed. How many micro-batches, and so processes, share a step changes
-    nothing about what is in it. An evaluation: the same batches of tokens_per_batch each time.
+    comes once. The sorted lengths are the same in every epoch, and so are the cuts and the number
+    of steps. What is in a step does not depend on how many micro-batches, and so processes, share
+    it. An evaluation has the same batches of tokens_per_batch tokens each time.
     """
 
     def __init__(
@@ -38,7 +38,8 @@ class Buckets:
         self.epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows in the order that the cuts divide, order of the steps). The last two are kept."""
+        """(rows in the order that the cuts divide, order of the steps). An epoch's neighbour stays
+        in memory beside it."""
         if number not in self.epochs:
             random = np.random.default_rng((self.seed, number))
             shuffled = random.permutation(self.order)
@@ -48,8 +49,8 @@ class Buckets:
         return self.epochs[number]
 
     def batch(self, i: int) -> tuple[int, np.ndarray, bool]:
-        """(epoch, rows, False) of micro-batch i. The last step of an epoch may have fewer rows
-        than parts: (epoch, one row that is not to be counted, True) then."""
+        """(epoch, rows, False) of micro-batch i. A step may have fewer rows than micro-batches: for
+        one without a row of its own, (epoch, one row that must not be counted, True)."""
         rows, (i, part), number = self.order, divmod(i, self.parts), 0
         if self.training:
             number, i = divmod(i, len(self.cuts) - 1)
@@ -61,9 +62,9 @@ class Buckets:
         return number, step[part :: self.parts], False
 
     def describe(self, sides: np.ndarray | None = None) -> str:
-        """Of training: the steps of an epoch and how much of them is padding, as they are before
-        any shuffling; that changes little. Of an evaluation: nothing. sides (rows, k): the lengths
-        of k sequences, each padded by itself; None: rows are one each."""
+        """For training, how many steps an epoch has and how much of them is padding, as they are
+        before any shuffling, which changes little; for an evaluation, nothing. sides (rows, k): the
+        lengths of the k sequences of each row, which are padded separately; None: a row is one."""
         if not self.training:
             return ""
         sides = self.lengths[:, None] if sides is None else sides
@@ -74,9 +75,9 @@ class Buckets:
 
 
 class InBuckets:
-    """A data class whose rows share batches with rows of similar length: steps of at most
-    tokens_per_step tokens, padding included, each dealt out to micro-batches of about
-    tokens_per_batch = batch_size · block_size; each row once an epoch."""
+    """A data class whose rows share batches with rows of similar length. Steps have at most
+    tokens_per_step tokens, padding included, and are divided into micro-batches of about
+    tokens_per_batch = batch_size · block_size tokens; each row comes once an epoch."""
 
     def make_buckets(
         self,
@@ -88,7 +89,7 @@ class InBuckets:
         tokens_per_step: int = 0,
         seed: int = 0,
     ) -> None:
-        """lengths (rows,) are those of all rows that are to be learnt from, or scored."""
+        """lengths (rows,): the tokens of each row that is trained on, or scored."""
         self.tokens_per_batch = batch_size * block_size
         self.buckets = Buckets(
             lengths, self.tokens_per_batch, tokens_per_step, seed=seed, training=split == "train"
@@ -98,7 +99,8 @@ class InBuckets:
 
 
 def cut(lengths: np.ndarray, tokens: int) -> list[int]:
-    """Ascending lengths -> borders of steps with (number of rows) · (longest) <= tokens."""
+    """Ascending lengths -> borders of steps with (number of rows) · (longest) <= tokens. A row
+    that is longer than `tokens` is a step by itself."""
     cuts, begin = [0], 0
     while begin < len(lengths):
         end = begin + max(1, tokens // int(lengths[begin]))
@@ -117,14 +119,16 @@ def evenly(n: int, wanted: int) -> np.ndarray:
 
 
 def evenly_within(n: int, tokens: int, max_tokens: int, least: int = 1) -> np.ndarray:
-    """Which of n rows with so many tokens an evaluation scores: evenly spaced ones that have about
-    max_tokens, at least so many rows; all of them if that is 0, or more than there are."""
+    """Which of n rows, with `tokens` tokens in all, an evaluation scores: evenly spaced ones that
+    have about max_tokens, but not fewer than `least` rows; all n rows if max_tokens is 0 or more
+    than there are."""
     wanted = max(least, n * max_tokens // tokens) if max_tokens else n
     return evenly(n, min(wanted, n))
 
 
-def find(ids: Tokens, token: int, block: int = 1 << 24) -> np.ndarray:
-    """Where `token` is, read in blocks: the ids may be a file larger than memory."""
+def positions_of(ids: Tokens, token: int, block: int = 1 << 24) -> np.ndarray:
+    """The places of `token` in the ids, which are read in blocks, as they may be a file larger than
+    memory."""
     places = [
         np.flatnonzero(ids[start : start + block] == token) + start
         for start in range(0, len(ids), block)
@@ -135,8 +139,8 @@ def find(ids: Tokens, token: int, block: int = 1 << 24) -> np.ndarray:
 def pad_rows(
     rows: Sequence[Sequence[int] | np.ndarray], fill: int, behind: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """((B, L) ids with `fill` behind shorter rows, (B, L) bool, False at that padding, but for as
-    many as `behind` each row)"""
+    """((B, L) ids, shorter rows filled up with `fill`; (B, L) bool, False at the padding). The
+    first `behind` places of `fill` after a row count as part of it: they are True."""
     lengths = np.array([len(row) + behind for row in rows])
     padded = np.full((len(rows), lengths.max()), fill, dtype=np.int64)
     for into, row in zip(padded, rows, strict=True):

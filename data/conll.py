@@ -1,37 +1,37 @@
 r"""CoNLL files -> sentences of tagged words: what a model learns from to find named entities.
 
-A file has a word a line, its columns apart by tabs or by white space, the word in the first and its
-tag in the last, and a blank line between sentences.
+A file has one word on each line. Its columns are divided by tabs or by white space; the word is in
+the first and its tag in the last. A blank line stands between sentences.
 
-- If its first row has a tab, a file is divided at tabs alone, otherwise at spaces and tabs. Other
-  white space (U+00A0, U+2028) is part of a word, and so is all that cannot be printed.
-- All rows have the same number of columns. A line of tabs and spaces alone is blank (WNUT 2017 has
-  such ones between its sentences).
-- A line that begins with -DOCSTART- ends a sentence, and is not one.
-- A line that begins with "# " is a comment if it is no row and stands before a sentence; # is also
-  a word, as in tweets.
+- If the first row has a tab, columns are divided at tabs alone, otherwise at spaces and tabs. Other
+  white space (U+00A0, U+2028) and characters that cannot be printed are part of a word.
+- All rows have the same number of columns. A line that has only tabs and spaces is blank (WNUT 2017
+  has such lines between its sentences).
+- A line that begins with -DOCSTART- ends a sentence and belongs to none.
+- A line that begins with "# " is a comment if it is not a row and stands before a sentence; # can
+  also be a word, as in tweets.
 
-Without a file that validates, one sentence in ten does: see `data/division.py`.
+Without a validation file, one sentence in ten validates: see `data/division.py`.
 
-An entity is (type, start, end): the words start to end - 1, as a slice has them. Four schemes write
-entities as tags; with L for a location and P for a person,
+An entity is (type, start, end): the words start to end - 1, as in a slice. Four schemes write
+entities as tags; with L for a location and P for a person:
 
     words    Ada   of   Grace   Hopper   Alan   Turing   ,   Rome
-    IOB1     I-P   O    I-P     I-P      B-P    I-P      O   I-L     B only behind the same type
+    IOB1     I-P   O    I-P     I-P      B-P    I-P      O   I-L     B only after the same type
     IOB2     B-P   O    B-P     I-P      B-P    I-P      O   B-L     B begins every entity
     IOBES    S-P   O    B-P     E-P      B-P    E-P      O   S-L     E ends it, S is a single word
     BILOU    U-P   O    B-P     L-P      B-P    L-P      O   U-L     the same in other letters
 
-A file may be in any of them, or in a mixture, as may what a model makes up; here it becomes IOB2.
-No sequence of tags is an error: an I behind another type, or behind O, begins an entity. Between
-two words that have tags there is a border if their types differ, if the second has B or S, or if
-the first has E or S. For B, I and O these are the chunk rules of conlleval, the script that scored
-the CoNLL tasks. It knows no S, and with it a B behind an E of the same type goes on with the
-entity; here that begins another, as IOBES means it.
+A file may be in any of them or in a mixture, and so may the predictions of a model; here they
+become IOB2. No sequence of tags is an error: an I after another type, or after O, begins an entity.
+Between two words that have tags there is a border if their types differ, if the second has B or S
+(U), or if the first has E or S (L or U). For B, I and O these are the chunk rules of conlleval, the
+script that scored the CoNLL tasks. It does not know S, and a B after an E of the same type
+continues the entity there; here that B begins another entity, as IOBES means it.
 
-Left out: nested and discontinuous entities, entities in other columns than the last, words in other
-columns than the first (CoNLL-U, GermEval), tags without a type, documents (their sentences are
-taken one by one).
+Left out: nested and discontinuous entities, entities in columns other than the last, words in
+columns other than the first (CoNLL-U, GermEval), tags without a type, documents (their sentences
+are taken one by one).
 
 Papers: Ramshaw and Marcus 1995 (arXiv:cmp-lg/9505040); Tjong Kim Sang and Veenstra 1999, who name
 the schemes (arXiv:cs/9907006); Ratinov and Roth 2009, BILOU (aclanthology.org/W09-1119).
@@ -48,14 +48,14 @@ from data.division import divide
 from data.lines import read_lines
 from data.text import check_text, name_of
 
-HELD_OUT = 10  # one sentence in so many validates where no file does
+HELD_OUT = 10  # without a validation file, one sentence in so many validates
 COMMENT, DOCUMENT = "# ", "-DOCSTART-"
 BLANK = " \t"
 
 Entity = tuple[str, int, int]  # type, start, end
 
 TAG = re.compile(r"O|[BIESLU]-.+")
-SCHEMES = {  # what stands before the type at an entity's only, first, inner and last word
+SCHEMES = {  # the prefixes of an entity's only, first, inner and last word
     "IOB2": "BBII",
     "IOB1": "IIII",
     "IOBES": "SBIE",
@@ -66,12 +66,13 @@ SCHEMES = {  # what stands before the type at an entity's only, first, inner and
 class Sentence(NamedTuple):
     words: list[str]
     tags: list[str]  # one for each word
-    line: int  # of its first word; the others follow line by line
+    line: int  # the line of its first word; the others follow line by line
 
 
 @dataclass
 class TaggedText:
-    """Tagged sentences in two splits, in IOB2. `hash` is of words, tags and division."""
+    """Tagged sentences in two splits, in IOB2. `hash` is of the words, the tags and how they are
+    divided."""
 
     name: str
     hash: str
@@ -79,8 +80,8 @@ class TaggedText:
     prompts: list[str]  # sentences, to show what a model has learnt
     labels: tuple[str, ...]  # "O", then "B-x" and "I-x" for each type of the training file
     splits: dict[str, list[Sentence]]
-    paths: dict[str, Path]  # of each split
-    schemes: dict[str, str]  # in which its file was written, for the plan
+    paths: dict[str, Path]  # the file of each split
+    schemes: dict[str, str]  # the scheme in which that file was written, for the plan
 
     def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
         """What a tokenizer learns from: (a sentence, True), with a space before every word."""
@@ -88,7 +89,7 @@ class TaggedText:
             yield "".join(f" {word}" for word in sentence.words), True
 
     def check(self, labels: tuple[str, ...]) -> None:
-        """ValueError, with its line, for the first tag that is none of the labels."""
+        """Raises ValueError, with its file and line, for a tag that is none of the labels."""
         known = set(labels)
         for split, sentences in self.splits.items():
             for sentence in sentences:
@@ -102,10 +103,10 @@ class TaggedText:
 
 
 def open_tagged(data: str, valid: str = "") -> TaggedText:
-    """data and valid are CoNLL files, each also as .gz; all of data trains if valid is given.
-    Raises ValueError on bad input."""
-    path = own_file("--data", data)
-    paths = {"train": path, "validation": own_file("--valid", valid) if valid else path}
+    """data and valid are CoNLL files, plain or .gz. If valid is given, all of data trains. Raises
+    ValueError on bad input."""
+    path = conll_file("--data", data)
+    paths = {"train": path, "validation": conll_file("--valid", valid) if valid else path}
     sentences = read_conll(path)
     types = {entity[0] for sentence in sentences for entity in entities(sentence.tags)}
     if not types:
@@ -113,7 +114,7 @@ def open_tagged(data: str, valid: str = "") -> TaggedText:
     splits, rule = {"train": sentences}, f"the sentences of {paths['validation'].name} validate"
     if valid:
         splits["validation"] = read_conll(paths["validation"])
-    # Of the whole file: a part of it may have no entity of the kind that tells schemes apart.
+    # Look at the whole file: a part of it may lack the entities by which the schemes differ.
     schemes = {split: scheme_of([s.tags for s in found]) for split, found in splits.items()}
     splits = {
         split: [Sentence(words, to_iob2(tags), line) for words, tags, line in found]
@@ -133,20 +134,21 @@ def open_tagged(data: str, valid: str = "") -> TaggedText:
         name_of(path),
         digest.hexdigest(),
         rule,
-        shown(splits["validation"]),
-        labels_of(types),
+        example_sentences(splits["validation"]),
+        iob2_labels(types),
         splits,
         paths,
         schemes,
     )
 
 
-def labels_of(types: set[str]) -> tuple[str, ...]:
+def iob2_labels(types: set[str]) -> tuple[str, ...]:
     return ("O", *(f"{prefix}-{type_}" for type_ in sorted(types) for prefix in "BI"))
 
 
-def shown(sentences: list[Sentence], number: int = 4) -> list[str]:
-    """The first sentences of ordinary length that have an entity, as text."""
+def example_sentences(sentences: list[Sentence], number: int = 4) -> list[str]:
+    """The first sentences of ordinary length that have an entity, as text; the first of all if no
+    sentence is like that."""
     ordinary = [s.words for s in sentences if 4 <= len(s.words) <= 25 and set(s.tags) != {"O"}]
     return [" ".join(words) for words in (ordinary or [s.words for s in sentences])[:number]]
 
@@ -154,7 +156,7 @@ def shown(sentences: list[Sentence], number: int = 4) -> list[str]:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def own_file(flag: str, name: str) -> Path:
+def conll_file(flag: str, name: str) -> Path:
     path = Path(name)
     if not name or not path.is_file():
         raise ValueError(
@@ -165,15 +167,16 @@ def own_file(flag: str, name: str) -> Path:
 
 
 def read_conll(path: Path) -> list[Sentence]:
-    """The sentences of a file, with its own tags; see the top of this file."""
+    """The sentences of a file, with its own tags; see the top of this file. Raises ValueError, with
+    the line, for a row that is wrong."""
     lines = [line.removesuffix("\r") for line in read_lines(path)]
     rows = (s for s in lines if s.strip(BLANK) and not s.startswith((COMMENT, DOCUMENT)))
     first = next(rows, "")
     tabs = "\t" in first
-    width = len(columns(first, tabs))
+    width = len(split_columns(first, tabs))
     sentences, words, tags = [], [], []
     for number, line in enumerate([*lines, ""], 1):
-        cells = columns(line, tabs)
+        cells = split_columns(line, tabs)
         if not line.strip(BLANK) or line.startswith(DOCUMENT):
             if words:
                 sentences.append(Sentence(words, tags, number - len(words)))
@@ -188,7 +191,7 @@ def read_conll(path: Path) -> list[Sentence]:
     return sentences
 
 
-def columns(line: str, tabs: bool) -> list[str]:
+def split_columns(line: str, tabs: bool) -> list[str]:
     if not tabs:
         return re.split(r"[ \t]+", line.strip(BLANK))
     *cells, last = line.split("\t")
@@ -210,15 +213,15 @@ def fault(cells: list[str], width: int) -> str:
 
 
 def split_tag(tag: str) -> tuple[str, str]:
-    """("B", "person") of "B-person", ("O", "") of "O"; ValueError for what is no tag."""
+    """B-person -> ("B", "person"), O -> ("O", ""). Raises ValueError for what is not a tag."""
     if not TAG.fullmatch(tag):
         raise ValueError(f"{tag!r} is no tag: write O, or B-TYPE with one of B I E S L U in front")
     return tag[0], tag[2:]
 
 
 def entities(tags: Iterable[str]) -> list[Entity]:
-    """The entities of one sentence, in order. ValueError for what is no tag, never for a sequence
-    of tags."""
+    """The entities of one sentence, in order. Raises ValueError for what is not a tag, but never
+    for an unusual sequence of tags."""
     found, start, last, last_type = [], 0, "O", ""
     for i, tag in enumerate([*tags, "O"]):
         prefix, type_ = split_tag(tag)
@@ -231,9 +234,9 @@ def entities(tags: Iterable[str]) -> list[Entity]:
     return found
 
 
-def spelled(found: Iterable[Entity], length: int, scheme: str = "IOB2") -> list[str]:
-    """The tags, in one of SCHEMES, of a sentence of `length` words with these entities, which are
-    in order and do not overlap."""
+def write_tags(found: Iterable[Entity], length: int, scheme: str = "IOB2") -> list[str]:
+    """The tags of a sentence of `length` words with these entities, in one of SCHEMES. The entities
+    must be in order and not overlap."""
     alone, first, inner, last = SCHEMES[scheme]
     tags = ["O"] * length
     for type_, start, end in found:
@@ -247,15 +250,16 @@ def spelled(found: Iterable[Entity], length: int, scheme: str = "IOB2") -> list[
 
 def to_iob2(tags: list[str]) -> list[str]:
     """The same entities in IOB2, whatever scheme or mixture the tags are in."""
-    return spelled(entities(tags), len(tags))
+    return write_tags(entities(tags), len(tags))
 
 
 def scheme_of(sentences: Iterable[list[str]]) -> str:
     """The first of SCHEMES in which all of these tags are written; "" for a mixture or a mistake.
 
-    Where several fit, they mean the same: tags without any B- are IOB1, or the poorer "IO"."""
+    If more than one scheme fits, all of them mean the same entities: tags without any B- are IOB1,
+    or the poorer "IO"."""
     fitting = list(SCHEMES)
     for tags in sentences:
         found = entities(tags)
-        fitting = [scheme for scheme in fitting if spelled(found, len(tags), scheme) == tags]
+        fitting = [scheme for scheme in fitting if write_tags(found, len(tags), scheme) == tags]
     return fitting[0] if fitting else ""

@@ -1,6 +1,6 @@
-"""One function for many batches of text, on all cores, the results in order.
+"""One function applied to many batches of text, on all cores, with the results in order.
 
-Processes, not threads: much of what is done to text here is done in Python, under its lock.
+Processes, not threads: much of the work on text is done in Python, under its global lock.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from itertools import chain, islice
 from threading import Thread
 from typing import Any, TypeVar
 
-BATCH = 1_000_000  # characters of text handed to a worker process at a time
-MOST_WORKERS = 16  # all are fed by one process, and each has its own copy of what it remembers
+BATCH = 1_000_000  # characters of text sent to a worker process at a time
+MOST_WORKERS = 16  # one process feeds them all, and each has its own copy of what it remembers
 
 Item, Batch, Result = TypeVar("Item"), TypeVar("Batch"), TypeVar("Result")
 
 
 def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Lists of items that together have BATCH characters, or more by less than the last item."""
+    """Lists of items. Each ends with the item by which its total size reaches BATCH."""
     batch, total = [], 0
     for item in items:
         batch.append(item)
@@ -35,12 +35,13 @@ def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list
 
 
 def on_all_cores(work: Callable[[Batch], Result], batches: Iterable[Batch]) -> Iterator[Result]:
-    """work(batch) of each batch, in order. Few are under way at a time: memory stays flat.
+    """Yields work(batch) for each batch, in order. Few batches are under way at a time, so memory
+    stays flat.
 
-    Worker processes start when there are 4 batches, or 40 where they cannot be forked and each
-    imports torch anew: `work` and its results must then be picklable. What a worker cannot do,
-    because none can be started or because the calling script kills it for want of
-    `if __name__ == "__main__"`, is done here. An error of `work` or of `batches` is raised here.
+    The worker pool starts when there are at least 4 batches, or 40 where processes are not forked
+    and each imports torch anew; `work` and its results must then be picklable. If no worker can be
+    started, or if the workers die because the calling script lacks `if __name__ == "__main__"`,
+    this process does the work itself. Errors of `work` and of `batches` are raised here.
     """
     batches = iter(batches)
     enough = 4 if multiprocessing.get_start_method() == "fork" else 40
@@ -61,10 +62,10 @@ def on_all_cores(work: Callable[[Batch], Result], batches: Iterable[Batch]) -> I
         except BrokenExecutor:
             return work(batch)
 
-    with ProcessPoolExecutor(workers, initializer=begin, initargs=(work,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(work,)) as pool:
         for batch in batches:
             try:
-                waiting.append((batch, pool.submit(run, batch)))
+                waiting.append((batch, pool.submit(work_in_worker, batch)))
             except (BrokenExecutor, OSError):
                 waiting.append((batch, None))
             if len(waiting) > 2 * workers:
@@ -73,21 +74,22 @@ def on_all_cores(work: Callable[[Batch], Result], batches: Iterable[Batch]) -> I
             yield oldest()
 
 
-# In a worker: `work` is sent once, not with each batch, for it may hold a whole tokenizer.
+# In a worker. `work` is sent once, not with each batch, because it may hold a whole tokenizer.
 _work: list[Callable] = []
 
 
-def begin(work: Callable) -> None:
+def start_worker(work: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the workers
     Thread(target=end_with_parent, daemon=True).start()
     _work[:] = [work]
 
 
 def end_with_parent() -> None:
-    """A killed parent tells its workers nothing: they would wait for a batch for ever."""
+    """Ends this worker when its parent has ended. Otherwise the workers of a killed parent, which
+    cannot send them anything, would wait for a batch forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def run(batch: Any) -> Any:
+def work_in_worker(batch: Any) -> Any:
     return _work[0](batch)

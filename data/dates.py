@@ -4,15 +4,15 @@
     TUE 3/3/98                                 -> 1998-03-03
 
 Every spelling means one date, by fixed conventions:
-- the dates are 1950-01-01 to 2049-12-31, so that two digits settle the year (50 to 99: 19..);
-- numbers with slashes have the month first (3/25/98), unless four digits of a year begin;
-- numbers with dots have the day first (25.3.98), unless four digits of a year begin;
-- with dashes, the year is first and has four digits, or the month is a word.
+- the dates are 1950-01-01 to 2049-12-31, so two digits determine the year (50 to 99 mean 19..);
+- numbers with slashes have the month first (3/25/98), unless they begin with a year of four digits;
+- numbers with dots have the day first (25.3.98), unless they begin with a year of four digits;
+- with dashes, either the year comes first and has four digits, or the month is a word.
 
-A date belongs to one split only: what is validated is dates that training never showed.
+A date belongs to one split only, so validation dates never occur in training.
 
-Left out: what asks for arithmetic beyond reading (day 62 of 1998, last Friday of March), times,
-other languages.
+Left out: spellings that need arithmetic (day 62 of 1998, last Friday of March), times, other
+languages.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ COUNTS = {"train": 100_000, "validation": 2_000, "test": 2_000}  # pairs of each
 VERSION = "dates 1"
 
 
-def words(text: str) -> list[str]:
+def word_list(text: str) -> list[str]:
     return text.split()
 
 
 # Our own names: those of strftime depend on the language of the machine.
-MONTHS = words(
+MONTHS = word_list(
     "January February March April May June July August September October November December"
 )
-WEEKDAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-ROMAN = words("I II III IV V VI VII VIII IX X XI XII")
-ONES = words(
+WEEKDAYS = word_list("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+ROMAN = word_list("I II III IV V VI VII VIII IX X XI XII")
+ONES = word_list(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
 )
-TENS = words("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
-ORDINALS = words(
+TENS = word_list("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
+ORDINALS = word_list(
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
     "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth twenty-first "
     "twenty-second twenty-third twenty-fourth twenty-fifth twenty-sixth twenty-seventh "
@@ -98,7 +98,7 @@ WORDED = (
     "{yyyy}-{mon}-{dd}",
 )
 SPELLINGS = NUMERIC + WORDED
-# Before any of them; repeated entries come more often.
+# One of these stands before each spelling; repeated entries are drawn more often.
 PREFIXES = ("",) * 6 + ("on ", "{weekday}, ", "{weekday} ", "{wkd}, ", "{wkd} ", "on {weekday}, ")
 CASES = (str,) * 3 + (str.lower, str.upper)
 PROMPTS = (
@@ -113,8 +113,8 @@ PROMPTS = (
 def dates(split: str, n: int = 0, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Yields n pairs (spelling, ISO date), by default as many as COUNTS says.
 
-    Training draws its dates at random, again and again; validation and test show each date once.
-    Raises ValueError for an unknown split, or for more distinct dates than there are.
+    Training draws its dates at random, with repetition; validation and test have each date once.
+    Raises ValueError for an unknown split, or if validation or test has fewer than n dates.
     """
     if split not in COUNTS:
         raise ValueError(f"dates has no split {split}: choose one of {', '.join(COUNTS)}")
@@ -123,7 +123,7 @@ def dates(split: str, n: int = 0, seed: int = 0) -> Iterator[tuple[str, str]]:
     if split != "train" and n > len(days):
         raise ValueError(f"{n:,} dates are more than the {len(days):,} of {split}: ask for fewer")
     # A string as seed is hashed with SHA-512, and random() is the one method whose numbers Python
-    # promises to keep: so the pairs are the same on every machine and in every version.
+    # promises to keep, so the pairs are the same on every machine and in every version.
     random = Random(f"{VERSION} {split} {seed}").random
     for i in range(n):
         day = days[int(random() * len(days))] if split == "train" else days[i]
@@ -134,7 +134,7 @@ def dates(split: str, n: int = 0, seed: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def split_days(split: str, seed: int = 0) -> list[date]:
-    """The dates of one split: all of them in a seeded order, cut in three."""
+    """The dates of one split: one of three parts of all dates in a seeded order."""
     random = Random(f"{VERSION} order {seed}").random
     ordinals = sorted(range(FIRST.toordinal(), LAST.toordinal() + 1), key=lambda _: random())
     n, m = COUNTS["validation"], COUNTS["validation"] + COUNTS["test"]
@@ -143,13 +143,13 @@ def split_days(split: str, seed: int = 0) -> list[date]:
 
 
 def prompts(seed: int = 0) -> list[str]:
-    """A few unlike spellings of validation dates, to show what a model has learnt."""
+    """A few different spellings of validation dates, to show what a model has learnt."""
     days = split_days("validation", seed)
     return [spell(day, spelling) for day, spelling in zip(days, PROMPTS, strict=False)]
 
 
 def dates_hash(seed: int = 0) -> str:
-    """SHA-256 of all that the pairs depend on, so that a changed spelling is a changed corpus."""
+    """SHA-256 of all that the pairs depend on, so that changed spellings make another corpus."""
     names = MONTHS, WEEKDAYS, ROMAN, ONES, TENS, ORDINALS, SUFFIXES
     cases = [case.__name__ for case in CASES]
     what = VERSION, seed, FIRST, LAST, COUNTS, names, SPELLINGS, PREFIXES, cases
@@ -177,7 +177,7 @@ def spell(day: date, spelling: str) -> str:
 
 
 def year_in_words(year: int) -> str:
-    """nineteen ninety-eight, two thousand, two thousand seven, twenty fourteen."""
+    """A year as nineteen ninety-eight, two thousand, two thousand seven or twenty fourteen."""
     century, rest = divmod(year, 100)
     if year < 2000 or year >= 2010:
         return f"{number_in_words(century)} {number_in_words(rest)}"
@@ -185,7 +185,7 @@ def year_in_words(year: int) -> str:
 
 
 def number_in_words(n: int) -> str:
-    """1 to 99."""
+    """A number from 1 to 99 in words."""
     if n < 20:
         return ONES[n]
     tens, ones = divmod(n, 10)

@@ -1,8 +1,8 @@
-"""Which rows of a file validate where no other file does: always the same ones.
+"""Which rows of a file validate when there is no validation file: always the same ones.
 
-They are drawn, as what was collected together often lies together, but never with the run's seed:
-runs with other seeds are compared on the same rows, and one that begins from another's weights must
-not be scored on what these have learnt.
+They are drawn at random, because what was collected together often lies together, but never with
+the run's seed: runs with different seeds are compared on the same rows, and a run that starts from
+another's weights must not be scored on rows that these have learnt.
 """
 
 from collections import defaultdict
@@ -17,21 +17,22 @@ T = TypeVar("T")
 
 
 def divide(rows: Sequence[T], every: int, what: str, where: str) -> tuple[list[T], list[T], str]:
-    """(those that train, those that validate, the rule in words), both in their order: one in
-    `every` validates, one at least. ValueError where there is only one, a `what` of `where`."""
+    """(training rows, validation rows, the rule in words), both in their order. One row in `every`
+    validates, at least one. Raises ValueError if there is only one; it calls a row `what` and its
+    file `where`."""
     n = len(rows)
     if n < 2:
         raise ValueError(f"{where} has one {what}, too few to hold one out: give more, or --valid")
     drawn = np.random.default_rng(SEED).permutation(n)[: max(1, n // every)].tolist()
     rule = f"{len(drawn):,} of {n:,} {what}s, drawn with a fixed seed, validate"
-    return *parts(rows, drawn), rule
+    return *separate(rows, drawn), rule
 
 
 def divide_by_label(
     rows: Sequence[T], labels: Sequence[str], every: int
 ) -> tuple[list[T], list[T]]:
-    """(those that train, those that validate): one in `every` of each label by itself, one at
-    least; none of a label that comes once."""
+    """(training rows, validation rows), both in their order. Of the rows of each label, one in
+    `every` validates, at least one, but none if the label occurs only once."""
     places, drawn = defaultdict(list), []
     for i, label in enumerate(labels):
         places[label].append(i)
@@ -39,11 +40,11 @@ def divide_by_label(
     for _, own in sorted(places.items()):
         if len(own) > 1:
             drawn += random.choice(own, max(1, len(own) // every), replace=False).tolist()
-    return parts(rows, drawn)
+    return separate(rows, drawn)
 
 
-def parts(rows: Sequence[T], drawn: Sequence[int]) -> tuple[list[T], list[T]]:
-    """(the others, those at the places `drawn`)"""
+def separate(rows: Sequence[T], drawn: Sequence[int]) -> tuple[list[T], list[T]]:
+    """(the other rows, the rows at the places `drawn`), both in their order."""
     held_out = set(drawn)
     sides = ([], [])
     for i, row in enumerate(rows):

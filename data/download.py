@@ -1,4 +1,4 @@
-"""Public files by address and checksum. Nothing that arrives is trusted before it is checked."""
+"""Public files, each with its addresses and checksum. Nothing is used before it was checked."""
 
 import hashlib
 import os
@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Remote:
-    """A file that can be had from any of several addresses; size in bytes, sha256 in hex.
+    """A file that can be downloaded from any of its addresses; size in bytes, sha256 in hex.
 
-    `instead` is the flag that names something else. Where nobody published a SHA-256, `sha256` is
-    empty and `md5` holds; size 0 is an unknown one, of at most UNKNOWN_SIZE.
+    `instead` is the flag by which a user can name another file. If no SHA-256 was published,
+    `sha256` is empty and `md5` is used. A size of 0 is unknown, but at most UNKNOWN_SIZE.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Remote:
     md5: str = ""
 
 
-UNKNOWN_SIZE = 1 << 24  # bytes that a file of unknown size may have
+UNKNOWN_SIZE = 1 << 24  # the most bytes that a file of unknown size may have
 
 
 SHAKESPEARE = Remote(
@@ -152,7 +152,7 @@ WIKITEXT103 = Remote(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name when it is complete, and is gone if it fails."""
+    """A file to write. It gets the name `path` when it is complete, and is deleted on an error."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
@@ -173,8 +173,8 @@ def file_hash(path: Path, digest) -> str:
     return digest.hexdigest()
 
 
-def check(path: Path, remote: Remote) -> None:
-    """Raises ValueError unless the file has the checksum that is known; one must be."""
+def check_hash(path: Path, remote: Remote) -> None:
+    """Raises ValueError unless the file has the SHA-256 of `remote` or, without one, its MD5."""
     if remote.sha256:
         kind, found, wanted = "SHA-256", file_sha256(path), remote.sha256
     else:
@@ -187,13 +187,13 @@ def check(path: Path, remote: Remote) -> None:
 def fetch(remote: Remote, folder: Path, timeout: float = 30.0) -> Path:
     """The path of the file in `folder`, downloaded unless it is there with the right checksum.
 
-    Each address is tried in turn. Raises ValueError, with what each one answered and how to put
-    the file in place by hand. A file with a wrong checksum never gets the final name.
+    The addresses are tried in turn. If all fail, raises ValueError, which says what each answered
+    and where to put a copy by hand. A file with a wrong checksum never gets the final name.
     """
     target = folder / remote.name
     if target.is_file() and remote.size in (0, target.stat().st_size):
-        with suppress(ValueError):  # another file, which stays until the right one is here
-            check(target, remote)
+        with suppress(ValueError):  # it is another file, which stays until the right one is here
+            check_hash(target, remote)
             return target
     folder.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -201,7 +201,7 @@ def fetch(remote: Remote, folder: Path, timeout: float = 30.0) -> Path:
         temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
             copy_url(url, temporary, remote, timeout)
-            check(temporary, remote)
+            check_hash(temporary, remote)
             temporary.replace(target)
             return target
         except (OSError, ValueError) as error:  # URLError is an OSError

@@ -9,9 +9,9 @@ PAD, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def encode_text(tokenizer: AnyTokenizer, text: str) -> list[int]:
-    """Ids of a text as a BERT reads it. For byte-level tokens white space is collapsed, and a space
-    stands in front, so that a word is the same wherever it is; WordPiece sees to that itself.
-    Names of special tokens are text like any other."""
+    """The ids of a text as BERT reads it, without [CLS] and [SEP]. For byte-level tokens, white
+    space is collapsed and a space put in front, so that a word has the same ids wherever it stands;
+    WordPiece does that itself. The names of special tokens are treated like any other text."""
     if isinstance(tokenizer, WordPiece):
         return tokenizer.encode(text)
     text = " ".join(text.split())

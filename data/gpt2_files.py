@@ -10,13 +10,15 @@ from bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 
 def read_gpt2_files(vocab_bpe: str | Path, encoder_json: str | Path) -> Tokenizer:
-    """The two files, checked against each other. The ids are tiktoken's. ValueError.
+    """The tokenizer of the two files; its ids are tiktoken's. Raises ValueError if the files are
+    damaged or do not belong together.
 
-    vocab.bpe lists the merges in order, encoder.json the ids; both in `byte_characters`.
+    vocab.bpe lists the merges in order, encoder.json the ids; both write bytes as the characters of
+    `byte_characters`.
     """
     byte_of = byte_characters()
     try:
-        lines = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:]  # a version first
+        lines = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:]  # without the version
         names = [*byte_of, *(line.replace(" ", "") for line in lines if line)]
         ranks = {bytes([byte_of[c] for c in name]): i for i, name in enumerate(names)}
         ids = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
@@ -29,8 +31,8 @@ def read_gpt2_files(vocab_bpe: str | Path, encoder_json: str | Path) -> Tokenize
 
 
 def byte_characters() -> dict[str, int]:
-    """{character: byte} in the order of the bytes' ids: a byte that is printable in Latin-1 is
-    itself, the others are U+0100 and up."""
+    """{character: byte} in the order of the bytes' ids. A byte that is printable in Latin-1 is
+    written as itself, the others as U+0100 and up."""
     byte_of = {chr(b): b for b in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]}
     n_printable = len(byte_of)
     for b in sorted(set(range(256)) - set(byte_of.values())):

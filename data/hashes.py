@@ -1,7 +1,7 @@
-"""What reading files whole has found out, remembered while their sizes and times of change stay.
+"""Results of reading whole files, remembered as long as sizes and modification times stay the same.
 
-So a start does not read a terabyte to learn that nothing changed. What is remembered of the files
-of a corpus is one JSON file in the cache: {path: [bytes, time of change in ns, what was found]}.
+So a start does not read a terabyte to learn that nothing changed. The results for the files of a
+corpus are one JSON file in the cache: {path: [bytes, modification time in ns, result]}.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from data.download import file_sha256, replacing
 
-SMALL = 1 << 24  # bytes of all files together up to which they are read at each start, in 0.1 s
-TICK = 2_000_000_000  # ns between two times that a file system can tell apart; FAT's are 2 s
+SMALL = 1 << 24  # bytes; files of no more in all are read at each start, which takes 0.1 s
+TICK = 2_000_000_000  # ns: the coarsest resolution of a file system's times, which is FAT's
 
 
 def known_hashes(paths: Sequence[Path], cache: Path) -> list[str]:
@@ -27,12 +27,12 @@ def known_hashes(paths: Sequence[Path], cache: Path) -> list[str]:
 def remembered(
     what: str, examine: Callable[[Path], str], paths: Sequence[Path], cache: Path
 ) -> list[str]:
-    """examine(path) of each file; `what` names the function, and whatever else its result depends
-    on. A damaged memory is made again.
+    """examine(path) for each file. `what` names the function and whatever else its result depends
+    on. If the remembered file is damaged, it is made again.
 
-    A file that has just changed may change again within the same tick of its clock, and keep its
-    size. So what is found in a file is remembered only if that was older than a tick when it was
-    read, as Git does it (its "racily clean" entries, Documentation/technical/racy-git).
+    A file that has just changed may change again within the same tick of its clock and keep its
+    size. So a result is remembered only if the file's last change was more than a tick before the
+    reading, as in Git (its "racily clean" entries, Documentation/technical/racy-git).
     """
     now = time.time_ns()
     states = [path.stat() for path in paths]
@@ -59,7 +59,7 @@ def remembered(
         if changed + TICK < now:
             entries[name] = [size, changed, found]
     if entries != known:
-        with suppress(OSError):  # a cache that cannot be written costs time, and no result
+        with suppress(OSError):  # a cache that cannot be written costs time but no result
             cache.mkdir(parents=True, exist_ok=True)
             with replacing(memo) as file:
                 file.write(json.dumps(entries).encode())

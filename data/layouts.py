@@ -1,17 +1,17 @@
 r"""Text files -> documents made of sentences, line by line. A file has one of these layouts:
 
-    lines       BERT's own: a sentence a line, a blank line between documents;
+    lines       BERT's own: one sentence on each line, a blank line between documents;
     wikitext    " = Title = " begins a document, " = = Section = = " is dropped, any other line is
                 a paragraph;
     prose       a blank line ends a paragraph, two of them or a form feed end the document. Lines
                 are joined, except those of more than 120 characters: they are paragraphs already;
-    paragraphs  prose of which every paragraph counts as a document.
+    paragraphs  prose in which every paragraph counts as a document.
 
-Where none is given, the first 64 kB of a file decide: wikitext if a line is such a title; lines if
-80% of the lines that are not blank end like a sentence and these lines hold at most 1.2 sentences
-each; else prose. In a .jsonl every line is a document, of text in one of these layouts.
+If no layout is given, the first 64 kB of a file decide: wikitext if a line is such a title; lines
+if 80% of the lines that are not blank end like a sentence and they hold at most 1.2 sentences on
+average; else prose. In a .jsonl every line is a document, whose text is in one of these layouts.
 
-Left out: markup, hyphens at the end of a line (they stay), splitters that are trained (Punkt).
+Left out: markup, hyphens at the end of a line (they stay), trained splitters (Punkt).
 """
 
 import re
@@ -32,7 +32,7 @@ LAYOUTS = {
 HEAD = 1 << 16  # characters that decide the layout
 ENDING_SHARE, SENTENCES_A_LINE = 0.8, 1.2
 WRAPPED = 120  # characters; a longer line was not wrapped by hand
-LONGEST = 1 << 20  # characters after which a paragraph is cut, so that none fills the memory
+LONGEST = 1 << 20  # characters after which a paragraph is cut, so that it cannot fill the memory
 TITLE = re.compile(r"= (?!= ).*(?<! =) =")
 SECTION = re.compile(r"= = .* = =")
 
@@ -45,7 +45,7 @@ ABBREVIATIONS = {
 }
 OPENING = "\"'“‘„«‹([{<*_`¿¡–—$#@"
 CLOSING = "\"'”’»›)\\]}*_`"
-# The look-behind lets a long row of marks be tried once and not from each of them.
+# Because of the look-behind, a long row of marks is tried once and not from each of its marks.
 END = re.compile(rf"(?<![.!?…])[.!?…]+[{CLOSING}]*(?= )|[。！？]+[」』”’）]*")
 LIST_MARK = re.compile(r" ?\(?(?:\d{1,3}|[^\W\d_])")
 LAST = re.compile(rf"[.!?…。！？][\s{CLOSING}」』）]*$")
@@ -62,17 +62,18 @@ class TextFile:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a paragraph, white space collapsed to single spaces, none of them empty.
+    """The sentences of a paragraph, none of them empty; white space becomes single spaces.
 
-    A sentence ends at . ! ? or …, with what closes behind it (quotes, brackets), where white space
-    follows and then what can begin one: no lower-case letter and no mark such as a comma. It does
-    not end after the ABBREVIATIONS, after an initial ("A. M. Turing", "U.S. Navy"; "I." is a
-    pronoun), after "No." before a digit, nor after the number or letter of a list that begins it
-    ("1. Read this."). Chinese and Japanese full stops need no white space behind them.
+    A sentence ends at . ! ? or … and the quotes or brackets that close behind it, if white space
+    follows and then something that can begin a sentence: no lower-case letter and no mark such as a
+    comma. It does not end after the ABBREVIATIONS, after an initial ("A. M. Turing", "U.S. Navy";
+    "I." is a pronoun), after "No." before a digit, or after the number or letter of a list item at
+    its beginning ("1. Read this."). Chinese and Japanese full stops need no white space after them.
 
-    Limits: a sentence that ends with an abbreviation or initial is joined with the next ("in the
-    U.S. He left."), one that begins with a lower-case letter with the one before; "etc." before a
-    capital always ends one. Text without such marks is one sentence however long it is.
+    Limits: a sentence that ends with an abbreviation or initial is joined with the next one ("in
+    the U.S. He left."), and one that begins with a lower-case letter is joined with the one before;
+    "etc." before a capital always ends a sentence. Text without such marks is one sentence,
+    however long it is.
     """
     text = " ".join(text.split())
     found, start = [], 0
@@ -80,7 +81,7 @@ def split_sentences(text: str) -> list[str]:
         end = match.end()
         if match[0][0] not in "。！？":
             if text[end : end + 3].strip() == '"' and text.count('"', start, end) % 2:
-                end += 2  # tokenized text, as WikiText is: this quote closes
+                end += 2  # in tokenized text, such as WikiText, this quote closes
             first = text[end + 1 : end + 2]
             if first.islower() or not (first.isalnum() or first in OPENING):
                 continue
@@ -92,7 +93,8 @@ def split_sentences(text: str) -> list[str]:
 
 
 def is_abbreviation(text: str, start: int, dot: int, first: str) -> bool:
-    """Whether the dot of the sentence from `start` on belongs to its word; `first` follows it."""
+    """Whether the dot at `dot` belongs to the word before it. The sentence begins at `start`, and
+    `first` is the character that follows the dot and a space."""
     word = text[max(start, text.rfind(" ", start, dot) + 1) : dot].lstrip(OPENING)
     if LIST_MARK.fullmatch(text, start, dot):
         return True
@@ -105,17 +107,19 @@ def is_abbreviation(text: str, start: int, dot: int, first: str) -> bool:
 
 
 def all_sentences(files: list[TextFile]) -> Iterator[tuple[str, bool]]:
-    """Yields (sentence, whether it begins a document). A file begins one, and so does a line of a
-    .jsonl, within which nothing else does."""
+    """Yields (sentence, whether it begins a document). Every file begins one; in a .jsonl, every
+    line does, and nothing within a line."""
     for file in files:
         if is_jsonl(file.path):
             for text in jsonl_documents(Part(file.path)):
-                yield from marked([[s for s, _ in lines_sentences(text.split("\n"), file.layout)]])
+                document = [s for s, _ in lines_sentences(text.split("\n"), file.layout)]
+                yield from mark_beginnings([document])
         else:
             yield from lines_sentences(read_lines(file.path), file.layout)
 
 
-def marked(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool]]:
+def mark_beginnings(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool]]:
+    """Yields (sentence, whether it begins a document)."""
     for document in documents:
         for i, sentence in enumerate(document):
             yield sentence, i == 0
@@ -133,7 +137,7 @@ def lines_sentences(lines: Iterable[str], layout: str) -> Iterator[tuple[str, bo
 
 
 def sentence_lines(lines: Iterable[str]) -> Iterator[str | None]:
-    """Paragraphs of a sentence each. None stands between documents, here and below."""
+    """Paragraphs of one sentence each. Here and below, None stands between documents."""
     for line in lines:
         yield " ".join(line.split()) or None
 
@@ -149,7 +153,7 @@ def wikitext_paragraphs(lines: Iterable[str]) -> Iterator[str | None]:
 
 def prose_paragraphs(lines: Iterable[str]) -> Iterator[str | None]:
     held, size, blank = [], 0, 0
-    # A form feed counts as two blank lines, wherever in a line it stands.
+    # A form feed counts as two blank lines, wherever it stands in a line.
     for line in chain.from_iterable(line.replace("\f", "\n\n\n").split("\n") for line in lines):
         line = line.strip()
         blank = 0 if line else blank + 1
@@ -185,7 +189,7 @@ PARAGRAPHS = {
 
 
 def layout_of(path: Path) -> str:
-    """One of LAYOUTS, by the lines among the first HEAD characters: see the top of this file."""
+    """The layout of a file, by the lines in its first HEAD characters: see the top of this file."""
     if is_jsonl(path):
         lines = chain.from_iterable(text.split("\n") for text in jsonl_documents(Part(path)))
     else:

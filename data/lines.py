@@ -1,4 +1,4 @@
-"""Lines of text: of files, and of standard input, where each gets its answer."""
+"""Lines of text: those of files, and those of standard input, where each one gets an answer."""
 
 import io
 import os
@@ -13,8 +13,9 @@ from data.text import Part, blocks
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    r"""Lines as \n alone divides them: str.splitlines() also cuts at U+2028 or \x85, which occur
-    inside sentences on one side only, and would shift all that follows."""
+    r"""The lines of a file in UTF-8, also .gz, divided at \n alone: str.splitlines() also cuts at
+    U+2028 or \x85, which may occur inside a sentence on one side of a pair of files only, and would
+    shift all lines after it. Raises ValueError, with the line, for bytes that are not UTF-8."""
     number, offset, rest = 1, 0, b""
     for block in chain(blocks(Part(path)), [b""]):
         if not offset and b"\0" in block[: 1 << 16]:
@@ -39,6 +40,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def lines_of(flag: str, path: str) -> list[str]:
+    """The lines of the file that a flag names. Raises ValueError if there are none."""
     if not Path(path).is_file():
         raise ValueError(f"--{flag} {path} is no file here: name a text, one line for each vector")
     lines = list(read_lines(Path(path)))
@@ -50,24 +52,24 @@ def lines_of(flag: str, path: str) -> list[str]:
 def answer_stdin(
     answer: Callable[[list[str], tqdm, int], list[str]], batch_size: int, unit: str
 ) -> None:
-    """Prints the answer to each line of standard input: at once to somebody who types, else in
-    batches, with a bar. answer(lines, bar, number of the first line) -> texts."""
-    alone, done = sys.stdin.isatty(), 0
+    """Prints the answer to each line of standard input: at once if somebody types them, otherwise
+    in batches, with a progress bar. answer(lines, bar, number of the first line) -> texts."""
+    interactive, done = sys.stdin.isatty(), 0
     if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
         sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
-    quiet = True if alone or sys.stdout.isatty() else None
-    if alone:
+    quiet = True if interactive or sys.stdout.isatty() else None
+    if interactive:
         print(f"type a {unit} and Enter; Ctrl-D ends", file=sys.stderr)
     with tqdm(unit=unit, disable=quiet) as bar:
-        while lines := list(islice(sys.stdin, 1 if alone else batch_size)):
+        while lines := list(islice(sys.stdin, 1 if interactive else batch_size)):
             print("\n".join(answer(lines, bar, done + 1)), flush=True)
             done += len(lines)
 
 
 def new_file(flag: str, name: str, ours: Callable[[Path], bool] = lambda path: False) -> Path:
-    """The path of a file that is to be written. ValueError unless it can be, and either is not
-    there or is, as ours(path) says, what the same command has written before: anything else may be
-    somebody's work, or a pipe that nobody reads."""
+    """The path of a file that is to be written. Raises ValueError if it cannot be written, or if it
+    exists and ours(path) does not say that the same command wrote it: it may be somebody's work, or
+    a pipe that nobody reads."""
     path = Path(name)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--{flag} {path} is a folder, or lies in none: name a file to write")

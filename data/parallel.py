@@ -6,9 +6,9 @@
 
 Files are UTF-8, each also as .gz. Lines end at \\n alone: other separators are part of the text.
 Both sides are stripped, and a pair with an empty side is left out and counted. Without validation
-files, pairs are held out at even distances: every 100th, or fewer, so that they are at most 2,000.
+files, evenly spaced pairs are held out: every 100th, or fewer, so that they are at most 2,000.
 
-Left out: alignment of sentences, cleaning by length ratio or language, deduplication, TMX and XML.
+Left out: aligning sentences, cleaning by length ratio or language, deduplication, TMX and XML.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ MULTI30K_PARTS = {"train": "train", "validation": "val", "test": "test"}
 
 @dataclass(frozen=True)
 class Aligned:
-    """Two files that belong together line by line, or one .tsv. `key` stands for the contents."""
+    """Two files that belong together line by line, or one .tsv. `key` identifies the contents."""
 
     paths: tuple[Path, ...]
     key: str
@@ -46,7 +46,8 @@ class Aligned:
 
 @dataclass
 class ParallelCorpus:
-    """Named pairs in two or three splits. `hash` is of the contents, division and direction."""
+    """Named pairs in one to three splits. `hash` is of the contents, how they are divided, and the
+    direction."""
 
     name: str
     hash: str
@@ -75,9 +76,10 @@ def open_pairs(
 ) -> ParallelCorpus:
     """data is one of NAMES, two files or a .tsv; downloads go to `cache`.
 
-    languages: "en-de" is from English to German. Files whose suffixes are the two languages are
-    put into that order. valid: validation files, in the forms of data. split: read (and download)
-    only that one; "test" of one's own files is all of their pairs. Raises ValueError on bad input.
+    languages: "en-de" means from English to German. Files whose suffixes are the two languages are
+    put into that order. valid: validation files, in the same forms as data. split: read (and
+    download) only that split; of the user's own files, all pairs are "test". Raises ValueError on
+    bad input.
     """
     source, target = parse_languages(languages)
     if split and split not in VERBS:
@@ -100,15 +102,15 @@ def open_pairs(
         corpus = files_corpus(data, pair, files, cache, PUBLISHED)
     else:
         flag = "--eval" if split == "test" else "--data"
-        first = own_files(flag, data, source, target, cache)
+        first = aligned_files(flag, data, source, target, cache)
         files = {"test" if split == "test" else "train": [first]}
         if valid:
-            files["validation"] = [own_files("--valid", valid, source, target, cache)]
+            files["validation"] = [aligned_files("--valid", valid, source, target, cache)]
         divided = "the given files" if valid or split == "test" else ""
         name = name_of(first.paths[0])
         corpus = files_corpus(name, (source, target), files, cache, divided)
     if split:
-        corpus.pairs(split)  # says which there are
+        corpus.pairs(split)  # raises ValueError, which lists the splits, if this one is missing
         corpus.splits = {split: corpus.splits[split]}
     return corpus
 
@@ -135,7 +137,7 @@ def dates_corpus() -> ParallelCorpus:
     return ParallelCorpus(
         "dates",
         dates_hash(),
-        f"{told(COUNTS)} (no date in two of them)",
+        f"{split_counts(COUNTS)} (no date in two of them)",
         prompts(),
         ("", ""),
         {split: partial(dates, split) for split in COUNTS},
@@ -149,7 +151,7 @@ def files_corpus(
     cache: Path,
     divided: str = "",
 ) -> ParallelCorpus:
-    """`divided` says how the files were divided already; where it is empty, pairs are held out."""
+    """`divided` says how the files are already divided; if it is empty, pairs are held out."""
     digest = hashlib.sha256(b"pairs 1")
     for split, parts in files.items():
         digest.update(f"\0{split}\0".encode() + "\0".join(part.key for part in parts).encode())
@@ -168,30 +170,30 @@ def files_corpus(
         every = min(total, max(HELD_OUT_EVERY, -(-total // HELD_OUT_MOST)))
         numbers = {"train": total - total // every, "validation": total // every}
         splits = {
-            "train": partial(spaced, splits["train"], every, False),
-            "validation": partial(spaced, splits["train"], every, True),
+            "train": partial(select_pairs, splits["train"], every, False),
+            "validation": partial(select_pairs, splits["train"], every, True),
         }
         divided = "the last one" if every == total else f"one in {every}"
-    rule = f"{told(numbers)} ({divided})"
+    rule = f"{split_counts(numbers)} ({divided})"
     if empty := sum(empty for _, empty in counts.values()):
-        rule += f"; {plural(empty)} with an empty side left out"
-    shown = splits.get("validation") or next(iter(splits.values()))
-    return ParallelCorpus(name, key, rule, [s for s, _ in islice(shown(), 4)], languages, splits)
+        rule += f"; {pair_count(empty)} with an empty side left out"
+    examples = splits.get("validation") or next(iter(splits.values()))
+    return ParallelCorpus(name, key, rule, [s for s, _ in islice(examples(), 4)], languages, splits)
 
 
-def told(numbers: dict[str, int]) -> str:
-    return ", ".join(f"{plural(number)} {VERBS[split]}" for split, number in numbers.items())
+def split_counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{pair_count(number)} {VERBS[split]}" for split, number in numbers.items())
 
 
-def plural(number: int) -> str:
+def pair_count(number: int) -> str:
     return f"{number:,} pair{'s' * (number != 1)}"
 
 
 def known_counts(
     name: str, key: str, files: dict[str, list[Aligned]], cache: Path
 ) -> dict[str, tuple[int, int]]:
-    """{split: (pairs, pairs left out)} by reading everything once, which also finds what is wrong;
-    remembered by the hash of the contents, for the next start (wmt14 has 4.5 million)."""
+    """{split: (pairs, pairs left out)}. Everything is read once, which also finds what is wrong in
+    it; then the counts are kept in `cache` for the next start (wmt14 has 4.5 million pairs)."""
     memo = cache / f"pairs-{key[:16]}.json"
     try:
         counts = json.loads(memo.read_text(encoding="utf-8"))
@@ -219,8 +221,8 @@ def is_tsv(path: Path) -> bool:
     return path.name.lower().removesuffix(".gz").endswith(".tsv")
 
 
-def own_files(flag: str, data: str, source: str, target: str, cache: Path) -> Aligned:
-    """Files of the user's own, with the source first."""
+def aligned_files(flag: str, data: str, source: str, target: str, cache: Path) -> Aligned:
+    """The user's own files, source first. Raises ValueError for other forms and missing files."""
     paths = (Path(data),)
     if not paths[0].is_file():
         paths = tuple(Path(part.strip()) for part in data.split(","))
@@ -255,7 +257,8 @@ def multi30k_files(pair: tuple[str, str], split: str, cache: Path) -> dict[str, 
 
 
 def full_pairs(parts: list[Aligned]) -> Iterator[tuple[str, str]]:
-    """The parts take turns: what a tokenizer learns from the beginning is a sample of them all."""
+    """Yields the pairs that have text on both sides. The parts take turns, because a tokenizer
+    learns from the beginning, which should be a sample of them all."""
     readers = [read_pairs(part.paths) for part in parts]
     while readers:
         for reader in list(readers):
@@ -266,15 +269,16 @@ def full_pairs(parts: list[Aligned]) -> Iterator[tuple[str, str]]:
                 yield pair
 
 
-def spaced(pairs: Callable, every: int, held_out: bool) -> Iterator[tuple[str, str]]:
-    """The last of every `every` pairs, or all others."""
+def select_pairs(pairs: Callable, every: int, held_out: bool) -> Iterator[tuple[str, str]]:
+    """If held_out, the last of every `every` pairs; otherwise all the others."""
     for i, pair in enumerate(pairs()):
         if (i % every == every - 1) == held_out:
             yield pair
 
 
 def read_pairs(paths: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
-    """Every pair, stripped; sides may be empty."""
+    """Yields every pair, stripped; sides may be empty. Raises ValueError, with the line, if a row
+    of a .tsv does not have one tab or one file has more lines than the other."""
     if len(paths) == 1:
         for number, line in enumerate(read_lines(paths[0]), 1):
             cells = [cell.strip() for cell in line.split("\t")]

@@ -1,10 +1,10 @@
-"""The English of Python's own documentation: what every installation has, and BERT's first text.
+"""The English of Python's own documentation, which every installation has: BERT's default data.
 
 A document is a module of the standard library (its docstrings, in the order of the source) or a
-help topic (what help("LAMBDAS") shows). Doctests, code, tables, headings and signatures are left
-out by rules of thumb, then every sentence that does not look like English, and every sentence that
-occurred before, for a text that validates should not be one that trained. Some code slips through,
-and some good sentences are lost.
+help topic (what help("LAMBDAS") shows). Rules of thumb leave out doctests, code, tables, headings
+and signatures, and then every sentence that does not look like English. A sentence that occurred
+before is left out too, because validation text should not occur in training. Some code slips
+through, and some good sentences are lost.
 """
 
 import ast
@@ -27,7 +27,7 @@ TERM = re.compile(r"['\"]?[\w.]+['\"]?(?:\([^()]*\))?\s+--?\s+")  # "name(x) -- 
 RULED = re.compile(r"([-=*~^#+.\"'_`])\1{2,}")  # underlines a heading
 SIGNATURE = re.compile(r"[\w.]+\(.*\)\s*(->.*)?[:.]?")
 ROLE = re.compile(r":[\w:+-]+:`[~!]?([^`<]*)[^`]*`")
-QUOTED = re.compile(r"`(\w+)'")  # as it was done before reStructuredText
+QUOTED = re.compile(r"`(\w+)'")  # how names were quoted before reStructuredText
 EMPHASIS = re.compile(r"(?<![\w*])\*{1,2}(\w[^*\n]*)(?<! )\*{1,2}(?![\w*])")
 CODE = re.compile(r"[={}<>|\\^~]|::|\w\([\w'\"]|\.\.\.|https?:|\[\w*\]|%\w|@\w|[;,]$|\$")
 WORD = re.compile(r"[\"'(“‘]*[A-Za-z]+(?:['’/-][A-Za-z]+)*[\"')”’]*[,.:;!?]?[\"')”’]*")
@@ -70,7 +70,7 @@ def documents() -> Iterator[list[str]]:
         yield [text for text in docstrings(module) if text]
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some systems package it apart
+    except ImportError:  # some systems have it in another package
         return
     for name in sorted(topics):
         yield [topics[name]]
@@ -85,20 +85,20 @@ def docstrings(node: ast.AST) -> Iterator[str | None]:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """What blank lines divide, without code: what is indented deeper than a line that announced it
-    with "::"."""
-    announced = None  # indentation of the last paragraph that did
+    """The paragraphs of a text, which blank lines divide, without code: blocks that are indented
+    deeper than a paragraph before them that ends with "::"."""
+    announced = None  # the indentation of that paragraph
     for block in re.split(r"\n\s*?\n", text.expandtabs()):
         lines = [line for line in block.split("\n") if line.strip()]
-        if not lines or (announced is not None and depth(lines[0]) > announced):
+        if not lines or (announced is not None and indentation(lines[0]) > announced):
             continue
-        announced = depth(lines[0]) if lines[-1].endswith("::") else None
+        announced = indentation(lines[0]) if lines[-1].endswith("::") else None
         yield from items(lines)
 
 
 def items(lines: list[str]) -> Iterator[str]:
-    """Runs of lines that belong together by their indentation; of a list's item, the second line
-    is indented deeper. Headings, signatures and doctests are left out."""
+    """Joins lines that belong together by their indentation; the second line of a list item is
+    indented deeper than the first. Headings, signatures and doctests are left out."""
     held: list[str] = []
     last = 0
     for line in lines:
@@ -108,17 +108,17 @@ def items(lines: list[str]) -> Iterator[str]:
         if RULED.fullmatch(body):
             held = held[:-1]
             continue
-        hangs = len(held) == 1 and depth(line) > last and is_item(held[0])
-        if is_item(body) or SIGNATURE.fullmatch(body) or not (hangs or depth(line) == last):
+        hangs = len(held) == 1 and indentation(line) > last and is_item(held[0])
+        if is_item(body) or SIGNATURE.fullmatch(body) or not (hangs or indentation(line) == last):
             yield plain(held)
             held = []
         if not SIGNATURE.fullmatch(body):
             held.append(body)
-        last = depth(line)
+        last = indentation(line)
     yield plain(held)
 
 
-def depth(line: str) -> int:
+def indentation(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
@@ -127,7 +127,7 @@ def is_item(body: str) -> bool:
 
 
 def plain(lines: list[str]) -> str:
-    """Without the marks of lists and of reStructuredText."""
+    """The joined lines, without the marks of lists and of reStructuredText."""
     text = " ".join(lines)
     for marks in (BULLET, TERM):
         if match := marks.match(text):
@@ -137,8 +137,8 @@ def plain(lines: list[str]) -> str:
 
 
 def is_english(sentence: str) -> bool:
-    """Of words for the most part. Begins with a capital and ends like a sentence; if it does only
-    one of both, six words are needed, two of them COMMON."""
+    """Whether a sentence consists mostly of words, begins with a capital and ends like a sentence.
+    If only one of the last two is true, it needs six words or more, at least two of them COMMON."""
     words = sentence.split()
     if CODE.search(sentence) or len(words) < FEWEST:
         return False

@@ -1,14 +1,14 @@
 """The two SentencePiece models and the one vocabulary of a Marian translator (opus-mt on the hub).
 
-A text is cut into pieces by the model of its language, BPE or unigram, which the package
-`sentencepiece` does; "▁" in a piece is a space. What a piece's id is, the vocabulary says, which
-both languages share: the numbers inside the models mean nothing here. A piece that it lacks is
-<unk>. A text may begin with the language that it is to be translated to:
+The package `sentencepiece` cuts a text into pieces by the model of its language, BPE or unigram;
+"▁" in a piece stands for a space. The vocabulary, which both languages share, gives the ids of the
+pieces: the ids inside the models mean nothing here. A piece that is not in the vocabulary is <unk>.
+A text may begin with the language that it is to be translated into:
 
-    ">>fra<< the cat"  ->  >>fra<<  ▁the  ▁c  at      what <<…>> says is one piece, or <unk>
+    ">>fra<< the cat"  ->  >>fra<<  ▁the  ▁c  at      >>…<< is one piece, or <unk>
 
-Left out: training (the package's spm_train does it), vocabularies apart for the two languages,
-sampled segmentations, and the text before tokenization: the models normalise it (NFKC, spaces).
+Left out: training (the package's spm_train does it), separate vocabularies for the two languages,
+sampled segmentations, and normalising texts, which the models do (NFKC, spaces).
 
 Papers: Kudo and Richardson 2018, "SentencePiece" (arXiv:1808.06226); Kudo 2018, unigram
 (arXiv:1804.10959); Tiedemann and Thottingal 2020, "OPUS-MT", whose files these are.
@@ -33,7 +33,7 @@ import numpy as np
 from bpe import END_OF_TEXT, unique_keys
 
 FORMAT = 1  # of the JSON text
-# What a target begins behind. Our own tokenizers have no such token: their end token does it.
+# The token before a target. Our own tokenizers have no such token: their end token serves.
 START = "<|startoftext|>"
 END_PIECE, UNK_PIECE, START_PIECE = "</s>", "<unk>", "<pad>"  # as the files call them
 SPECIAL_PIECES = (END_PIECE, UNK_PIECE, START_PIECE)
@@ -42,17 +42,17 @@ FILES = ("source.spm", "target.spm", "vocab.json")
 
 
 class SentencePieces:
-    """Its state is three plain values; everything else follows from them.
+    """A tokenizer whose state is three plain values; everything else follows from them.
 
     source, target  the bytes of the models that cut sources and targets; they may be the same.
     pieces          the vocabulary: a piece's place is its id.
     special_tokens  the ids of </s> as END_OF_TEXT and of <pad> as START: Marian's decoder begins
-                    with its padding. No text becomes one of the two, not even their own names.
+                    with its padding. No text is encoded as one of these, not even their own names.
     """
 
     def __init__(self, source: bytes, target: bytes, pieces: list[str]):
-        """ValueError for a damaged model, a vocabulary without </s>, <unk> and <pad>, or where the
-        package is missing."""
+        """Raises ValueError if a model is damaged, if the vocabulary lacks </s>, <unk> or <pad>, or
+        if the package is missing."""
         _check_pieces(pieces)
         self.source, self.target, self.pieces, self.vocab_size = source, target, pieces, len(pieces)
         self._cut_source, self._cut_target = _load(source, FILES[0]), _load(target, FILES[1])
@@ -61,7 +61,7 @@ class SentencePieces:
         self._ids, self._unknown = ids, ids[UNK_PIECE]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a source, without </s>; for every str."""
+        """Ids of a source, without </s>. Every str can be encoded."""
         return self._encode(text, self._cut_source)
 
     def encode_numpy(self, text: str) -> np.ndarray:
@@ -80,18 +80,18 @@ class SentencePieces:
         return [self._ids.get(piece, self._unknown) for piece in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of a target, without </s>, <unk> and <pad>. ValueError for an id that is no
-        piece; integers of any kind are taken, numpy's and torch's too."""
-        silent, pieces = {*self.special_tokens.values(), self._unknown}, []
+        """The text of a target, without </s>, <unk> and <pad>. Integers of any kind will do, also
+        numpy's and torch's. Raises ValueError for an id that is not in the vocabulary."""
+        skipped, pieces = {*self.special_tokens.values(), self._unknown}, []
         for i in map(operator.index, ids):
             if not 0 <= i < self.vocab_size:
                 raise ValueError(
                     f"id {i} is no piece: the vocabulary ends at {self.vocab_size - 1}; "
                     "mask the ids that only pad the model's vocabulary before sampling"
                 )
-            if i not in silent:
+            if i not in skipped:
                 pieces.append(self.pieces[i])
-        # The model leaves "▁" in those pieces that only the other language's has.
+        # The model leaves "▁" in pieces that only the other language's model has.
         return self._cut_target.decode_pieces(pieces).replace("▁", " ").strip()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -100,13 +100,13 @@ class SentencePieces:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the state: data sets and checkpoints carry it, so that none are mixed up."""
+        """SHA-256 of the state; data sets and checkpoints carry it, so that none are mixed up."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     # ---- files
 
     def to_json(self) -> str:
-        """Equal tokenizers give equal text. The models are in base64."""
+        """The state as JSON, with the models in base64. Equal tokenizers give equal text."""
         models = {"source": self.source, "target": self.target}
         state = {name: base64.b64encode(model).decode("ascii") for name, model in models.items()}
         state = {"format": FORMAT, "type": "SentencePiece", **state, "pieces": self.pieces}
@@ -114,7 +114,8 @@ class SentencePieces:
 
     @classmethod
     def from_json(cls, text: str) -> SentencePieces:
-        """ValueError, in one sentence, for everything that to_json() cannot have written."""
+        """The tokenizer that to_json() wrote. Raises ValueError, in one sentence, for text that
+        to_json() cannot have written."""
         try:
             state = json.loads(text, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as e:
@@ -129,7 +130,7 @@ class SentencePieces:
         return cls(*models, state.get("pieces"))
 
     def save(self, folder: Path) -> None:
-        """The three FILES of opus-mt."""
+        """Writes the three FILES of opus-mt."""
         vocab = json.dumps({piece: i for i, piece in enumerate(self.pieces)}, indent=2)
         for name, content in zip(FILES, (self.source, self.target, vocab.encode()), strict=True):
             (folder / name).write_bytes(content)
@@ -142,7 +143,7 @@ def _load(model: bytes, name: str) -> Any:
         raise ValueError("this tokenizer needs sentencepiece: pip install sentencepiece") from error
     try:
         if not model:
-            raise RuntimeError("it is empty")  # the package would load nothing, and say so later
+            raise RuntimeError("it is empty")  # the package would complain only later
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
         raise ValueError(f"{name} is damaged: no model of SentencePiece ({error})") from None

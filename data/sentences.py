@@ -2,16 +2,17 @@ r"""A name, a file or a folder -> documents made of sentences, streamed: what BE
 
 - pydocs, the default: the English of Python's own documentation (data/pydocs.py);
 - wikitext, wikitext103: WikiText-2 and WikiText-103, raw, split as published;
-- a text file, a .jsonl (a document a line, under "text"), or a folder of .txt, .md, .rst and
-  .jsonl, each also as .gz, all of it UTF-8, in one of the layouts of data/layouts.py: a sentence a
-  line, prose, or WikiText. Of prose that is one document, the paragraphs are what pairs of
-  sentences are taken from, unless the layout is given.
+- a text file, a .jsonl (one document on each line, under "text"), or a folder of .txt, .md, .rst
+  and .jsonl, each also as .gz, all in UTF-8 and in one of the layouts of data/layouts.py: one
+  sentence on each line, prose, or WikiText. If a file of prose is a single document and no layout
+  is given, every paragraph counts as a document, so that pairs of sentences can be made.
 
-The split is by whole documents, counted over all files in order, and never by chance: every tenth
-validates; of 4 to 19 the last two, of 2 or 3 the last; of a single one its last tenth of sentences.
+The split is by whole documents, counted over all files in order, and never by chance. Every tenth
+document validates; of 4 to 19 the last two, of 2 or 3 the last; of a single document the last tenth
+of its sentences.
 
-Left out: Wikipedia's dumps, HTML and other markup; cleaning and deduplication. A line (of .jsonl:
-a document) is held in memory, never a text.
+Left out: Wikipedia's dumps, HTML and other markup; cleaning and deduplication. Only a line (in a
+.jsonl: a document) is held in memory, never a whole text.
 """
 
 import hashlib
@@ -29,12 +30,12 @@ from tqdm import tqdm
 
 from data.download import WIKITEXT2, WIKITEXT103, fetch, replacing
 from data.hashes import known_hashes
-from data.layouts import LAYOUTS, TextFile, all_sentences, layout_of, marked
+from data.layouts import LAYOUTS, TextFile, all_sentences, layout_of, mark_beginnings
 from data.pydocs import PROMPTS, pydocs
 from data.text import BLOCK, SUFFIXES, check_text, is_jsonl, name_of, sorted_files
 
 NAMES = ("pydocs", "wikitext", "wikitext103")
-WIKITEXT = {  # name: (archive, its folder, bytes that a member may have; the largest has 540 MB)
+WIKITEXT = {  # name: (archive, its folder, the most bytes of a member; the largest has 540 MB)
     "wikitext": (WIKITEXT2, "wikitext-2-raw", 1 << 24),
     "wikitext103": (WIKITEXT103, "wikitext-103-raw", 1 << 30),
 }
@@ -45,13 +46,13 @@ WIKITEXT_PROMPTS = [
     "The river flows into the [MASK] .",
     "During the Second World [MASK] , the ship was sunk .",
 ]
-RULES = "sentences 1"  # to be counted up when the same text would be divided in another way
+RULES = "sentences 1"  # counts up when the same text would be divided in another way
 Sentences = Callable[[], Iterator[tuple[str, bool]]]  # (sentence, whether it begins a document)
 
 
 @dataclass
 class SentenceCorpus:
-    """Named documents in two splits. `hash` is of the contents, of how they are divided, and of
+    """Named documents in two splits. `hash` is of the contents, how they are divided, and
     by_sentence."""
 
     name: str
@@ -65,8 +66,8 @@ class SentenceCorpus:
         """What data/tokens.py reads: (text, whether a border comes before it).
 
         by_sentence: ("", True) for each document, then (" " + sentence, True) for each of its
-        sentences. Otherwise a document is its sentences behind a space each, in pieces of about
-        1 MB, of which the first has the border. The space in front makes a word the same token
+        sentences. Otherwise a document is its sentences, with a space before each, in pieces of
+        about 1 MB; the first piece has the border. The space in front makes a word the same token
         wherever it stands.
         """
         sentences = self.splits[split]()
@@ -92,8 +93,8 @@ def open_sentences(
 ) -> SentenceCorpus:
     """data is one of NAMES or a path; downloads go to `cache`.
 
-    valid: a file or folder that validates; all of data trains then, and it may be the same one.
-    layout: one of LAYOUTS, empty to decide from the text. Raises ValueError on bad input.
+    valid: a file or folder that validates, possibly the same as data; then all of data trains.
+    layout: one of LAYOUTS; if it is empty, the text decides. Raises ValueError on bad input.
     """
     if layout and layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout}: choose one of {', '.join(LAYOUTS)}")
@@ -111,11 +112,11 @@ def open_sentences(
         }
         name, divided, prompts = data, "split as published", list(WIKITEXT_PROMPTS)
     else:
-        files = {"train": own_files("--data", data, layout, cache)}
+        files = {"train": text_files("--data", data, layout, cache)}
         if valid:
-            files["validation"] = own_files("--valid", valid, layout, cache)
+            files["validation"] = text_files("--valid", valid, layout, cache)
         if by_sentence and not layout:
-            files = {split: divisible(parts) for split, parts in files.items()}
+            files = {split: with_paragraphs(parts) for split, parts in files.items()}
         path = Path(data)
         name = path.resolve().name if path.is_dir() else name_of(path)
         divided, prompts = "the given files validate", []
@@ -132,16 +133,16 @@ def open_sentences(
         splits, divided = held_out(data, splits["train"])
     used = sorted({file.layout for parts in files.values() for file in parts})
     rule = f"{' or '.join(LAYOUTS[layout] for layout in used)}; {divided}"
-    prompts = prompts or masked(splits["validation"]())
+    prompts = prompts or masked_prompts(splits["validation"]())
     return SentenceCorpus(name, digest.hexdigest(), rule, prompts, splits, by_sentence)
 
 
 def pydocs_corpus(by_sentence: bool) -> SentenceCorpus:
-    """Its 1.4 MB are held in memory."""
+    """The corpus of data/pydocs.py, whose 1.4 MB are held in memory."""
     documents = pydocs()
     digest = hashlib.sha256(f"{RULES} {by_sentence}".encode())
     digest.update("\0\0".join("\0".join(document) for document in documents).encode())
-    splits, divided = held_out("pydocs", lambda: marked(documents))
+    splits, divided = held_out("pydocs", lambda: mark_beginnings(documents))
     rule = f"docstrings and help topics of Python's own documentation; {divided}"
     return SentenceCorpus("pydocs", digest.hexdigest(), rule, list(PROMPTS), splits, by_sentence)
 
@@ -151,7 +152,8 @@ def pydocs_corpus(by_sentence: bool) -> SentenceCorpus:
 
 def held_out(data: str, sentences: Sentences) -> tuple[dict[str, Sentences], str]:
     """({split: its sentences}, the rule), by the number of documents. Reads no further than the
-    twentieth of them; what has one document only is read to its end, to count the sentences."""
+    twentieth document; if there are fewer, the text is read to its end. Raises ValueError if it has
+    a single sentence."""
     documents = count = 0
     for _, begins in sentences():
         documents += begins
@@ -169,17 +171,17 @@ def held_out(data: str, sentences: Sentences) -> tuple[dict[str, Sentences], str
         cut = count - max(1, count // 10)
         return {
             "train": lambda: islice(sentences(), cut),
-            "validation": lambda: marked([(s for s, _ in islice(sentences(), cut, None))]),
+            "validation": lambda: mark_beginnings([(s for s, _ in islice(sentences(), cut, None))]),
         }, f"{count - cut:,} of {count:,} sentences, the last of the one document, validate"
     else:
         raise ValueError(f"{data} has one sentence, too few to hold one out: give more, or --valid")
     return {
-        "train": lambda: chosen(sentences(), lambda n: not validates(n)),
-        "validation": lambda: chosen(sentences(), validates),
+        "train": lambda: select_documents(sentences(), lambda n: not validates(n)),
+        "validation": lambda: select_documents(sentences(), validates),
     }, rule
 
 
-def chosen(
+def select_documents(
     sentences: Iterator[tuple[str, bool]], wanted: Callable[[int], bool]
 ) -> Iterator[tuple[str, bool]]:
     """The sentences of those documents whose number, from 0, is wanted."""
@@ -190,8 +192,9 @@ def chosen(
             yield sentence, begins
 
 
-def masked(sentences: Iterable[tuple[str, bool]], number: int = 4) -> list[str]:
-    """The first sentences of ordinary length, their middle word hidden."""
+def masked_prompts(sentences: Iterable[tuple[str, bool]], number: int = 4) -> list[str]:
+    """The first sentences of ordinary length, with [MASK] for their middle word. If there are none,
+    the beginning of the first sentence, with [MASK] after it."""
     found, first = [], ""
     for sentence, _ in islice(sentences, 1000):
         words = list(re.finditer(r"[^\W\d_]+", sentence))
@@ -209,8 +212,9 @@ def masked(sentences: Iterable[tuple[str, bool]], number: int = 4) -> list[str]:
 # ---- finding files -------------------------------------------------------------------------------
 
 
-def own_files(flag: str, data: str, layout: str, cache: Path) -> list[TextFile]:
-    """Files of the user's own, in order, with the layout of each."""
+def text_files(flag: str, data: str, layout: str, cache: Path) -> list[TextFile]:
+    """The user's own files, in order, each with its layout and hash. Raises ValueError if there is
+    no text."""
     if not data:
         raise ValueError(f"{flag} is empty: name a file, a folder, or one of {', '.join(NAMES)}")
     path = Path(data)
@@ -231,8 +235,9 @@ def own_files(flag: str, data: str, layout: str, cache: Path) -> list[TextFile]:
     return [TextFile(p, layout or layout_of(p), h) for p, h in zip(paths, hashes, strict=True)]
 
 
-def divisible(files: list[TextFile]) -> list[TextFile]:
-    """The same; where they are a single document of prose, one for each of its paragraphs."""
+def with_paragraphs(files: list[TextFile]) -> list[TextFile]:
+    """The same files; but a single file that is one document of prose is given the layout in which
+    every paragraph is a document."""
     begun = (begins for _, begins in all_sentences(files) if begins)
     if len(files) == 1 and files[0].layout == "prose" and len(list(islice(begun, 2))) < 2:
         return [replace(files[0], layout="paragraphs")]
@@ -240,7 +245,7 @@ def divisible(files: list[TextFile]) -> list[TextFile]:
 
 
 def wikitext_files(name: str, cache: Path) -> dict[str, Path]:
-    """{split: its text in `cache`}; once they are there, the archive may go."""
+    """{split: its text in `cache`}. Once the texts are there, the archive may be deleted."""
     remote, folder, most = WIKITEXT[name]
     paths = {part: cache / f"{folder}-{part}.txt" for part in ("train", "valid")}
     missing = {f"{folder}/wiki.{p}.raw": path for p, path in paths.items() if not path.is_file()}
@@ -250,8 +255,9 @@ def wikitext_files(name: str, cache: Path) -> dict[str, Path]:
 
 
 def unzip(archive: Path, members: dict[str, Path], most: int) -> None:
-    """Copies {member: where to}, of `most` bytes each. Nothing else of the archive is read, and no
-    name in it decides where something is written."""
+    """Copies the members {member: path to write}, each of at most `most` bytes. Nothing else in the
+    archive is read, and no name in it decides where something is written. Raises ValueError for a
+    damaged archive, and for a member that is missing or too large."""
     try:
         with zipfile.ZipFile(archive) as packed:
             for member, path in members.items():
@@ -262,12 +268,12 @@ def unzip(archive: Path, members: dict[str, Path], most: int) -> None:
                     raise ValueError(
                         f"{member} in {archive} has {size:,} bytes, more than {most:,}: delete it"
                     )
-                shown = {"desc": f"unpacking {member}", "disable": None}
+                bar = {"desc": f"unpacking {member}", "disable": None}
                 with (
                     packed.open(member) as source,
-                    tqdm.wrapattr(source, "read", size, **shown) as file,
+                    tqdm.wrapattr(source, "read", size, **bar) as file,
                     replacing(path) as into,
                 ):
                     shutil.copyfileobj(file, into, BLOCK)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # encrypted, the last
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
         raise ValueError(f"{archive} is no intact .zip ({error}): delete it") from error

@@ -11,8 +11,8 @@ file begins with a header of 128 bytes, whose numbers are little-endian too:
     4 bytes   number of files         32 bytes  SHA-256 of the corpus
                                       16 bytes  split, filled up with zeros
 
-Reads are plain reads at an offset. A memory-mapped file would be shorter to write, but the pages
-that a run has touched count as its memory, which grows for as long as it takes to see all of them.
+Reads are plain reads at an offset. Memory-mapped files would take less code, but the pages that a
+run has touched count as its memory, which would grow until the run has seen all of them.
 """
 
 import os
@@ -36,10 +36,10 @@ MAGIC = b"TOKENS\0\1"
 VERSION = 2
 LAYOUT = struct.Struct("<8s4I3Q32s32s16s")
 HEADER_SIZE = LAYOUT.size  # 128
-SHARD = 1 << 28  # ids in a file: 512 MB or 1 GB, as file systems and copying like them
+SHARD = 1 << 28  # ids in a file: 512 MB or 1 GB, which file systems and copying handle well
 OPEN = 64  # files of a stream that a process keeps open at once, of the 256 that macOS allows
 MOST = 1 << 30  # bytes of one read: Linux gives at most 2 GiB, macOS refuses more
-STALE = 86_400  # seconds without a new file, after which an unfinished stream is an abandoned one
+STALE = 86_400  # seconds without a new file after which an unfinished stream counts as abandoned
 
 
 class Header(NamedTuple):
@@ -77,21 +77,21 @@ def path_of(first: Path, number: int) -> Path:
 
 
 class Tokens:
-    """The ids of a stream, of which nothing is held in memory: tokens[a:b] reads them from disk.
+    """The ids of a stream. Nothing is held in memory: tokens[a:b] reads from disk.
 
-    Threads and forked processes may share one.
+    Threads and forked processes may share an instance.
     """
 
     def __init__(self, first: Path, count: int, shard: int, dtype: np.dtype):
         self.count, self.shard, self.dtype = count, shard, dtype
-        # What falls out of the cache is closed when the last read of it has ended.
+        # A file that falls out of the cache is closed when its last read has ended.
         self.file = lru_cache(OPEN)(lambda number: ShardFile(path_of(first, number)))
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """A new array, read-only. ValueError where a file is gone or became shorter."""
+        """A new, read-only array. Raises ValueError if a file is gone or became shorter."""
         start, stop, step = part.indices(self.count)
         assert step == 1, "ids are read in their order"
         if start >= stop:
@@ -106,7 +106,7 @@ class Tokens:
 
 
 class ShardFile:
-    """An open file, read at offsets: its own position is never used."""
+    """An open file that is read at offsets; its own position is never relied on."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -119,7 +119,7 @@ class ShardFile:
         weakref.finalize(self, os.close, self.descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes from `offset` on."""
+        """Exactly `size` bytes from `offset` on. Raises ValueError if the file became shorter."""
         found = PREAD(self.descriptor, min(size, MOST), offset)
         while len(found) < size:
             more = PREAD(self.descriptor, min(size - len(found), MOST), offset + len(found))
@@ -130,7 +130,7 @@ class ShardFile:
 
 
 def seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
-    """os.pread for Windows, which has none: `size` bytes or less, none at the end of the file."""
+    """os.pread for Windows, which lacks it: at most `size` bytes, none at the end of the file."""
     with LOCK:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.read(descriptor, size)
@@ -142,14 +142,14 @@ LOCK = Lock()
 
 @dataclass
 class TokenFile:
-    path: Path  # of the first file
+    path: Path  # the first file
     ids: Tokens
     text_bytes: int
 
 
 def open_shards(path: Path, origin: Origin) -> TokenFile:
-    """Raises ValueError where a file is missing, truncated, foreign, in another's place, or made
-    from something else."""
+    """Opens a stream by its first file. Raises ValueError if a file is missing, truncated, not one
+    of ours, in another file's place, or made from another text or tokenizer."""
     first = read_header(path)
     if first[-3:] != origin.packed():
         raise ValueError(f"{path} was made from another text or tokenizer: delete it")
@@ -188,15 +188,15 @@ def read_header(path: Path) -> Header:
 def write_shards(
     path: Path, origin: Origin, width: int, pieces: Iterable[tuple[bytes, int]]
 ) -> None:
-    """pieces: ids, `width` bytes each, and how many bytes of text they are.
+    """Writes a stream. pieces: (ids, `width` bytes each; how many bytes of text they are).
 
-    The files get their names when all are complete, the first one last, as no other is looked for
-    unless its header says so. Whoever ends this in between leaves nothing that looks whole. Nor is
-    any file ever missing to a process that reads the same ids from files of these names.
+    The files get their names when all are complete. The first file comes last, because its header
+    says which others there are; so an interruption leaves nothing that looks whole. And a process
+    that is reading the same ids from files of these names never finds one missing.
     """
     with unfinished(path) as folder:
         made, total, text_bytes, number = folder / path.name, 0, 0, 0
-        file = begin(made)
+        file = create_shard(made)
         try:
             for ids, size in pieces:
                 text_bytes += size
@@ -204,7 +204,7 @@ def write_shards(
                     if total // SHARD > number:
                         file.close()
                         number += 1
-                        file = begin(path_of(made, number))
+                        file = create_shard(path_of(made, number))
                     taken = ids[: (SHARD - total % SHARD) * width]
                     file.write(taken)
                     ids, total = ids[len(taken) :], total + len(taken) // width
@@ -222,7 +222,7 @@ def write_shards(
             path_of(made, number).replace(path_of(path, number))
 
 
-def begin(path: Path) -> BinaryIO:
+def create_shard(path: Path) -> BinaryIO:
     file = path.open("wb")
     file.write(bytes(HEADER_SIZE))
     return file
@@ -230,9 +230,9 @@ def begin(path: Path) -> BinaryIO:
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A folder beside `path` for what will have its name; it is gone afterwards. Killed processes
-    leave theirs. Which process lives cannot be told from another machine, or another container,
-    but a folder that had no new file for a day can: it goes."""
+    """A temporary folder beside `path` for the files that will get its name; it is deleted at the
+    end. Killed processes leave theirs behind. Another machine or container cannot see which process
+    is alive, so folders that have had no new file for a day are deleted."""
     for old in path.parent.iterdir():
         if old.name.startswith(f"{path.name}.") and old.suffix == ".part":
             with suppress(OSError):  # another process was faster

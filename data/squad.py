@@ -1,5 +1,5 @@
-"""SQuAD: paragraphs of text, questions about them, answers that are pieces of the text, and how
-right an answer is.
+"""SQuAD: paragraphs of text, questions about them, answers that are pieces of the text, and its
+metrics.
 
 A file is JSON (also .gz), {"data": [{"paragraphs": [{"context", "qas"}]}]}; each of the "qas" has
 a "question" and "answers" [{"text", "answer_start"}], the start in characters of the context. In
@@ -27,7 +27,7 @@ import numpy as np
 from data.division import divide
 from data.text import Part, blocks, name_of
 
-HELD_OUT = 5  # one paragraph in so many validates where no file does
+HELD_OUT = 5  # without a validation file, one paragraph in so many validates
 MOST_MISPLACED = 0.1  # share of the answered questions; above it, the file is refused
 
 ARTICLE = re.compile(r"\b(?:a|an|the)\b")
@@ -36,8 +36,8 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Question:
-    """`answers` are all that count as right, none where the context has none. `span` has the
-    characters (start, end) of the first that is where the file says; None: there is none."""
+    """`answers` are all that count as right; there are none if the context has none. `span` is the
+    (start, end), in characters, of the first answer that is where the file says, or None."""
 
     text: str
     answers: tuple[str, ...]
@@ -49,7 +49,7 @@ Paragraphs = dict[str, list[Question]]  # context -> its questions
 
 @dataclass
 class SquadCorpus:
-    """Paragraphs in two splits. `hash` is of the files' contents and of how they are divided."""
+    """Paragraphs in two splits. `hash` is of the files' contents and how they are divided."""
 
     name: str
     hash: str
@@ -97,8 +97,8 @@ def read_bytes(flag: str, name: str) -> bytes:
 
 
 def parse(raw: bytes, name: str) -> tuple[Paragraphs, bool]:
-    """(paragraphs that have questions, those of equal context joined; whether it is version 2.0,
-    where questions say if they have an answer)."""
+    """(paragraphs that have questions, with those of equal context joined; whether the file is of
+    version 2.0, where questions say if they have an answer). Raises ValueError for other files."""
     try:
         content = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -122,11 +122,11 @@ def parse_question(qa: Any, context: str, place: str) -> Question:
     text = member(qa, "question", str, place)
     answers, span = [], None
     for answer in member(qa, "answers", list, place):
-        said = member(answer, "text", str, place)
+        words = member(answer, "text", str, place)
         start = member(answer, "answer_start", int, place)
-        answers.append(said)
-        if span is None and said.strip() and start >= 0 and context.startswith(said, start):
-            span = start, start + len(said)
+        answers.append(words)
+        if span is None and words.strip() and start >= 0 and context.startswith(words, start):
+            span = start, start + len(words)
     impossible = qa.get("is_impossible", False)
     if impossible is not (not answers):
         raise ValueError(
@@ -144,7 +144,8 @@ def member(content: Any, key: str, kind: type, place: str) -> Any:
 
 
 def check_places(paragraphs: Paragraphs, name: str) -> None:
-    """A few answers that are not where the file says can be left out. Many have a common cause."""
+    """A few answers that are not where the file says can be left out. If there are many, there is a
+    common cause: raises ValueError, and also if there is no question."""
     questions = [question for asked in paragraphs.values() for question in asked]
     if not questions:
         raise ValueError(f"{name} has no question in it: give SQuAD's format")
@@ -158,7 +159,7 @@ def check_places(paragraphs: Paragraphs, name: str) -> None:
         )
 
 
-# ---- how right it is -----------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 def normalise(text: str) -> str:
@@ -172,8 +173,8 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def f1(prediction: str, answer: str) -> float:
-    """The harmonic mean of precision and recall over words, each counted as often as it occurs.
-    Where one side has no words, 1 if the other has none either."""
+    """The harmonic mean of precision and recall over words, each counted as often as it occurs. If
+    one side has no words, it is 1 if the other has none either, and else 0."""
     a, b = normalise(prediction).split(), normalise(answer).split()
     if not a or not b:
         return float(a == b)
@@ -181,10 +182,10 @@ def f1(prediction: str, answer: str) -> float:
 
 
 def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """{"exact_match", "f1"}: means over the questions, in percent, each question with the best of
-    its answers. No answers, or only such as normalise to nothing, mean that "" is right. Figures
-    of the questions with and without an answer follow where there are both kinds; for the latter,
-    F1 is the exact match.
+    """{"exact_match", "f1"}: means over the questions, in percent; each question counts with the
+    best of its answers. If it has no answers, or only some that normalise to nothing, "" is right.
+    If there are questions with and without an answer, figures for each kind follow; for those
+    without, F1 is the exact match.
     """
     golds = [[a for a in given if normalise(a)] or [""] for given in answers]
     pairs = list(zip(predictions, golds, strict=True))

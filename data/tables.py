@@ -1,20 +1,20 @@
 """Small tables of text -> rows of named columns, in memory: what fine-tuning learns from.
 
-    .jsonl  an object a line; numbers, true and false are text as they are written
+    .jsonl  one object on each line; numbers, true and false become text as they are written
     .csv    columns divided by commas, as the csv module reads it: "quoted" cells may hold commas,
             doubled quotes and line ends
-    .tsv    columns divided by tabs, a line a row, as GLUE's files are: a quote is text
+    .tsv    columns divided by tabs, one row on each line, as in GLUE's files: a quote is text
 
-Each of them UTF-8, with or without a byte-order mark, lines ending in \\n or \\r\\n; also as .gz.
-Blank lines are skipped, and so are rows of empty cells.
+All are UTF-8, with or without a byte-order mark, with lines that end in \\n or \\r\\n, and may be
+.gz. Blank lines are skipped, and so are rows of empty cells.
 
-What a table is asked for is a form, the names of its columns, and there may be several: the first
-counts whose names are all there, in the first line, or in each object of a .jsonl, in any order.
-Other columns are passed over. A first line without such names is a row; its columns are those of
-the first form of as many, in that order.
+A form is the names of the columns that a task needs. If there is more than one form, the first
+counts whose names are all there, in the first line or in each object of a .jsonl, in any order.
+Other columns are ignored. A first line without such names is a row; its columns are then those of
+the first form of the same length, in that order.
 
 Left out: other separators and encodings, nested JSON, Excel and Parquet, tables that do not fit
-into memory, rows that occur twice (they may fall on both sides of the division).
+into memory, finding rows that occur twice (they may fall on both sides of the division).
 """
 
 import csv
@@ -30,12 +30,12 @@ from data.division import divide
 from data.lines import read_lines
 from data.text import name_of
 
-HELD_OUT = 10  # one row in so many validates where no file does
+HELD_OUT = 10  # without a validation file, one row in so many validates
 Form = tuple[str, ...]  # names of columns
 
 
 class Row(NamedTuple):
-    line: int  # of its file, where it begins
+    line: int  # the line of its file where it begins
     texts: tuple[str, ...]  # one for each column of its form
 
 
@@ -46,7 +46,7 @@ class Table(NamedTuple):
 
 @dataclass
 class TableCorpus:
-    """Rows in two splits. `hash` is of their contents and of how they are divided."""
+    """Rows in two splits. `hash` is of their contents and how they are divided."""
 
     name: str
     hash: str
@@ -54,7 +54,7 @@ class TableCorpus:
     splits: dict[str, list[Row]]
 
     def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
-        """What a tokenizer is learnt from: every cell is a document of its own."""
+        """What a tokenizer learns from: every cell is a document of its own."""
         for row in self.splits[split]:
             for text in row.texts:
                 yield text, True
@@ -63,7 +63,7 @@ class TableCorpus:
 def open_tables(
     data: str, valid: str, forms: Sequence[Form], *, blank: Collection[str] = (), **more
 ) -> TableCorpus:
-    """The rows of --data and --valid; without the latter, one in HELD_OUT validates. The other
+    """The rows of --data and --valid; without --valid, one row in HELD_OUT validates. The other
     arguments are those of read_table. Raises ValueError on bad input."""
 
     def read(name: str) -> list[Row]:
@@ -71,8 +71,8 @@ def open_tables(
         first = table.rows[0]
         known = [c for c in map(clean, first.texts) if any(c in form for form in forms)]
         if known and not table.named:
-            told = f'this looks like names, and "{known[0]}" is one, but others are missing'
-            raise refusal(Path(name), first.line, f"{told}: {name_them(forms)}")
+            why = f'this looks like names, and "{known[0]}" is one, but others are missing'
+            raise refusal(Path(name), first.line, f"{why}: {name_them(forms)}")
         return table.rows
 
     if valid:
@@ -95,11 +95,12 @@ def open_tables(
 def read_table(
     path: Path, forms: Sequence[Form], *, blank: Collection[str] = (), collapse: bool = False
 ) -> Table:
-    """All rows of a file, in its order.
+    """All rows of a file, in order.
 
-    blank: columns whose cells may be empty or white space. collapse: white space is a single space
-    and none at either end; otherwise it is part of the text. Names match without regard to case and
-    white space around them. ValueError with the line and its content for what is broken.
+    blank: the columns whose cells may be empty or white space. collapse: white space becomes single
+    spaces and is removed at both ends; otherwise it is part of the text. Case and white space
+    around the names of columns do not matter. Raises ValueError, with the line and its content, for
+    what is broken.
     """
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     if kind not in (".jsonl", ".csv", ".tsv"):
@@ -145,13 +146,13 @@ def find_form(names: Collection[str], forms: Sequence[Form]) -> Form | None:
 
 
 def name_them(forms: Sequence[Form]) -> str:
-    """What helps where columns are not what they seem: the first form of each length is said."""
+    """What to do if columns are not what they seem; it gives the first form of each length."""
     first = {len(form): ", ".join(form) for form in reversed(forms)}
     return f"name the columns in a first line ({' or '.join(first[n] for n in sorted(first))})"
 
 
 def refusal(path: Path, number: int, why: str) -> ValueError:
-    """The line is read again: nothing else needs it as it is written."""
+    """An error that quotes its line, which is read again, as nothing else needs it as written."""
     line = next(islice(read_lines(path), number - 1, None))
     return ValueError(f"{path}, line {number:,}: {why}: {' '.join(line.split())[:60]}")
 
@@ -164,7 +165,7 @@ def clean(name: str) -> str:
 
 
 def json_records(path: Path) -> Iterator[tuple[int, dict]]:
-    """(number of the line, object); a number in it becomes the text that stands for it."""
+    """Yields (number of the line, object), with numbers as the text that is written there."""
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -178,8 +179,8 @@ def json_records(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def csv_cells(path: Path, skip_spaces: bool) -> Iterator[tuple[int, list[str]]]:
-    """(number of the row's first line, its cells). skip_spaces: those behind a comma, so that a
-    quote may follow them."""
+    """Yields (number of the row's first line, its cells). skip_spaces: spaces after a comma are
+    dropped, so that a quote may follow them."""
     lines, number = (f"{line}\n" for line in read_lines(path)), 1
     reader = csv.reader(lines, strict=True, skipinitialspace=skip_spaces)
     try:
@@ -198,7 +199,7 @@ def tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 def named_records(
     path: Path, rows: Iterator[tuple[int, list[str]]], forms: Sequence[Form]
 ) -> tuple[bool, Iterator[tuple[int, dict[str, str]]]]:
-    """(whether the first row has the names, (number, {name: cell}) of each row)"""
+    """(whether the first row has the names, an iterator over (line, {name: cell}) of each row)"""
     rows = ((number, cells) for number, cells in rows if any(map(str.strip, cells)))
     first, cells = next(rows, (0, []))
     if not first:
@@ -213,18 +214,19 @@ def named_records(
     else:
         names = next((form for form in forms if len(form) == width), None)
         if not names:
-            raise refusal(path, first, f"{columns(width)}, and no known names: {name_them(forms)}")
+            why = f"{column_count(width)}, and no known names: {name_them(forms)}"
+            raise refusal(path, first, why)
         rows = chain([(first, cells)], rows)
 
     def records() -> Iterator[tuple[int, dict[str, str]]]:
         for number, cells in rows:
             if len(cells) != width:
-                why = f"{columns(len(cells))} where line {first:,} has {width}"
+                why = f"{column_count(len(cells))} where line {first:,} has {width}"
                 raise refusal(path, number, why)
             yield number, dict(zip(names, cells, strict=True))
 
     return named, records()
 
 
-def columns(n: int) -> str:
+def column_count(n: int) -> str:
     return f"{n} column{'s' * (n != 1)}"

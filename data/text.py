@@ -28,7 +28,7 @@ from data.hashes import known_hashes, remembered
 
 BLOCK = 1 << 20  # bytes read at a time, and about the size of a piece
 TRAIN_SHARE = 0.9
-HEAD = 1 << 16  # bytes by which a file is refused before any work is done
+HEAD = 1 << 16  # bytes that are checked before any work is done
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what a folder is searched for, also with .gz
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 NAMES = ("stdlib", "shakespeare")
@@ -36,7 +36,7 @@ NAMES = ("stdlib", "shakespeare")
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes start to end of one (decompressed) file; end None means its end."""
+    """The bytes from start to end of one (decompressed) file; None is the end of the file."""
 
     path: Path
     start: int = 0
@@ -45,7 +45,7 @@ class Part:
 
 @dataclass
 class Corpus:
-    """Named text in two splits. `hash` is of the files' contents and of how they are divided."""
+    """Named text in two splits. `hash` is of the files' contents and how they are divided."""
 
     name: str
     hash: str
@@ -91,12 +91,12 @@ def open_corpus(data: str, cache: Path) -> Corpus:
 
 
 def name_of(path: Path) -> str:
-    """Of a file without its endings: what is made from it is called after it."""
+    """The name of a file without its endings; what is made from the file is called after it."""
     return path.name.partition(".")[0] or path.name
 
 
 def whole(corpus: Corpus) -> Corpus:
-    """The same files, all of which validate: to score a text that is one's own."""
+    """The same files, all of which validate, to score the user's own text as a whole."""
     paths = sorted({part.path for part in (*corpus.train, *corpus.validation)})
     digest = hashlib.sha256(f"whole {corpus.hash}".encode()).hexdigest()
     parts = [Part(path) for path in paths]
@@ -114,7 +114,8 @@ def stdlib_files() -> tuple[Path, list[Path]]:
 
 
 def sorted_files(folder: Path, files: list[Path]) -> list[Path]:
-    """By relative name with / on every system, so that every machine splits a folder alike."""
+    """The files sorted by relative name, with / on every system, so that every machine splits a
+    folder in the same way."""
     return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
 
 
@@ -155,7 +156,7 @@ def file_corpus(name: str, path: Path, cache: Path, prompts: list[str] | None = 
 
 
 def cut_and_sha256(path: Path) -> str:
-    """Where a text is divided, and its hash: for a .gz, both take reading it all."""
+    """Where a text is divided, in bytes, and its hash. For a .gz, both take reading all of it."""
     cut = next_border(path, int(text_size(path) * TRAIN_SHARE), b"\n" if is_jsonl(path) else None)
     return f"{cut} {file_sha256(path)}"
 
@@ -172,7 +173,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def check_text(path: Path) -> None:
-    """Refuses an empty or binary file before any work is done."""
+    """Raises ValueError for a file that is empty, binary or not UTF-8, before any work is done."""
     head = next(blocks(Part(path, 0, HEAD)), b"")
     if not head and path.name != "__init__.py":
         raise ValueError(f"{path} is empty: give a file with text in it")
@@ -204,7 +205,7 @@ def next_border(path: Path, cut: int, border: bytes | None) -> int:
 
 
 def text_size(path: Path) -> int:
-    """Bytes of the text; those of a .gz are known only after reading it all."""
+    """Bytes of the text; for a .gz, they are known only after reading all of it."""
     if not path.name.lower().endswith(".gz"):
         return path.stat().st_size
     return sum(map(len, blocks(Part(path))))
@@ -215,7 +216,7 @@ def blocks(part: Part) -> Iterator[bytes]:
     left = None if part.end is None else part.end - part.start
     try:
         with open_bytes(part.path) as file:
-            file.seek(part.start)  # gzip reads on to there by itself
+            file.seek(part.start)  # gzip reads up to there by itself
             while block := file.read(BLOCK if left is None else min(BLOCK, left)):
                 left = None if left is None else left - len(block)
                 yield block
@@ -227,9 +228,9 @@ def text_pieces(part: Part) -> Iterator[str]:
     r"""The text of a part in pieces that a tokenizer may take one by one.
 
     A piece ends after a line break that has no white space on either side. No split pattern joins
-    what such a border separates, so the tokens are those of the undivided text. Where several
-    megabytes hold no such place (or lines end in \r\n), they are cut anywhere: that costs a token
-    or two, and no text.
+    what such a border separates, so the tokens are those of the undivided text. If 4 MB have no
+    such place (lines that end in \r\n, for example), they are cut anywhere, which costs a token or
+    two but no text.
     """
     decoder, offset, rest = codecs.getincrementaldecoder("utf-8")(), part.start, ""
     for block in blocks(part):

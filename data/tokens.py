@@ -1,8 +1,8 @@
-"""Text -> token ids, made once, in parallel, and reused as long as nothing changed.
+"""Text -> token ids, made once, in parallel, and reused as long as nothing changes.
 
-How they lie on disk: `data/shards.py`. Every document begins with a border token. GPT's is
-<|endoftext|>: so the first word is predicted from something, the end is learnt, and a sample that
-starts from that token is a document.
+`data/shards.py` says how they lie on disk. Every document begins with a border token. GPT's is
+<|endoftext|>, so that the first word is predicted from something, the end is learnt, and a sample
+that starts from that token is a document.
 """
 
 import json
@@ -21,17 +21,18 @@ from data.gpt2_files import read_gpt2_files
 from data.shards import Origin, TokenFile, open_shards, write_shards
 from data.text import Corpus
 
-if TYPE_CHECKING:  # a script loads those that it meets
+if TYPE_CHECKING:  # a script loads only those that it needs
     from data.sentencepieces import SentencePieces
     from wordpiece import WordPiece
 
 AnyTokenizer = Union[Tokenizer, "WordPiece", "SentencePieces"]
 SPLITS = ("train", "validation")
-TOKENIZER_CHARACTERS = 100_000_000  # of training text that a new tokenizer is learnt from
+TOKENIZER_CHARACTERS = 100_000_000  # of training text from which a new tokenizer is learnt
 
 
 def tokenizer_from_json(text: str) -> AnyTokenizer:
-    """What to_json() of any of the tokenizers wrote; ValueError, in one sentence, otherwise."""
+    """The tokenizer, of any kind, whose to_json() wrote this. Raises ValueError, in one sentence,
+    for other text."""
     try:
         state = json.loads(text)
         kind = state.get("type") if isinstance(state, dict) else None
@@ -49,7 +50,8 @@ def tokenizer_from_json(text: str) -> AnyTokenizer:
 
 
 def load_tokenizer(path: Path) -> AnyTokenizer:
-    """What save() of the byte-level one wrote, or to_json() of any; ValueError names the path."""
+    """The tokenizer in a file that save() of the byte-level one or to_json() of any one wrote.
+    Raises ValueError, which names the path, for other files."""
     try:
         return tokenizer_from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -70,24 +72,24 @@ def tokenize(
             tqdm.write(f"making the tokens again: {error}")
     cache.mkdir(parents=True, exist_ok=True)
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
-    with closing(encoded(corpus, split, tokenizer, width, border)) as pieces:
+    with closing(encode_pieces(corpus, split, tokenizer, width, border)) as pieces:
         write_shards(path, origin, width, pieces)
     return open_shards(path, origin)
 
 
-def encoded(
+def encode_pieces(
     corpus: Corpus, split: str, tokenizer: AnyTokenizer, width: int, border: str
 ) -> Iterator[tuple[bytes, int]]:
-    """(ids of `width` bytes each, bytes of their text) of each batch of pieces, in order."""
-    encoder = Encoder(tokenizer, width, tokenizer.special_tokens[border])
-    batches = batched(numbered(corpus.pieces(split)), lambda piece: len(piece[0]))
+    """Yields (ids of `width` bytes, bytes of their text) for each batch of pieces, in order."""
+    encoder = CorpusEncoder(tokenizer, width, tokenizer.special_tokens[border])
+    batches = batched(number_documents(corpus.pieces(split)), lambda piece: len(piece[0]))
     with tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=None) as bar:
         for ids, size in on_all_cores(encoder, batches):
             bar.update(size)
             yield ids, size
 
 
-def numbered(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool, int]]:
+def number_documents(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool, int]]:
     """Each piece with the number of its document."""
     document = -1
     for text, begins in pieces:
@@ -95,9 +97,9 @@ def numbered(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool, in
         yield text, begins, document
 
 
-class Encoder:
-    """Pieces of a corpus -> their ids in bytes. WordPiece remembers those of each stretch of text;
-    byte-level BPE does not, for tiktoken's core merges as fast as Python would look them up."""
+class CorpusEncoder:
+    """Pieces of a corpus -> their ids as bytes. WordPiece remembers the ids of stretches of text;
+    byte-level BPE does not, because tiktoken's core merges as fast as Python would look them up."""
 
     def __init__(self, tokenizer: AnyTokenizer, width: int, border: int):
         self.dtype = np.dtype(f"<u{width}")
@@ -107,7 +109,7 @@ class Encoder:
             self.encoders.append(tokenizer.encode_target)
 
     def __call__(self, pieces: list[tuple[str, bool, int]]) -> tuple[bytes, int]:
-        """(ids, each document's behind the border token; bytes of the texts)."""
+        """(ids, with the border token before each document; bytes of the texts)."""
         found, size = [], 0
         for text, begins, document in pieces:
             encode = self.encoders[document % len(self.encoders)]
@@ -130,7 +132,8 @@ def both_splits(
     border: str = END_OF_TEXT,
     **more,
 ):
-    """(train, validation) of a data class that reads token files: what there is to prepare.
+    """(train, validation) of a data class that reads token files. The tokenizer and the files are
+    made if they are not there yet.
 
     special_tokens are those that the task needs; `border` is the one before each document.
     """
@@ -143,7 +146,7 @@ def both_splits(
 
 
 def settings(config, sizes: dict, *names: str) -> dict:
-    """{argument: value} of a data class, of what all take and of `names`, which are flags."""
+    """{argument: value} for a data class: what all of them take, and the flags `names`."""
     values = {name: getattr(config, name) for name in ("batch_size", "seed", *names)}
     return {"block_size": sizes["block_size"], "max_tokens": config.eval_tokens, **values}
 
@@ -151,7 +154,8 @@ def settings(config, sizes: dict, *names: str) -> dict:
 def get_tokenizer(
     config, sizes: dict, corpus: Corpus, special_tokens: tuple[str, ...]
 ) -> AnyTokenizer:
-    """GPT-2's own, one from a file, or (cached) one learnt from the training part of the corpus."""
+    """GPT-2's own tokenizer, one from a file, or (cached) one learnt from the training split of the
+    corpus. Raises ValueError for flags that cannot be followed."""
     cache, vocab_size = Path(config.cache_dir), sizes["vocab_size"]
     if config.tokenizer:
         if config.tokenizer == "gpt2":
@@ -172,7 +176,7 @@ def get_tokenizer(
         except ValueError:
             path.unlink()
     tokenizer = Tokenizer.train(
-        limited(corpus, TOKENIZER_CHARACTERS),
+        first_characters(corpus, TOKENIZER_CHARACTERS),
         vocab_size,
         PATTERNS[config.pattern],
         special_tokens,
@@ -184,7 +188,7 @@ def get_tokenizer(
 
 
 def check_special(tokenizer: AnyTokenizer, special_tokens: tuple[str, ...], given: str) -> None:
-    """ValueError where what --tokenizer gives lacks some that the task needs."""
+    """Raises ValueError if the tokenizer of --tokenizer lacks a token that the task needs."""
     lacking = [name for name in special_tokens if name not in tokenizer.special_tokens]
     if lacking:
         raise ValueError(
@@ -193,7 +197,8 @@ def check_special(tokenizer: AnyTokenizer, special_tokens: tuple[str, ...], give
         )
 
 
-def limited(corpus: Corpus, characters: int):
+def first_characters(corpus: Corpus, characters: int) -> Iterator[str]:
+    """The training text up to so many characters, in pieces."""
     for text, _ in corpus.pieces("train"):
         if characters <= 0:
             return

@@ -48,11 +48,12 @@ def wmt14_files(split: str, source: str, cache: Path) -> Iterator[tuple[tuple[Pa
     for remote, *members in WMT14[split]:
         if source == "en":
             members.reverse()
-        yield unpacked(remote, members, cache), f"{remote.sha256} {' '.join(members)}"
+        yield unpacked_files(remote, members, cache), f"{remote.sha256} {' '.join(members)}"
 
 
-def unpacked(remote: Remote, members: list[str], cache: Path) -> tuple[Path, ...]:
-    """Members of a .tgz as .gz files of their lines in `cache`; the archive may go afterwards."""
+def unpacked_files(remote: Remote, members: list[str], cache: Path) -> tuple[Path, ...]:
+    """Members of a .tgz as .gz files of their lines in `cache`. Once they are there, the archive
+    may be deleted."""
     names = [PurePosixPath(member).name.removesuffix(".sgm") for member in members]
     paths = tuple(cache / f"wmt14-{name}.gz" for name in names)
     missing = {m: path for m, path in zip(members, paths, strict=True) if not path.is_file()}
@@ -62,14 +63,15 @@ def unpacked(remote: Remote, members: list[str], cache: Path) -> tuple[Path, ...
 
 
 def unpack(archive: Path, members: dict[str, Path]) -> None:
-    """Copies {member: where to} in one pass. Nothing else of the archive is written, and no name
-    in it decides where; an .sgm becomes a line for each of its segments."""
+    """Copies the members {member: path to write} in one pass. Nothing else in the archive is
+    written, and no name in it decides where. An .sgm becomes one line for each of its segments.
+    Raises ValueError for an archive that is damaged or lacks a member."""
     left = dict(members)
-    shown = {"desc": f"unpacking {archive.name}", "disable": None}
+    bar = {"desc": f"unpacking {archive.name}", "disable": None}
     try:
         with (
             archive.open("rb") as file,
-            tqdm.wrapattr(file, "read", archive.stat().st_size, **shown) as raw,
+            tqdm.wrapattr(file, "read", archive.stat().st_size, **bar) as raw,
             tarfile.open(fileobj=raw, mode="r|gz") as tar,
         ):
             for entry in tar:

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.futures import Future
 
 from engine.processes import Processes
-from optim import one_by_one
+from optim import separate_states
 
 # ---- writing -------------------------------------------------------------------------------------
 
@@ -176,13 +176,13 @@ def attach_tensors(path: Path, checkpoint: dict, whole: bool) -> None:
         del checkpoint["parts"]
 
 
-# ---- names: "model/NAME" and "optimizer/WHICH/NUMBER/NAME", with WHICH from `one_by_one` ---------
+# ---- names: "model/NAME" and "optimizer/WHICH/NUMBER/NAME", WHICH as in `separate_states` --------
 
 
 def flatten(weights: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
     """{name: tensor} of all tensors in the state of a model and in that of an optimizer."""
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
-    for which, one in one_by_one(state).items():
+    for which, one in separate_states(state).items():
         for number, found in one["state"].items():
             tensors |= {f"optimizer/{which}/{number}/{name}": t for name, t in found.items()}
     return tensors
@@ -195,7 +195,7 @@ def set_tensor(checkpoint: dict, name: str, tensor) -> None:
         checkpoint["model"][rest] = tensor
     else:
         which, number, key = rest.split("/")
-        state = one_by_one(checkpoint["optimizer"])[which]["state"]
+        state = separate_states(checkpoint["optimizer"])[which]["state"]
         state.setdefault(int(number), {})[key] = tensor
 
 

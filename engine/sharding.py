@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import optim
 from engine.processes import Processes
 from model import MLP, Attention, Block
-from optim import Together, one_by_one
+from optim import ChainedOptimizer, separate_states
 
 if TYPE_CHECKING:  # a second to import, which only --shard needs
     from torch.distributed.device_mesh import DeviceMesh
@@ -166,7 +166,7 @@ class DividedOptimizer:
     """An optimizer whose state is divided (ZeRO's stage 1): each parameter has an owner among the
     processes, which alone has its state and makes its step."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer | Together, group: Processes):
+    def __init__(self, optimizer: torch.optim.Optimizer | ChainedOptimizer, group: Processes):
         self.optimizer, self.group = optimizer, group
         self.owned: list[list[Tensor]] = [[] for _ in range(group.world)]  # of each process
         costs = [  # two moments of AdamW, one of Muon
@@ -217,8 +217,8 @@ def make_sharded_optimizer(shard: str, group: Processes, model: nn.Module, name:
     """The optimizer of optim.make_optimizer(model, name, **settings), divided as --shard says."""
     if group.world == 1:
         return optim.make_optimizer(model, name, **settings)
-    Matrices = DividedMuon if shard == "model" else optim.Muon
-    optimizer = optim.make_optimizer(model, name, Matrices=Matrices, **settings)
+    muon = DividedMuon if shard == "model" else optim.Muon
+    optimizer = optim.make_optimizer(model, name, muon=muon, **settings)
     return DividedOptimizer(optimizer, group) if shard == "optimizer" else optimizer
 
 
@@ -228,10 +228,10 @@ def holds(optimizer, parameter: Tensor) -> bool:
 
 
 def optimizers_of(optimizer) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers of torch that this one consists of, named as `one_by_one` names the states."""
+    """The optimizers of torch that this one consists of, named as `separate_states` has them."""
     if isinstance(optimizer, DividedOptimizer):
         return optimizers_of(optimizer.optimizer)
-    if isinstance(optimizer, Together):
+    if isinstance(optimizer, ChainedOptimizer):
         return {str(i): one for i, one in enumerate(optimizer.optimizers)}
     return {"": optimizer}
 
@@ -257,7 +257,7 @@ def whole_state(model: nn.Module, optimizer, group: Processes) -> tuple[dict, di
 
     weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     state = optimizer.state_dict() if optimizer else {}
-    for one in one_by_one(state).values():
+    for one in separate_states(state).values():
         found = from_owners(one, group) if isinstance(optimizer, DividedOptimizer) else one["state"]
         one["state"] = {i: {k: whole(t) for k, t in s.items()} for i, s in found.items()}
     return (weights, state) if group.main else ({}, {})
@@ -315,7 +315,7 @@ def load_optimizer(optimizer, state: dict) -> None:
     """Loads the state of a whole optimizer, as every checkpoint has it, into an optimizer, divided
     or not; each process takes what it holds, or reads it from a checkpoint in parts."""
     inner, own = optimizers_of(optimizer), {}
-    for which, one in one_by_one(state).items():
+    for which, one in separate_states(state).items():
         mine = {i: p for i, p in enumerate(parameters(inner[which])) if holds(optimizer, p)}
         moments = {
             i: {k: part_for(mine[i], t) for k, t in found.items()}

@@ -11,29 +11,30 @@ A network's class has
                  of its training data (the labels of a classifier)
     forward      **batch -> {name: summed loss} for each "…targets" of the batch ("mlm_targets" has
                  the loss "mlm", plain "targets" the loss "loss"), and perhaps other sums, which are
-                 reported. In evaluation "predicted" may be among them: Data.measure gets it
-    flops_per_token()  of training, for the plan
+                 reported. In evaluation it may also return "predicted", for Data.measure
+    flops_per_token()  floating-point operations that training takes, for the plan
 
 A task's module has
 
     Flags        the dataclass of train.py's flags: TrainConfig or FinetuneConfig of tasks/flags.py,
                  with defaults and fields of its own
     Data         what becomes batches; see below
-    GOAL         the figure of Data.report or Data.measure of which best.pt has the most, or with
-    LOWER_IS_BETTER = True the least
+    GOAL         the figure of Data.report or Data.measure by which best.pt is chosen
+    LOWER_IS_BETTER  whether a lower figure is the better one
     SampleFlags  the dataclass of sample.py's flags
-    sample(model, tokenizer, flags, checkpoint, score)  prints what sample.py says; score(data)
-                 prints the figures of the model on --eval's data. checkpoint: all but the tensors
-    show(model, tokenizer, data, folder) -> [text]  what is printed when a run ends, of its best
-                 model; data are those that validate, folder is the run's, for pictures
-    ask(prompts) -> the flags with which sample.py says more of that kind
+    sample(model, tokenizer, flags, checkpoint, score)  does what sample.py is asked to, and prints
+                 it; score(data) prints the model's figures on --eval's data. checkpoint: all of it
+                 but the tensors
+    show(model, tokenizer, data, folder) -> [text]  what is printed when a run ends, from its best
+                 model; data are those that validate; pictures go into folder, the run's
+    ask(prompts) -> the flags with which sample.py prints more of that kind
     batch_shapes(flags, config, B, T) -> {argument of forward: shape} of a full micro-batch of
                  B rows of T tokens, for the plan of memory. Names that end in "keep" are bool,
-                 "weights" are floats, all others ids
+                 "weights" are floats, and all others ids
 
 Data has
 
-    special_tokens                      those that its tokenizer needs
+    special_tokens                      the special tokens that its tokenizer needs
     splits(flags, sizes, tokenizer)     (training data, validation data). sizes are the network's
                                         settings as a dict; tokenizer None: see get_tokenizer
     batch(i)     a pure function of (seed, split, i) -> {argument of the network's forward: tensor};
@@ -41,7 +42,7 @@ Data has
     tokens_per_batch, tokens_per_epoch, n_batches       the last of an evaluation
     report(sums, counts) -> {name: figure}, "loss" among them; both are sums over an evaluation,
                  of what forward returns and of targets
-    measure(predicted) -> {name: figure}, optional: what only all predictions together tell;
+    measure(predicted) -> {name: figure}, optional: figures that need all predictions together;
                  predicted[i] is the array that the network returned as "predicted" for batch i
     details() -> text, optional: more about the last evaluation, printed behind --eval's figures
     tokenizer, fingerprint              the latter a hash of the text and its division

@@ -2,33 +2,23 @@
 
 A row is [CLS] text [SEP], or [CLS] text [SEP] text_b [SEP] with the second part in segment 1, and
 the head is one matrix behind the pooled [CLS] (Devlin et al. 2019, arXiv:1810.04805, section 4.1).
-
-The files are those of `data/tables.py`: .csv, .tsv or .jsonl, each also as .gz. The columns are
-found by their names: those of the texts are a row of TEXTS, that of the label is one of LABELS.
-Without names, the columns are text and label, or text, text_b and label. Another order is not
-guessed, but refused where it shows: see `check_order`.
+The files: `data/labelled.py`.
 
 All figures follow from the confusion matrix, (k, k) counts: row c has the examples of label c,
-column c those that were called c. What is 0 / 0, such as the precision of a label that is never
+column c those that were predicted as c. 0 / 0, such as the precision of a label that is never
 predicted, counts as 0. Macro-F1 is the mean over the labels that occur, in truth or as a
-prediction: a label that does neither says nothing about the model. Both as scikit-learn does with
-zero_division=0.
+prediction: other labels say nothing about the model. scikit-learn with zero_division=0 does the
+same.
 
-Left out: several labels for a text, numbers to be predicted (regression), windows over texts longer
-than a row, which are cut instead, a search for texts that are in both splits, micro averages (for
-one label per example they are the accuracy), curves over thresholds (ROC), correlation (Matthews).
-Axes as in `model.py`; k counts labels.
+Left out: several labels for a text, numbers to predict (regression), windows over texts longer than
+a row, which are cut instead, micro averages (for one label per example they are the accuracy),
+curves over thresholds (ROC), correlation (Matthews). Axes as in `model.py`; k counts labels.
 """
 
-import hashlib
-import json
 import sys
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,13 +29,18 @@ from tqdm import tqdm
 
 from bert import Encoder, EncoderConfig, init_bert
 from data.buckets import InBuckets, evenly_within
-from data.division import divide_by_label
-from data.encoding import CLS, SEP, SPECIAL, assemble, encode_text
-from data.tables import HELD_OUT, Row, name_them, read_table, refusal
-from data.text import name_of
+from data.encoding import SPECIAL, encode_text
+from data.labelled import LabelledCorpus, open_labelled
 from data.tokens import SPLITS, AnyTokenizer, get_tokenizer, settings
-from tasks import encoders
-from tasks.encoders import TextFlags, label_sums, outputs, similar_lengths
+from tasks.encoders import (
+    TextFlags,
+    answer_texts,
+    answered,
+    collate,
+    label_sums,
+    outputs,
+    similar_lengths,
+)
 from tasks.flags import FinetuneConfig
 from tasks.whole import whole_file
 
@@ -81,8 +76,9 @@ class Classifier(Encoder):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """tokens (B, T) -> logits (B, k); or, given targets (B,), {"loss": summed loss, each times
-        its row's weight, "accuracy": number right}, and in evaluation "predicted" (B,)."""
+        """tokens (B, T) -> logits (B, k); or, given targets (B,) and perhaps weights (B,) of rows,
+        {"loss": summed loss, weighted, "accuracy": number of right labels}, and in evaluation also
+        "predicted" (B,)."""
         features = self.features(tokens, segments, keep)
         logits = self.head(self.dropout(self.pooled(features)))
         if targets is None:
@@ -93,135 +89,15 @@ class Classifier(Encoder):
         return label_sums(losses.sum(), logits, targets, self.training)
 
 
-# ---- examples ------------------------------------------------------------------------------------
-
-# A pair comes before a single text, so that it is not read as one.
-TEXTS = (
-    *(("text", "text_b"), ("text_a", "text_b"), ("sentence1", "sentence2")),
-    *(("question1", "question2"), ("premise", "hypothesis")),
-    *(("question", "sentence"), ("question", "passage")),
-    *(("text",), ("sentence",), ("question",), ("review",)),
-)
-LABELS = ("label", "gold_label", "is_duplicate", "class", "sentiment")
-FORMS = [(*texts, label) for texts in TEXTS for label in LABELS]
-
-
-class Example(NamedTuple):
-    line: int  # of its file, where it begins
-    texts: tuple[str, ...]  # one or two, white space collapsed
-    label: str
-
-
-def read_examples(path: Path, known: Collection[str] = ()) -> list[Example]:
-    """All of a file, in order. `known`: labels for which no order of columns is doubted. Raises
-    ValueError, which names the line, where one is broken."""
-    table = read_table(path, FORMS, collapse=True)
-    if not table.named:
-        check_order(path, table.rows, known)
-    return [Example(line, texts[:-1], texts[-1]) for line, texts in table.rows]
-
-
-def check_order(path: Path, rows: list[Row], known: Collection[str]) -> None:
-    """Refuses columns without names where they show that they are not what they would be taken
-    for: labels come first (the first column has fewer values than the last), or the first line is
-    names that are not known here (what would be its label comes nowhere else). Labels that are
-    known already are doubted in neither case."""
-    first, last = (Counter(texts[i] for _, texts in rows) for i in (0, -1))
-    unknown, (number, texts) = last.keys() - set(known), rows[0]
-    if len(first) < len(last) and unknown:
-        why = f"the first column has {len(first):,} different values and the last {len(last):,}, as"
-        why += f" if the label came first: {name_them(FORMS)}, in the order of the file"
-        raise refusal(path, number, why)
-    if len(rows) > 2 and last[texts[-1]] == 1 and texts[-1] in unknown:
-        why = f"its label {texts[-1][:40]!r} comes nowhere else, as if the line were names that are"
-        raise refusal(path, number, f"{why} not known here: {name_them(FORMS)}")
-
-
-@dataclass
-class LabelledCorpus:
-    """Examples in two splits. `hash` is of their contents, division and labels."""
-
-    name: str
-    hash: str
-    rule: str  # how it was split, for the plan
-    prompts: list[str]  # to show what a model has learnt; the texts of a pair have a tab between
-    labels: tuple[str, ...]
-    splits: dict[str, list[Example]]
-
-    def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
-        """What a new tokenizer learns from: every text, as `encode_text` shows it."""
-        for example in self.splits[split]:
-            for text in example.texts:
-                yield f" {text}", True
-
-
-def open_labelled(data: str, *, valid: str = "", labels: Sequence[str] = ()) -> LabelledCorpus:
-    """data and valid are files. Where valid is empty, one in HELD_OUT of each label validates,
-    drawn with a fixed seed.
-
-    labels: those that a checkpoint has, in its order; empty: those of data, by number where all
-    are whole numbers, else sorted. Raises ValueError on bad input.
-    """
-    train = read_examples(Path(data), labels)
-    found = sorted({example.label for example in train})
-    if len(found) < 2 and not labels:
-        raise ValueError(f"all examples of {data} have the label {found[0]}: give some of another")
-    whose = "the checkpoint's" if labels else f"those of {data}"
-    if labels:
-        refuse_others(data, train, labels, whose)
-    else:
-        with suppress(ValueError):  # else they stay in the order of their spelling
-            found.sort(key=int)
-        labels = found
-    if valid:
-        validation = read_examples(Path(valid), labels)
-        refuse_others(valid, validation, labels, whose)
-        if len(train[0].texts) != len(validation[0].texts):
-            raise ValueError(
-                f"{data} has {len(train[0].texts)} and {valid} {len(validation[0].texts)} texts "
-                "for a label: give both in one form"
-            )
-        divided = "the given files"
-    else:
-        train, validation = divide_by_label(train, [example.label for example in train], HELD_OUT)
-        if not validation:
-            raise ValueError(f"no label of {data} comes twice, none can be held out: give --valid")
-        divided = f"one in {HELD_OUT} of each label that comes twice, drawn with a fixed seed"
-    splits = {"train": train, "validation": validation}
-    content = [[[*x.texts, x.label] for x in examples] for examples in splits.values()]
-    digest = hashlib.sha256(json.dumps(["labelled 1", list(labels), content]).encode()).hexdigest()
-    rule = f"{len(train):,} examples train, {len(validation):,} validate ({divided})"
-    name, prompts = name_of(Path(data)), some_of_each_label(validation)
-    return LabelledCorpus(name, digest, rule, prompts, tuple(labels), splits)
-
-
-def refuse_others(data: str, examples: list[Example], known: Sequence[str], whose: str) -> None:
-    for example in examples:
-        if example.label not in known:
-            more = ", …" * (len(known) > 10)
-            raise ValueError(
-                f"{data}, line {example.line:,}: the label {example.label!r} is none of {whose} "
-                f"({', '.join(known[:10])}{more}): correct it, or leave the line out"
-            )
-
-
-def some_of_each_label(examples: list[Example], number: int = 4) -> list[str]:
-    """The first text of each label, then the second, and so on."""
-    before, ranked = Counter(), []
-    for example in examples:
-        ranked.append((before[example.label], "\t".join(example.texts)))
-        before[example.label] += 1
-    return [text for _, text in sorted(ranked, key=lambda x: x[0])[:number]]
-
-
 # ---- rows and batches ----------------------------------------------------------------------------
 
 
 def encode_parts(
     tokenizer: AnyTokenizer, texts: Sequence[str], length: int
 ) -> tuple[list[np.ndarray], bool]:
-    """One text or two -> (their ids, whether they were cut to fit, with [CLS] and a [SEP] each,
-    into `length` tokens). The longer text loses its end first; of equal ones, the second."""
+    """One text or two -> (the ids of each, whether they were cut so that they fit into `length`
+    tokens with [CLS] and a [SEP] each). The longer text loses its end first; of two equally long
+    ones, the second does. Raises ValueError where `length` is too small."""
     n, parts = len(texts), [np.array(encode_text(tokenizer, text), np.int32) for text in texts]
     space = length - 1 - n
     if space < n:
@@ -237,13 +113,6 @@ def encode_parts(
     return parts, cut
 
 
-def collate(rows: Sequence[list[np.ndarray]], tokenizer: AnyTokenizer) -> dict[str, Tensor]:
-    """Rows of one text, or all of two, as `encoders.collate` has them; pairs have segments."""
-    special = tokenizer.special_tokens
-    ids, segments = zip(*(assemble(r, special[CLS], special[SEP]) for r in rows), strict=True)
-    return encoders.collate(ids, tokenizer, segments if len(rows[0]) > 1 else None)
-
-
 @dataclass
 class Flags(FinetuneConfig):
     class_weights: bool = False  # a rare label counts for more: all of them the same in sum
@@ -252,9 +121,10 @@ class Flags(FinetuneConfig):
 class Data(InBuckets):
     """Labelled texts.
 
-    class_weights: a training batch weighs a row by n / (k · its label's rows), so that each of the
-    k labels that occur has the same weight in all, and a row the weight 1 on average.
-    Validation: in order, never weighted; if max_tokens is less than the text, evenly spaced rows.
+    class_weights: in training, the weight of a row is n / (k · number of rows of its label), where
+    n counts rows and k the labels that occur: all labels have the same weight in sum, and a row has
+    the weight 1 on average. Validation: in order, never weighted; if max_tokens is less than the
+    text, evenly spaced rows.
     """
 
     special_tokens = SPECIAL
@@ -296,15 +166,15 @@ class Data(InBuckets):
 
     @classmethod
     def splits(cls, flags: Flags, sizes: dict, tokenizer: AnyTokenizer | None = None):
-        """(train, validation); a vocabulary, if none is given, is learnt from the training text."""
+        """(train, validation); a tokenizer is learnt from the training texts unless given."""
         corpus = open_labelled(flags.data, valid=flags.valid, labels=sizes["labels"])
         tokenizer = tokenizer or get_tokenizer(flags, sizes, corpus, cls.special_tokens)
         more = settings(flags, sizes, "row_length", "tokens_per_step", "class_weights")
         return tuple(cls(corpus, split, tokenizer, **more) for split in SPLITS)
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """What `collate` makes and {"targets": (B,)}, indices into labels; with class_weights in
-        training also "weights": (B,)."""
+        """The batch that `collate` makes and {"targets": (B,)}, indices of labels; in training with
+        class_weights also "weights": (B,)."""
         _, rows, empty = self.buckets.batch(i)
         rows = self.chosen[rows]
         batch = collate([self.rows[row] for row in rows], self.tokenizer)
@@ -316,11 +186,12 @@ class Data(InBuckets):
         return batch
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """Loss in nats and share of right answers, per text."""
+        """The loss in nats per text, and the share of right labels."""
         return {name: sums[name] / max(counts["loss"], 1) for name in ("loss", "accuracy")}
 
     def measure(self, predicted: dict[int, np.ndarray]) -> dict[str, float]:
-        """predicted[i] (B,) are the class indices that the model gave the rows of batch i."""
+        """{"accuracy", "macro_f1"}, to 6 digits. predicted[i] (B,) are the indices of the labels
+        that the model predicts for the rows of batch i."""
         k = len(self.labels)
         self.confusion = np.zeros((k, k), np.int64)
         for i, classes in predicted.items():
@@ -353,11 +224,11 @@ def batch_shapes(flags: Flags, config: LabelConfig, B: int, T: int) -> dict[str,
 
 # ---- figures -------------------------------------------------------------------------------------
 
-LARGEST_MATRIX = 20  # labels of which the terminal shows all pairs
+LARGEST_MATRIX = 20  # with more labels, the terminal does not show the matrix
 
 
 def confusion_matrix(gold: np.ndarray, predicted: np.ndarray, k: int) -> np.ndarray:
-    """(N,) and (N,) class indices below k -> (k, k) counts."""
+    """gold (N,) and predicted (N,), indices of labels below k -> counts (k, k)."""
     return np.bincount(gold * k + predicted, minlength=k * k).reshape(k, k)
 
 
@@ -382,9 +253,9 @@ def macro_f1(confusion: np.ndarray) -> float:
 
 
 def confusion_table(confusion: np.ndarray, labels: Sequence[str]) -> str:
-    """Lines for the terminal: the figures of each label, then the matrix, in which the labels are
-    letters (numbers may be their names) and 0 is a dot. Names come last, so that no length or
-    script of theirs moves a column."""
+    """Lines for the terminal: the figures of each label, then the matrix, in which labels are
+    letters (their names may be numbers) and 0 is a dot. Names come last, so that their length and
+    script move no column."""
     letters = len(labels) <= LARGEST_MATRIX
     signs = [chr(97 + i) if letters else str(i + 1) for i in range(len(labels))]
     lines = [f"accuracy {accuracy(confusion):.3f}, macro-F1 {macro_f1(confusion):.3f}", ""]
@@ -407,9 +278,9 @@ def confusion_table(confusion: np.ndarray, labels: Sequence[str]) -> str:
 
 
 def draw_confusion(confusion: np.ndarray, labels: Sequence[str], path: Path) -> Path | None:
-    """The matrix as a picture; a row's colours are shares of it, so that rare labels show too.
+    """Draws the matrix into `path`; colours are shares of a row, so that rare labels show too.
 
-    None where matplotlib is missing: a run does not fail for want of a picture.
+    Returns None where matplotlib is missing: no run fails because it has no picture.
     """
     try:
         from matplotlib.figure import Figure
@@ -452,12 +323,12 @@ def classify(
     prompts: list[str],
     flags: TextFlags,
     bar: tqdm | None = None,
-    first: int = 0,
+    first_line: int = 0,
 ) -> list[str]:
-    """For each text "positive 97.1%, negative 2.9%", the five likeliest labels at most; of a text
-    without words, nothing. A tab divides the two texts of a model that labels pairs: ValueError if
-    it is not there. But where the prompts are lines of standard input (first > 0), such a line
-    gets a note on stderr and an empty answer."""
+    """For each text at most its five likeliest labels, "positive 97.1%, negative 2.9%"; for a text
+    without words, nothing. A tab divides the two texts of a model that labels pairs. Raises
+    ValueError where it is missing; but a line of standard input (first_line > 0) then gets a note
+    on stderr and an empty answer."""
     rows, answers, n_cut = {}, [""] * len(prompts), 0
     for number, prompt in enumerate(prompts):
         parts = prompt.split("\t", 1) if model.config.pairs else [prompt]
@@ -465,9 +336,9 @@ def classify(
             continue
         if model.config.pairs and len(parts) < 2:
             wrong = "is one text, but this model labels pairs: put a tab between the two"
-            if not first:
+            if not first_line:
                 raise ValueError(f"the prompt {prompt[:60]!r} {wrong}")
-            tqdm.write(f"note: line {first + number:,} {wrong}", file=sys.stderr)
+            tqdm.write(f"note: line {first_line + number:,} {wrong}", file=sys.stderr)
             continue
         rows[number], was_cut = encode_parts(tokenizer, parts, model.config.block_size)
         n_cut += was_cut
@@ -492,12 +363,12 @@ def sample(model: nn.Module, tokenizer: AnyTokenizer, flags: TextFlags, checkpoi
     if flags.eval:
         score(whole_file(Flags, Data, tokenizer, flags, checkpoint))
     else:
-        encoders.answer_texts(classify, model, tokenizer, flags)
+        answer_texts(classify, model, tokenizer, flags)
 
 
 def show(model: nn.Module, tokenizer: AnyTokenizer, data: Data, folder: Path) -> list[str]:
-    """A few texts with their labels; then all confusions, as a table and as a picture."""
-    shown = encoders.answered(classify, model, tokenizer, data.prompts, SampleFlags())
+    """A few texts with their labels; then the confusion matrix, as a table and as a picture."""
+    shown = answered(classify, model, tokenizer, data.prompts, SampleFlags())
     batches = range(data.n_batches)
     data.measure({i: outputs(model, data.batch(i))["predicted"].cpu().numpy() for i in batches})
     table = data.details()

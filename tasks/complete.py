@@ -3,19 +3,19 @@
     <|endoftext|> prompt completion <|endoftext|>
 
 and only the completion and its end are targets: the model learns to answer, not to ask (Radford et
-al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.2; the loss on
-the answer alone is that of InstructGPT's supervised step, Ouyang et al. 2022, arXiv:2203.02155).
+al. 2018, "Improving Language Understanding by Generative Pre-Training", section 3.2; InstructGPT's
+supervised step has the loss on the answer alone, Ouyang et al. 2022, arXiv:2203.02155).
 
-Prompt and completion are encoded one by one, so that their border is one between tokens, as it is
-when a model samples. What stands between them, a space, a line end or a word such as "Answer:", is
-the user's business, with one exception: byte-level BPE gives a space to the word behind it, so a
-space that ends the prompt is moved to the completion (`split_space`, which sampling uses too).
+Prompt and completion are encoded separately, so that no token crosses their border, as in sampling.
+The table decides what is between them, a space, a line end or a word such as "Answer:", with one
+exception: in byte-level BPE a space belongs to the word behind it, so a space that ends the prompt
+is moved to the completion (`split_space`, which sampling uses too).
 
-A prompt may be empty. A completion may not: in a table that is nearly always a hole, and what is
-meant to be answered with nothing can be given a word for it ("none").
+A prompt may be empty. A completion may not: in a table that is nearly always a hole, and where the
+answer is nothing, a word can say so ("none").
 
-Left out: conversations of several turns and their templates, packing several rows into one,
-weights of single rows, a loss on the prompt.
+Left out: conversations of more than one turn and their templates, packing rows together, weights of
+single rows, a loss on the prompt.
 """
 
 import math
@@ -45,8 +45,8 @@ Flags = FinetuneConfig
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
-    """(tokens, bytes that the completion must begin with), as `text.encode_prompt` has them, but
-    behind <|endoftext|>, and names of special tokens in a prompt are text."""
+    """(tokens, bytes that the completion must begin with), as text.encode_prompt returns them, but
+    the tokens begin with <|endoftext|>, and names of special tokens in a prompt are text."""
     prompt, space = split_space(prompt)
     return [tokenizer.special_tokens[END_OF_TEXT], *tokenizer.encode(prompt)], space.encode()
 
@@ -58,8 +58,8 @@ class Data(InBuckets):
     """Batches of rows of similar length: see InBuckets.
 
     Validation: always the same rows; if max_tokens is less than all, evenly spaced ones. A row of
-    more than row_length + 1 tokens loses the beginning of its prompt, and where the completion
-    alone is too long, its end; both are counted.
+    more than row_length + 1 tokens loses the beginning of its prompt; a completion that is too long
+    by itself loses its end. Both are counted.
     """
 
     special_tokens = (END_OF_TEXT,)
@@ -71,12 +71,11 @@ class Data(InBuckets):
         tokenizer: Tokenizer,
         *,
         block_size: int,
-        batch_size: int,
         row_length: int = 0,
-        tokens_per_step: int = 0,
-        seed: int = 0,
         max_tokens: int = 0,
+        **buckets,
     ):
+        """buckets: see InBuckets.make_buckets."""
         self.row_length = min(row_length or block_size, block_size)
         self.tokenizer, self.fingerprint, self.rule = tokenizer, corpus.hash, corpus.rule
         prompts = dict.fromkeys(row.texts[0] for row in corpus.splits["validation"])
@@ -90,19 +89,12 @@ class Data(InBuckets):
         lengths, self.n_all = np.array([len(row) - 1 for row in self.rows]), len(self.rows)
         limit = 0 if split == "train" else max_tokens
         self.chosen = evenly_within(self.n_all, int(lengths.sum()), limit)
-        self.make_buckets(
-            lengths[self.chosen],
-            split,
-            block_size=block_size,
-            batch_size=batch_size,
-            tokens_per_step=tokens_per_step,
-            seed=seed,
-        )
+        self.make_buckets(lengths[self.chosen], split, block_size=block_size, **buckets)
 
     @classmethod
     def splits(cls, flags: FinetuneConfig, sizes: dict, tokenizer: Tokenizer | None = None):
-        """(train, validation) of a table with the columns "prompt" and "completion"; the tokenizer
-        is learnt from the training rows unless given."""
+        """(train, validation) of a table with the columns "prompt" and "completion"; a tokenizer is
+        learnt from the training rows unless given."""
         corpus = open_tables(flags.data, flags.valid, FORMS, blank=("prompt",))
         learnt = replace(corpus, splits={"train": space_moved(corpus.splits["train"])})
         tokenizer = tokenizer or get_tokenizer(flags, sizes, learnt, cls.special_tokens)
@@ -110,8 +102,8 @@ class Data(InBuckets):
         return tuple(cls(corpus, split, tokenizer, **more) for split in SPLITS)
 
     def add(self, prompt: str, completion: str) -> None:
-        """One more row. What is cut off a prompt is its <|endoftext|> first: behind the cut no
-        document begins. The completion keeps a token before it, from which it is predicted."""
+        """Adds a row. A prompt that is cut loses its <|endoftext|> first, since no document begins
+        at the cut. At least one token stays before the completion, to predict it from."""
         context, lead = encode_prompt(self.tokenizer, prompt)
         answer = [*self.tokenizer.encode(lead.decode() + completion), self.end]
         self.cut += len(answer) > self.row_length
@@ -123,8 +115,8 @@ class Data(InBuckets):
         self.borders.append(len(context))
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """{"tokens": (B, T), "targets": (B, T)}, the latter -100 in the prompt and at padding. That
-        is at the end, where a causal model does not look: no mask is needed."""
+        """{"tokens": (B, T), "targets": (B, T)}; targets are -100 in the prompt and at padding.
+        Padding comes last, where no position of a causal model looks: it needs no mask."""
         _, rows, empty = self.buckets.batch(i)
         tokens, targets = [], []
         for row in self.chosen[rows]:
@@ -138,7 +130,7 @@ class Data(InBuckets):
         return batch
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """Loss in nats per token of the completions, their ends among them, and perplexity."""
+        """The loss in nats per token of the completions, with their end tokens, and perplexity."""
         loss = sums["loss"] / max(counts["loss"], 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
@@ -157,7 +149,7 @@ class Data(InBuckets):
 
 
 def space_moved(rows: list[Row]) -> list[Row]:
-    """The rows as they are encoded, for a tokenizer to learn from."""
+    """The rows for a tokenizer to learn from, with spaces moved as in encoding."""
     split = ((line, *split_space(prompt), text) for line, (prompt, text) in rows)
     return [Row(line, (prompt, space + text)) for line, prompt, space, text in split]
 
@@ -172,13 +164,13 @@ def sample(
     checkpoint: dict,
     score: Callable[[Data], None],
 ) -> None:
-    """The scores of --eval, or else the completions of the prompts, read as in training."""
+    """Prints the scores of --eval, or else the completions of the prompts, read as in training."""
     if flags.eval:
         score(whole_file(Flags, Data, tokenizer, flags, checkpoint))
     else:
         text.print_completions(model, tokenizer, flags, encode_prompt)
 
 
-# All else is as for any text, but that prompts are read as in training.
+# All else is as for any text, except that prompts are read as in training.
 show = partial(text.show, encode=encode_prompt)
 ask, batch_shapes = text.ask, text.batch_shapes

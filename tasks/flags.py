@@ -1,7 +1,8 @@
-"""The flags of train.py that tasks share, as dataclasses, and how a field says what it may hold.
+"""The flags of train.py that tasks share, as dataclasses whose fields also say what is allowed.
 
-A field is a flag, its type and default are the flag's, the comment behind it is the help text, and
-its range or choices stand beside its default. Tasks derive their own from the two classes here.
+A field is a flag with the same type and default; the comment behind it, or above it, is the help
+text, and its range or choices are arguments of `ranged` and `choice`. Tasks derive their own flags
+from the two classes here.
 """
 
 import math
@@ -15,19 +16,19 @@ DTYPES = ("auto", "bf16", "fp32")
 
 
 def ranged(default, least=None, most=None, *, above=None, below=None) -> Any:
-    """A dataclass field for a number from least to most, both included, or above and below, both
-    excluded. Infinity and NaN lie outside of every range."""
+    """A dataclass field for a number from `least` to `most`, both included, or between `above` and
+    `below`, both excluded. Infinity and NaN are outside of every range."""
     limits = {"least": least, "most": most, "above": above, "below": below}
     return field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
 
 
 def choice(default: str, *names: str, **metadata) -> Any:
-    """A dataclass field for one of these names, the default among them."""
+    """A dataclass field for one of these names, of which the default is one."""
     return field(default=default, metadata={"choices": names, **metadata})
 
 
 def check(config: object) -> None:
-    """ValueError for a value of a dataclass that its field does not allow."""
+    """Raises ValueError for a value of a dataclass that its field does not allow."""
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
         choices = limits.get("choices")
@@ -57,7 +58,8 @@ def check(config: object) -> None:
 @dataclass
 class TrainConfig:
     model: str = "gpt"  # gpt, bert, seq2seq; classify, tag, answer, similar, complete
-    preset: str = ""  # a named size and recipe of presets.py; empty: a first run for this machine
+    # a named size and recipe of engine/presets.py; empty: a first run for this machine
+    preset: str = ""
     data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .gz, .jsonl or a folder of them
     tokenizer: str = ""  # gpt2, a tokenizer's .json, a checkpoint's .pt; empty: a new one is learnt
     pattern: str = "gpt2"  # how a new tokenizer splits text before it merges: gpt2, gpt4 or char
@@ -116,7 +118,7 @@ class TrainConfig:
 
 @dataclass
 class FinetuneConfig(TrainConfig):
-    """What helps where little labelled data meets a pretrained model (--init)."""
+    """The flags for training a pretrained model (--init) on little labelled data."""
 
     data: str = ""  # the labelled data: see docs/finetuning.md
     valid: str = ""  # validation data, as for --data; empty: some of --data are held out

@@ -1,19 +1,20 @@
-"""Masked words: BERT's pretraining. Some words of a text are hidden and asked for, and in pairs of
-sentences also whether the second follows the first. A trained model is then asked for the word at a
-[MASK], for that verdict on two sentences, or for embeddings (`tasks/similar.py`).
+"""Masked words: BERT's pretraining. Some words of a text are hidden, and the model predicts them;
+in pairs of sentences it also predicts whether the second follows the first. A trained model finds
+the word for a [MASK], says whether one sentence follows another, or gives embeddings
+(`tasks/similar.py`).
 
 The rows, pairs of sentences or packed text, come from `data/sentence_pairs.py`; here they get [CLS]
 and [SEP], are masked, and become batches of similar length.
 
 Masking is as in Devlin et al. 2019 (arXiv:1810.04805, section 3.1 and appendix A.1), and dynamic
-as in RoBERTa (arXiv:1907.11692, section 4.1): another choice in every epoch. It is a pure function
-of (seed, epoch, row), like everything else that is drawn here.
+as in RoBERTa (arXiv:1907.11692, section 4.1): other words are hidden in every epoch. It is a pure
+function of (seed, epoch, row), like every other random choice here.
 
-What is said of a text reads it as training does (`encode_text`), between [CLS] and [SEP]. An
-embedding is one vector for a text; the mean of the last layer serves better than [CLS] where
-nothing was fine-tuned for it (Reimers and Gurevych 2019, arXiv:1908.10084, section 4).
+A trained model reads a text as in training (`encode_text`), between [CLS] and [SEP]. An embedding
+is one vector for a text; the mean of the last layer serves better than [CLS] in a model that was
+not fine-tuned for it (Reimers and Gurevych 2019, arXiv:1908.10084, section 4).
 
-Left out: words of several tokens at one [MASK], and drawing the masked words one after another.
+Left out: words of more than one token at a [MASK], and drawing the masked words one after another.
 
 Axes as in `model.py`; N counts the masked positions of a batch.
 """
@@ -35,15 +36,16 @@ from bert import BERTConfig
 from data.buckets import InBuckets, evenly_within, pad_rows
 from data.encoding import CLS, MASK, PAD, SEP, SPECIAL, assemble, encode_text
 from data.lines import answer_stdin
-from data.sentence_pairs import NEXT, PackedText, SentencePairs, fit
+from data.sentence_pairs import NEXT, PackedText, SentencePairs, truncate_pair
 from data.sentences import NAMES, SentenceCorpus, open_sentences
 from data.tokens import AnyTokenizer, TokenFile, both_splits, settings, tokenize
 from tasks.flags import TrainConfig, check, choice, ranged
-from tasks.similar import framed, print_similar, read, write_embeddings
+from tasks.similar import framed, print_similar, row_features, write_embeddings
 from wordpiece import WordPiece
 
-EVALUATED_RATE = 0.15  # of tokens in an evaluation, however training masks: so that runs compare
-HIDDEN, REPLACED = 0.8, 0.1  # of the chosen tokens: by [MASK], by a random token; the rest stays
+EVALUATED_RATE = 0.15  # share of tokens in an evaluation, the same for all runs to compare them
+# Shares of the chosen tokens that become [MASK] and a random token; the others stay.
+HIDDEN, REPLACED = 0.8, 0.1
 
 # ---- the data ------------------------------------------------------------------------------------
 
@@ -60,10 +62,10 @@ class Flags(TrainConfig):
 
 
 class Data(InBuckets):
-    """Rows in buckets; those of fewer tokens (row_length) make a step of more rows.
+    """Batches of masked rows of similar length; where row_length is less, a step has more rows.
 
-    Validation: in order, always with the same rows and masks, 15% of the tokens; if max_tokens is
-    less than the text, evenly spaced rows of it.
+    Validation: in order, always with the same rows and masks, at 15% of the tokens; if max_tokens
+    is less than the text, evenly spaced rows of it.
     """
 
     special_tokens = SPECIAL
@@ -87,7 +89,7 @@ class Data(InBuckets):
     ):
         training, T = split == "train", min(row_length or block_size, block_size)
         self.tokenizer, self.fingerprint, self.split = tokenizer, corpus.hash, split
-        # What is too long for the model is not shown; its [MASK] would be among what is cut off.
+        # Prompts that are too long for the model are left out: their [MASK] might be cut off.
         fits = [p for p in corpus.prompts if len(tokenizer.encode(p)) < block_size - 2]
         self.prompts, self.rule = fits, corpus.rule
         self.seed = seed if training else 0
@@ -114,7 +116,7 @@ class Data(InBuckets):
 
     @classmethod
     def splits(cls, flags: Flags, sizes: dict, tokenizer: AnyTokenizer | None = None):
-        """(train, validation); the vocabulary is learnt from the training text only."""
+        """(train, validation); the tokenizer is learnt from the training text unless given."""
         nsp, place = sizes["nsp"], {"valid": flags.valid, "layout": flags.layout}
         corpus = open_sentences(flags.data, Path(flags.cache_dir), by_sentence=nsp, **place)
         more = settings(flags, sizes, "tokens_per_step", "mlm_rate", "whole_words", "row_length")
@@ -129,7 +131,7 @@ class Data(InBuckets):
         special = self.tokenizer.special_tokens
         inputs, segments, labels, positions, targets = [], [], [], [], []
         for row in self.chosen[rows]:
-            # Not row 0: numpy pads a seed with zeros, and the order of the epoch has (seed, epoch).
+            # row + 1: numpy pads seeds with zeros, and (seed, epoch) is that of the epoch's order.
             random = np.random.default_rng((self.seed, epoch, row + 1))
             parts, label = self.rows.row(epoch, row, random)
             ids, segment = assemble(parts, special[CLS], special[SEP])
@@ -159,7 +161,7 @@ class Data(InBuckets):
         return batch
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """Losses per target, their sum, MLM's perplexity, and the shares of right answers."""
+        """Losses in nats per target, their sum, MLM's perplexity, shares of right predictions."""
         mean = {name: s / max(counts[name.partition("_")[0]], 1) for name, s in sums.items()}
         report = {"loss": mean["mlm"] + mean.get("nsp", 0.0), **mean}
         return {**report, "perplexity": math.exp(min(mean["mlm"], 700))}
@@ -177,10 +179,10 @@ class Data(InBuckets):
 class Masking:
     """Hides some of a row's tokens, never a special one.
 
-    whole_words: all tokens of a word or none. A word goes on where it could behind the one token
-    and before the other (the tokenizer's word_edges). A word of more tokens than are to be chosen
-    in the row never is; text without spaces, as Chinese is, has words as long as its
-    sentences, and is masked token by token where none fits.
+    whole_words: all tokens of a word are hidden or none. Two neighbours are of one word where it
+    could go on behind the one and before the other (the tokenizer's word_edges). A word of more
+    tokens than are to be hidden in its row never is. In text without spaces, such as Chinese, words
+    are as long as sentences; where none fits, it is masked token by token.
     """
 
     def __init__(self, tokenizer: AnyTokenizer, whole_words: bool = False):
@@ -197,20 +199,20 @@ class Masking:
     def __call__(
         self, ids: np.ndarray, rate: float, random: Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids with some of them changed, the places (N,) of those that are asked for). On average
-        `rate` of the ordinary tokens are chosen, one at least."""
+        """ids (L,) -> (ids with some of them changed, the places (N,) of the chosen tokens). On
+        average these are `rate` of the ordinary tokens; they are one at least."""
         places = np.flatnonzero(self.ordinary[ids])
         count = max(1, int(rate * len(places) + random.random()))
         chosen = places[np.sort(self.choose(ids[places], count, random))]
         hidden, draws = ids.copy(), random.random(len(chosen))
         hidden[chosen[draws < HIDDEN]] = self.mask
         replaced = chosen[(draws >= HIDDEN) & (draws < HIDDEN + REPLACED)]
-        words = random.integers(len(self.vocabulary), size=len(replaced))  # faster than choice
+        words = random.integers(len(self.vocabulary), size=len(replaced))  # faster than choice()
         hidden[replaced] = self.vocabulary[words]
         return hidden, chosen
 
     def choose(self, ids: np.ndarray, count: int, random: Generator) -> np.ndarray:
-        """`count` of the indices of ids; of whole words, as many as fit into the count."""
+        """`count` indices into ids; with whole words, as many words as fit into that number."""
         if self.whole_words and len(ids):
             inside = np.append(False, self.ends[ids[:-1]] & self.starts[ids[1:]])
             word = np.cumsum(~inside) - 1
@@ -264,7 +266,7 @@ def sample(
     checkpoint: dict,
     score: Callable[[Data], None],
 ) -> None:
-    """Does what one of the flags says, else finds words for the lines of standard input."""
+    """Does what one of the flags asks for; without one, finds words for lines of standard input."""
     if flags.eval:
         score(eval_data(model, tokenizer, flags, checkpoint["train_config"]["row_length"]))
     elif flags.embed:
@@ -291,7 +293,7 @@ def sample(
 def eval_data(
     model: nn.Module, tokenizer: AnyTokenizer, flags: SampleFlags, row_length: int = 0
 ) -> Data:
-    """What --eval names: the validation part of a named text, or one's own, whole."""
+    """The data that --eval names: the validation part of a named text, or all of one's own."""
     nsp = model.config.nsp if flags.nsp is None else flags.nsp
     if nsp and not model.config.nsp:
         raise ValueError(
@@ -311,8 +313,8 @@ def eval_data(
 
 
 def encode_prompt(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt as `encode_text` has them, but each [MASK] is that token. The space before it
-    is dropped, for it belongs to the token of the hidden word."""
+    """The ids that `encode_text` gives a prompt, but each [MASK] is that token. The space before it
+    is dropped, because it belongs to the token of the hidden word."""
     if isinstance(tokenizer, WordPiece):
         return tokenizer.encode(prompt, MASK)
     *before, last = f" {' '.join(prompt.split())}".split(MASK)
@@ -331,13 +333,13 @@ def fill_mask(
     bar: tqdm | None = None,
     first_line: int = 0,
 ) -> list[str]:
-    """For each prompt its likeliest words, "length 34.1%, index 12.0%, …", and for a prompt with
-    several masks such a line for each of them; whatever the batch, what the prompt gets alone.
+    """For each prompt its likeliest words, "length 34.1%, index 12.0%, …", or such a line for each
+    of its masks. The answer is the one that a prompt gets alone, whatever else is in its batch.
 
-    Every mask is asked for by itself, with the others hidden too. Only ordinary tokens are
+    Every mask is filled in by itself, while the others stay hidden. Only ordinary tokens are
     candidates, and their probabilities sum to 1. Raises ValueError for a prompt without a [MASK],
-    or with one beyond what the model reads. `first_line`: prompts are lines of a text, this is the
-    number of the first of them; such a line gets a note instead, and an empty answer.
+    or with one beyond what the model reads. But where the prompts are lines of standard input
+    (first_line > 0 is the number of the first), such a line gets a note and an empty answer.
     """
     mask, most = tokenizer.special_tokens[MASK], model.config.block_size - 2
     texts = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -357,11 +359,11 @@ def fill_mask(
     candidates = torch.tensor(tokenizer.ordinary_ids(), device=model.mlm_bias.device)
     answers = [""] * len(prompts)
     rows, pad = framed(model, tokenizer, texts), tokenizer.special_tokens[PAD]
-    for batch, tokens, _, features in read(model, rows, pad, flags.batch_size, bar):
+    for batch, tokens, _, features in row_features(model, rows, pad, flags.batch_size, bar):
         logits = model.mlm_logits(features[tokens == mask])[:, candidates].float()
         shares, places = logits.softmax(-1).topk(min(flags.top, len(candidates)))
         found = zip(shares.tolist(), candidates[places].tolist(), strict=True)
-        lines = iter([words(tokenizer, ids, p) for p, ids in found])
+        lines = iter([format_words(tokenizer, ids, p) for p, ids in found])
         for i, masks in zip(batch, (tokens == mask).sum(1).tolist(), strict=True):
             own = [next(lines) for _ in range(masks)]
             numbered = [f"{MASK} {n}: {line}" for n, line in enumerate(own, 1)]
@@ -369,7 +371,7 @@ def fill_mask(
     return answers
 
 
-def words(tokenizer: AnyTokenizer, ids: list[int], shares: list[float]) -> str:
+def format_words(tokenizer: AnyTokenizer, ids: list[int], shares: list[float]) -> str:
     """Tokens and their probabilities, as people read them."""
     pairs = zip(ids, shares, strict=True)
     return ", ".join(f"{tokenizer.shown(i)} {share:.1%}" for i, share in pairs)
@@ -377,8 +379,8 @@ def words(tokenizer: AnyTokenizer, ids: list[int], shares: list[float]) -> str:
 
 @torch.no_grad()
 def follows(model: nn.Module, tokenizer: AnyTokenizer, first: str, second: str) -> float:
-    """The probability that the second text follows the first. Over-long ones are cut as in
-    training, so that they still touch. ValueError for a model without that head."""
+    """The probability that the second text follows the first. Texts that are too long are cut as in
+    training, so that they still touch. Raises ValueError for a model without the NSP head."""
     if not model.config.nsp:
         raise ValueError(
             "this model was trained with --nsp=false and cannot say whether one prompt follows "
@@ -389,7 +391,7 @@ def follows(model: nn.Module, tokenizer: AnyTokenizer, first: str, second: str) 
     if len(a) + len(b) > most:
         note = f"note: the two have {len(a) + len(b):,} tokens, the model reads {most}: the"
         print(f"{note} first loses its beginning or the second its end", file=sys.stderr)
-    row = assemble(fit(a, b, most), special[CLS], special[SEP])
+    row = assemble(truncate_pair(a, b, most), special[CLS], special[SEP])
     tokens, segments = (torch.from_numpy(ids)[None].to(model.mlm_bias.device) for ids in row)
     return model.nsp_logits(model.features(tokens, segments)).float().softmax(-1)[0, NEXT].item()
 
@@ -398,6 +400,7 @@ def follows(model: nn.Module, tokenizer: AnyTokenizer, first: str, second: str) 
 
 
 def show(model: nn.Module, tokenizer: AnyTokenizer, data: Data, folder: Path) -> list[str]:
+    """Each of the data's prompts with its likeliest words."""
     answers = fill_mask(model, tokenizer, data.prompts, SampleFlags())
     return [f"{prompt}\n-> {text}" for prompt, text in zip(data.prompts, answers, strict=True)]
 
@@ -407,7 +410,7 @@ def ask(prompts: Sequence[str]) -> tuple[str, ...]:
 
 
 def batch_shapes(flags: Flags, config: BERTConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
-    """Of pairs of sentences, or of packed text, which has no padding."""
+    """The shapes for pairs of sentences, or for packed text, which has no padding."""
     masked = (max(1, round(flags.mlm_rate * B * T)),)
     shapes = {"tokens": (B, T), "mlm_positions": masked, "mlm_targets": masked}
     if config.nsp:

@@ -1,19 +1,19 @@
-"""Texts that mean the same: an encoder that turns a text into a vector, so that texts of the same
-meaning have similar ones. Its vectors are written to a file, or compared.
+"""Texts that mean the same: an encoder turns each text into a vector, so that texts of the same
+meaning have similar vectors. These are written to a file, or compared.
 
-It learns from pairs. In a batch of B pairs (a, b), each a is to be found nearest to its own b; the
-other B - 1 are its negatives (in-batch negatives: Henderson et al. 2017, arXiv:1705.00652, section
-4.4; the loss is InfoNCE, van den Oord et al. 2018, arXiv:1807.03748, and
-MultipleNegativesRankingLoss in sentence-transformers, Reimers and Gurevych 2019, arXiv:1908.10084).
-A pair of a text with itself is allowed: dropout makes two views of it (SimCSE, Gao et al. 2021,
-arXiv:2104.08821).
+It learns from pairs. In a batch of B pairs (a, b), each a shall be nearest to its own b; the other
+B - 1 are its negatives (in-batch negatives: Henderson et al. 2017, arXiv:1705.00652, section 4.4;
+the loss is InfoNCE, van den Oord et al. 2018, arXiv:1807.03748, and MultipleNegativesRankingLoss in
+sentence-transformers, Reimers and Gurevych 2019, arXiv:1908.10084). A pair of a text with itself is
+allowed: dropout makes two views of it (SimCSE, Gao et al. 2021, arXiv:2104.08821).
 
-Here the batch is part of the task, not of how it is computed: more pairs are more negatives, and a
-larger loss, up to log B by chance. So a step is one batch. Dividing it between micro-batches or
-processes would change the negatives, and is refused.
+Here the size of a batch belongs to the task: more pairs are more negatives and a larger loss, which
+is log B by chance. So a step is one batch. Dividing it into micro-batches or between processes
+would change the negatives, and is refused.
 
-What means the same as a pair may be no negative of it. Texts that the table joins, directly or by
-other pairs (a-b and b-c join a with c), are one group, and a batch has one pair of a group at most.
+A text that means the same as a pair must not be its negative. Texts that the table joins, directly
+or by other pairs (a-b and b-c join a with c), are one group. A batch has one pair of a group, if
+possible; the pairs of a group that it has twice are not asked for.
 
 Left out: negatives that the table names, graded similarity (every row means "the same": a column
 that says otherwise is not looked at), negatives gathered from all processes, other losses.
@@ -42,6 +42,7 @@ from data.encoding import CLS, PAD, SEP, SPECIAL, assemble, encode_text
 from data.lines import lines_of, new_file
 from data.tables import Row, TableCorpus, open_tables
 from data.tokens import SPLITS, AnyTokenizer, get_tokenizer, settings
+from tasks.encoders import pad_batch
 from tasks.flags import FinetuneConfig, check, ranged
 from tasks.whole import whole_file
 
@@ -52,11 +53,11 @@ SHOWN = 3  # pairs, after training
 
 
 class Similarity(Encoder):
-    """An embedding for each text, the mean of its features; trained so that a text is nearer to
-    its own partner than to those of the other rows."""
+    """An embedding for each text, the mean of its features. Training makes each text nearer to its
+    own partner than to those of the other rows."""
 
     Config = EncoderConfig
-    TEMPERATURE = 0.05  # of the cosines
+    TEMPERATURE = 0.05  # the divisor of the cosines
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
@@ -65,9 +66,10 @@ class Similarity(Encoder):
     def forward(
         self, tokens: Tensor, keep: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor | dict[str, Tensor]:
-        """tokens (N, T) -> embeddings (N, C); or, given targets (B,) and N = 2B, row targets[j] of
-        the second half being the partner of row j of the first, {"loss": summed, "accuracy":
-        number of rows that are nearest to their own}, and in evaluation "predicted" (2B, C)."""
+        """tokens (N, T) -> embeddings (N, C); or, given targets (B,), {"loss": summed loss,
+        "accuracy": number of texts that are nearest to their partner}, and in evaluation also
+        "predicted" (2B, C), the embeddings. Then N = 2B, and the partner of row j of the first half
+        is row targets[j] of the second."""
         embeddings = mean_pooled(self.features(tokens, keep=keep), keep)
         if targets is None:
             return embeddings
@@ -79,7 +81,7 @@ class Similarity(Encoder):
 
 
 def mean_pooled(features: Tensor, keep: Tensor | None) -> Tensor:
-    """(N, T, C), (N, T) -> (N, C): the mean over all positions that are no padding."""
+    """features (N, T, C), keep (N, T) -> (N, C): the mean over all positions but padding."""
     if keep is None:
         return features.mean(1)
     return (features * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
@@ -99,9 +101,9 @@ class Flags(FinetuneConfig):
 
 class Data:
     """Batches of a fixed number of pairs: as many as fit into tokens_per_batch = batch_size ·
-    block_size if all 2B texts have row_length tokens; longer ones are cut. A smaller row_length
-    means more negatives. Each pair comes once an epoch, dealt to batches at random: sorted by
-    length they would have little padding, and the same company in every epoch.
+    block_size if all 2B texts have row_length tokens; longer texts are cut. A smaller row_length
+    means more negatives. Each pair comes once an epoch, in a random batch: batches of similar
+    lengths would have less padding, but the same pairs together in every epoch.
 
     Validation: always the same batches; if max_tokens is less than all, evenly spaced pairs.
     """
@@ -146,7 +148,7 @@ class Data:
         self.n_all, most = len(pairs), self.row_length - 2  # between [CLS] and [SEP]
         tokens = sum(min(len(text), most) + 2 for pair in pairs for text in pair)
         limit = 0 if self.training else max_tokens
-        # One alone would have no negative.
+        # A single pair would have no negatives.
         pairs = [pairs[i] for i in evenly_within(self.n_all, tokens, limit, least=2)]
         self.cut = sum(len(text) > most for pair in pairs for text in pair)
         self.pairs = [[framed_text(tokenizer, text, most) for text in pair] for pair in pairs]
@@ -163,10 +165,10 @@ class Data:
 
     @classmethod
     def splits(cls, flags: Flags, sizes: dict, tokenizer: AnyTokenizer | None = None):
-        """(train, validation) of a table with the columns a and b (or other names in FORMS); the
+        """(train, validation) of a table with the columns a and b (or other names in FORMS); a
         tokenizer is learnt from the training pairs unless given."""
         corpus = open_tables(flags.data, flags.valid, FORMS, collapse=True)
-        # As `encode_text` reads them, with a space in front.
+        # With a space in front, as `encode_text` reads texts.
         spaced = [Row(line, tuple(f" {x}" for x in xs)) for line, xs in corpus.splits["train"]]
         learnt = replace(corpus, splits={"train": spaced})
         tokenizer = tokenizer or get_tokenizer(flags, sizes, learnt, cls.special_tokens)
@@ -174,8 +176,9 @@ class Data:
         return tuple(cls(corpus, split, tokenizer, **more) for split in SPLITS)
 
     def rows(self, i: int) -> np.ndarray:
-        """The pairs of batch i. All pairs are put into a row, group after group, and dealt out one
-        by one: two of a group meet only where it has more pairs than there are batches."""
+        """The indices of the pairs of batch i. All pairs are put in line, group after group, and
+        dealt to the batches in turn: two of a group meet only if it has more pairs than there are
+        batches."""
         epoch, i = divmod(i, self.n_batches)
         if epoch not in self.epochs:
             place = np.arange(self.group.max() + 1)
@@ -186,28 +189,26 @@ class Data:
         return self.epochs[epoch][i :: self.n_batches]
 
     def has_negatives(self, rows: np.ndarray) -> np.ndarray:
-        """(B,) bool: whether all others in a batch are negatives of this one, and there are any."""
+        """(B,) bool: whether a pair's group is in the batch only once, with other groups."""
         return (np.bincount(self.group[rows])[self.group[rows]] == 1) & (len(rows) > 1)
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """{"tokens": (2B, T), the a's before the b's, "targets": (B,)} and, if some texts are
-        shorter than others, "keep": (2B, T), False at padding. targets[j] is j, for row B + j
-        belongs to row j, and -100 where a group is there twice."""
+        """{"tokens": (2B, T), all a before all b, "targets": (B,)}; if some texts are shorter than
+        others, also "keep": (2B, T), False at padding. targets[j] is j, since row B + j belongs to
+        row j; it is -100 where the batch has a group twice."""
         rows = self.rows(i)
         texts = [self.pairs[row][side] for side in (0, 1) for row in rows]
-        tokens, keep = pad_rows(texts, self.tokenizer.special_tokens[PAD])
         targets = np.where(self.has_negatives(rows), np.arange(len(rows)), -100)
-        batch = {"tokens": tokens, "targets": torch.from_numpy(targets)}
-        return batch if keep.all() else {**batch, "keep": keep}
+        return {**pad_batch(texts, self.tokenizer), "targets": torch.from_numpy(targets)}
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """Loss in nats per a, and the share of those whose nearest b in the batch is their own.
+        """The loss in nats per a, and the share of them whose nearest b in the batch is their own.
         Both depend on the number of pairs in a batch; the figures of `measure` do not."""
         return {name: sums[name] / max(counts["loss"], 1) for name in ("loss", "accuracy")}
 
     def measure(self, predicted: dict[int, np.ndarray]) -> dict[str, float]:
-        """predicted[i] (2B, C) are the vectors of batch i's texts -> what `retrieval` says of all
-        pairs of the evaluation."""
+        """predicted[i] (2B, C), the vectors of the texts of each batch i -> the figures of
+        `retrieval` for all pairs of the evaluation."""
         halves = [np.split(predicted[i].astype(np.float64), 2) for i in range(self.n_batches)]
         a, b = (unit(np.concatenate(side)) for side in zip(*halves, strict=True))
         rows = np.concatenate([self.rows(i) for i in range(self.n_batches)])
@@ -228,8 +229,8 @@ class Data:
 
 
 def groups(pairs: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of ids -> (number of the group (n,), number of the text b (n,)). Texts are equal if
-    their ids are, before they are cut; a group is what pairs join (a union-find)."""
+    """n pairs of ids -> (index of each pair's group (n,), index of its text b (n,)). Texts are
+    equal if their ids are, before they are cut. A union-find joins pairs into groups."""
     numbers: dict[tuple[int, ...], int] = {}
     texts = [[numbers.setdefault(tuple(ids), len(numbers)) for ids in pair] for pair in pairs]
     parent = list(range(len(numbers)))
@@ -257,14 +258,14 @@ def retrieval(
     a: np.ndarray, b: np.ndarray, group: np.ndarray, b_number: np.ndarray
 ) -> dict[str, float]:
     """a, b (n, C), unit vectors of n pairs; group and b_number (n,) as in `groups` ->
-    {"recall_at_1": share of the a's whose own b has the largest cosine of all b's, "mrr": mean of
-    1 / its rank}, to 6 digits. Equal b's count once, those of the a's own group not at all, and
-    those with the same cosine as the own one rank before it."""
+    {"recall_at_1": share of all a whose own b has the largest cosine of all b, "mrr": mean of
+    1 / its rank}, to 6 digits. Equal b count once, others of the a's own group do not count, and
+    those with the same cosine as the own b rank before it."""
     _, first = np.unique(b_number, return_index=True)
     own, ranks = (a * b).sum(1), np.empty(len(a))
     for start in range(0, len(a), BLOCK):
         part = slice(start, start + BLOCK)
-        # What is not a number is smaller than nothing, and so ranks before.
+        # NaN compares as False, so it ranks before the own b.
         before = ~(a[part] @ b[first].T < own[part, None] - TIE)
         ranks[part] = 1 + (before & (group[part, None] != group[first])).sum(1)
     figures = {"recall_at_1": (ranks == 1).mean(), "mrr": (1 / ranks).mean()}
@@ -272,7 +273,7 @@ def retrieval(
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Each row (C,) divided by its length; zeros stay zeros."""
+    """vectors (n, C), each divided by its length; zeros stay zeros."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
 
 
@@ -280,14 +281,14 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def framed_text(tokenizer: AnyTokenizer, ids: list[int], most: int) -> np.ndarray:
-    """[CLS] ids [SEP], the ids cut at their end to `most`."""
+    """[CLS] ids [SEP], with the ids cut to the first `most`."""
     special, part = tokenizer.special_tokens, np.array(ids[:most], dtype=np.int64)
     return assemble([part], special[CLS], special[SEP])[0]
 
 
 def framed(model: nn.Module, tokenizer: AnyTokenizer, texts: list[list[int]]) -> list[np.ndarray]:
-    """[CLS] ids [SEP] of each text. What is longer than the model reads is cut at its end, and a
-    note on stderr says so."""
+    """[CLS] ids [SEP] of each text. Texts longer than the model reads lose their ends, and a note
+    on stderr says so."""
     most = model.config.block_size - 2
     long = sum(len(ids) > most for ids in texts)
     if long:
@@ -297,11 +298,11 @@ def framed(model: nn.Module, tokenizer: AnyTokenizer, texts: list[list[int]]) ->
 
 
 @torch.no_grad()
-def read(
+def row_features(
     model: nn.Module, rows: list[np.ndarray], pad: int, batch_size: int, bar: tqdm | None = None
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """Yields (which rows, tokens (B, T), keep (B, T), features (B, T, C)) until all are read. Rows
-    of similar length share a batch, so that little of it is padding."""
+    """Yields (indices of B rows, tokens (B, T), keep (B, T), features (B, T, C)) until all rows are
+    read. Rows of similar length share a batch, so that little of it is padding."""
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch_size):
@@ -314,32 +315,33 @@ def read(
 
 # ---- embeddings, and lines that are alike --------------------------------------------------------
 
-SCORES = 2**22  # similarities that are held, and sorted, at a time
+SCORES = 2**22  # similarities that are held and sorted at a time
 
 
 def embed(
     model: nn.Module, tokenizer: AnyTokenizer, lines: Sequence[str], pooling: str, batch_size: int
 ) -> np.ndarray:
-    """(lines, C) float32, whatever the batch. "mean": over [CLS], the text and [SEP], never over
-    padding; "cls": the last layer's [CLS]. An empty line is [CLS] [SEP]."""
+    """An embedding of each line, (lines, C) float32, which does not depend on its batch. pooling:
+    "mean" over [CLS], the text and [SEP], without padding; "cls", the last layer's [CLS]. An empty
+    line is [CLS] [SEP]."""
     rows = framed(model, tokenizer, [encode_text(tokenizer, line) for line in lines])
     found = np.empty((len(lines), model.config.n_embd), dtype=np.float32)
     with tqdm(total=len(lines), desc="embedding", unit="line", disable=None) as bar:
         pad = tokenizer.special_tokens[PAD]
-        for batch, _, keep, features in read(model, rows, pad, batch_size, bar):
+        for batch, _, keep, features in row_features(model, rows, pad, batch_size, bar):
             pooled = features[:, 0] if pooling == "cls" else mean_pooled(features, keep)
             found[batch] = pooled.float().cpu().numpy()
     return found
 
 
 def similarities(queries: np.ndarray, corpus: np.ndarray, top: int) -> tuple[np.ndarray, ...]:
-    """(Q, C), (N, C) -> cosine similarities (Q, top), best first, and rows of the corpus (Q, top),
-    of equals the earlier one first; top is N at most."""
+    """queries (Q, C), corpus (N, C) -> the highest cosine similarities (Q, k), best first, and
+    their rows in the corpus (Q, k), the earlier row first among equals; k is top, but at most N."""
     queries, corpus = unit(queries), unit(corpus)
     best, lines = [], []
-    some = max(1, SCORES // len(corpus))
-    for start in range(0, len(queries), some):
-        scores = queries[start : start + some] @ corpus.T
+    block = max(1, SCORES // len(corpus))
+    for start in range(0, len(queries), block):
+        scores = queries[start : start + block] @ corpus.T
         order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
         best.append(np.take_along_axis(scores, order, axis=1))
         lines.append(order)
@@ -347,6 +349,7 @@ def similarities(queries: np.ndarray, corpus: np.ndarray, top: int) -> tuple[np.
 
 
 def is_embeddings(path: Path, width: int) -> bool:
+    """Whether the file is one that --embed wrote, and so may be replaced."""
     try:
         found = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError):
@@ -355,7 +358,7 @@ def is_embeddings(path: Path, width: int) -> bool:
 
 
 def write_embeddings(model: nn.Module, tokenizer: AnyTokenizer, flags, pooling: str) -> None:
-    """--embed: an embedding of each line of that file into the file that --out names."""
+    """--embed: writes an embedding of each line of that file into the file that --out names."""
     path = new_file("out", flags.out, partial(is_embeddings, width=model.config.n_embd))
     lines = lines_of("embed", flags.embed)
     found = embed(model, tokenizer, lines, pooling, flags.batch_size)
@@ -365,7 +368,7 @@ def write_embeddings(model: nn.Module, tokenizer: AnyTokenizer, flags, pooling: 
 
 
 def print_similar(model: nn.Module, tokenizer: AnyTokenizer, flags, pooling: str) -> None:
-    """--similar: for each line of the first file, the --top nearest lines of the second."""
+    """--similar: prints, for each line of the first file, the --top nearest lines of the second."""
     queries, corpus = (lines_of("similar", path) for path in flags.similar)
     vectors = (
         embed(model, tokenizer, lines, pooling, flags.batch_size) for lines in (queries, corpus)
@@ -376,10 +379,10 @@ def print_similar(model: nn.Module, tokenizer: AnyTokenizer, flags, pooling: str
             print(f" {score:6.3f}  line {i + 1}: {corpus[i].strip()}")
 
 
-def alike(
+def most_similar(
     model: nn.Module, tokenizer: AnyTokenizer, texts: Sequence[str], batch_size: int = 32
 ) -> list[str]:
-    """For each of the texts, the one of the others that is most alike, and their cosine."""
+    """For each text "cosine  text" of the most similar one of the others."""
     vectors = embed(model, tokenizer, texts, "mean", batch_size)
     answers = []
     for i, row in enumerate(zip(*similarities(vectors, vectors, len(texts)), strict=True)):
@@ -426,7 +429,7 @@ def sample(
 
 
 def show(model: nn.Module, tokenizer: AnyTokenizer, data: Data, folder: Path) -> list[str]:
-    answers = zip(data.prompts, alike(model, tokenizer, data.prompts), strict=True)
+    answers = zip(data.prompts, most_similar(model, tokenizer, data.prompts), strict=True)
     return [f"{text}\n-> {other}" for text, other in answers]
 
 

@@ -1,8 +1,8 @@
 """Tagging: named entities in a text, as one label for each word.
 
-A word may be several sub-tokens: its first carries the tag, the others are context, and the head is
-one matrix on the features of each position (Devlin et al. 2019, arXiv:1810.04805, section 5.3).
-The files, and what tags mean: `data/conll.py`.
+A word may be more than one sub-token: the first carries the tag, the others are context, and the
+head is one matrix on the features of each position (Devlin et al. 2019, arXiv:1810.04805, section
+5.3). The files, and what tags mean: `data/conll.py`.
 
 Left out: context from neighbouring sentences of a document, a CRF on top, partial credit for a
 wrong border.
@@ -35,9 +35,9 @@ from tasks.encoders import (
     TextFlags,
     answer_texts,
     answered,
-    collate,
     label_sums,
     outputs,
+    pad_batch,
     similar_lengths,
 )
 from tasks.flags import FinetuneConfig
@@ -69,8 +69,8 @@ class Tagger(Encoder):
     def forward(
         self, tokens: Tensor, keep: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor | dict[str, Tensor]:
-        """tokens (B, T) -> logits (B, T, k); or, given targets (B, T), {"loss": summed,
-        "accuracy": number right}, and in evaluation "predicted" (B, T)."""
+        """tokens (B, T) -> logits (B, T, k); or, given targets (B, T), {"loss": summed loss,
+        "accuracy": number of right labels}, and in evaluation also "predicted" (B, T)."""
         logits = self.head(self.dropout(self.features(tokens, keep=keep)))
         if targets is None:
             return logits
@@ -82,21 +82,24 @@ class Tagger(Encoder):
 
 
 @dataclass(frozen=True)
-class Row:
-    """[CLS], the sub-tokens of consecutive words of a sentence, [SEP]."""
+class SentenceRow:
+    """[CLS], the sub-tokens of consecutive words of a sentence, [SEP]. Some of the words are asked
+    for: their tags are targets."""
 
     ids: np.ndarray  # (L,)
-    places: np.ndarray  # (W,) in ids, of the first sub-tokens of those words that are asked for
-    sentence: int  # its number
-    first: int  # the first word that is asked for; the others follow it
+    places: np.ndarray  # (W,), where in ids the first sub-tokens of the words asked for are
+    sentence: int  # its index
+    first_word: int  # the index of the first word asked for; the others follow it
 
 
-def sentence_rows(sentences: Iterable[list[str]], tokenizer: AnyTokenizer, T: int) -> list[Row]:
-    """Rows of at most T tokens, in which every word is asked for once; see `windows`.
+def sentence_rows(
+    sentences: Iterable[list[str]], tokenizer: AnyTokenizer, T: int
+) -> list[SentenceRow]:
+    """Rows of at most T tokens, in which every word is asked for once; see `word_windows`.
 
-    Each word is encoded by itself. One of which nothing is left (a zero-width space under
-    WordPiece) is [UNK], or [MASK] where there is none, so that every word has a place. Of a word
-    of more than T - 2 sub-tokens the first T - 2 are shown. ValueError where T < 3.
+    Each word is encoded by itself. A word without sub-tokens (a zero-width space in WordPiece)
+    becomes [UNK], or [MASK] where there is none, so that every word has a place. A word of more
+    than T - 2 sub-tokens is cut to T - 2. Raises ValueError where T < 3.
     """
     if T < 3:
         raise ValueError(
@@ -109,22 +112,22 @@ def sentence_rows(sentences: Iterable[list[str]], tokenizer: AnyTokenizer, T: in
             if word not in known:
                 known[word] = (encode_text(tokenizer, word) or [nothing])[: T - 2]
         pieces = [known[word] for word in words]
-        for start, end, first, behind in windows([len(ids) for ids in pieces], T - 2):
+        for start, end, first, behind in word_windows([len(ids) for ids in pieces], T - 2):
             ids = [special[CLS], *(i for word in pieces[start:end] for i in word), special[SEP]]
             places = np.cumsum([1, *map(len, pieces[start : end - 1])])
             asked = places[first - start : behind - start]
-            rows.append(Row(np.array(ids), asked, number, first))
+            rows.append(SentenceRow(np.array(ids), asked, number, first))
     return rows
 
 
-def windows(sizes: list[int], limit: int) -> list[tuple[int, int, int, int]]:
+def word_windows(sizes: list[int], limit: int) -> list[tuple[int, int, int, int]]:
     """Words of these sizes (none above limit) -> [(start, end, first, behind)]: a window shows the
     words start to end - 1, of at most `limit` sub-tokens, and asks for first to behind - 1.
 
-    A sentence that fits is one window. Otherwise each takes as many words as fit, and the next
-    begins so that up to half of them are shown again: the earlier window asks for the first half
-    of what both show, the later one for the second. So a word at a border has context on both
-    sides, and every word is asked for once. No tag has a say in where the borders are.
+    A sentence that fits is one window. Otherwise each window takes as many words as fit, and the
+    next one shows up to half of them again: the earlier window asks for the first half of what both
+    show, the later one for the second. So a word at a border has context on both sides, and every
+    word is asked for once. The borders do not depend on tags.
     """
     assert max(sizes, default=0) <= limit, "a word does not fit into a window"
     found, start, first, n = [], 0, 0, len(sizes)
@@ -133,7 +136,7 @@ def windows(sizes: list[int], limit: int) -> list[tuple[int, int, int, int]]:
         while end < n and used + sizes[end] <= limit:
             used += sizes[end]
             end += 1
-        # The next window must also hold the first word that this one lacks: it begins further on.
+        # The next window must also hold the first word behind this one, so it may show less again.
         after, shared, most = end, 0, 0 if end == n else min(limit // 2, limit - sizes[end])
         while shared + sizes[after - 1] <= most:
             after -= 1
@@ -144,12 +147,12 @@ def windows(sizes: list[int], limit: int) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def join_rows(rows: Iterable[Row], predicted: Iterable[np.ndarray]) -> dict[int, list[int]]:
-    """{number of a sentence: label of each of its words}, from rows in any order and what was
-    predicted at each of their places, (L,) or longer."""
+def join_rows(rows: Iterable[SentenceRow], predicted: Iterable[np.ndarray]) -> dict[int, list[int]]:
+    """{index of a sentence: label of each of its words}, from rows in any order and the labels
+    predicted at the positions of each, (L,) or longer."""
     parts: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
     for row, answers in zip(rows, predicted, strict=True):
-        parts[row.sentence][row.first] = answers[row.places]
+        parts[row.sentence][row.first_word] = answers[row.places]
     return {
         number: np.concatenate([found[first] for first in sorted(found)]).tolist()
         for number, found in parts.items()
@@ -196,8 +199,8 @@ class Data(InBuckets):
 
     @classmethod
     def splits(cls, flags: Flags, sizes: dict, tokenizer: AnyTokenizer | None = None):
-        """(train, validation). sizes["labels"] are a checkpoint's; where it is empty, the types of
-        the training file make them. ValueError for a tag that is none of them."""
+        """(train, validation). sizes["labels"] are those of a checkpoint; where empty, labels are
+        made of the types in the training file. Raises ValueError for a tag that is none of them."""
         text = open_tagged(flags.data, flags.valid)
         tokenizer = tokenizer or get_tokenizer(flags, sizes, text, cls.special_tokens)
         labels = tuple(sizes.get("labels") or text.labels)
@@ -206,25 +209,26 @@ class Data(InBuckets):
         return tuple(cls(text, s, tokenizer, labels, **more) for s in SPLITS)
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """{"tokens": (B, T), "targets": (B, T)}, a target at the first sub-token of each word that
-        its row asks for; if some rows are shorter than others, "keep": (B, T), False at padding."""
+        """{"tokens": (B, T), "targets": (B, T)}, with a target at the first sub-token of each word
+        that a row asks for; if some rows are shorter than others, also "keep": (B, T), False at
+        padding."""
         _, numbers, empty = self.buckets.batch(i)
         rows = [self.rows[k] for k in numbers]
-        batch = collate([row.ids for row in rows], self.tokenizer)
+        batch = pad_batch([row.ids for row in rows], self.tokenizer)
         batch["targets"] = targets = torch.full_like(batch["tokens"], -100)
         if not empty:
             for into, row in zip(targets.numpy(), rows, strict=True):
-                behind = row.first + len(row.places)
-                into[row.places] = self.answers[row.sentence][row.first : behind]
+                behind = row.first_word + len(row.places)
+                into[row.places] = self.answers[row.sentence][row.first_word : behind]
         return batch
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """Per word: the loss in nats, and the share of right labels, O among them."""
+        """The loss in nats per word, and the share of words with the right label, O included."""
         return {name: total / max(counts["loss"], 1) for name, total in sums.items()}
 
     def measure(self, predicted: dict[int, np.ndarray]) -> dict[str, float]:
-        """{"precision", "recall", "f1"} over the entities of all sentences, rows joined again.
-        predicted[i] is (B, T), the label (its index) at each place of batch i."""
+        """{"precision", "recall", "f1"} over the entities of all sentences, joined from their rows.
+        predicted[i] (B, T) are the indices of the labels at each position of batch i."""
         rows, answers = [], []
         for i in range(self.n_batches):
             numbers = self.buckets.batch(i)[1]
@@ -260,9 +264,9 @@ def batch_shapes(flags: Flags, config: TagConfig, B: int, T: int) -> dict[str, t
 def entity_scores(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
     """{"precision", "recall", "f1"}, shares from 0 to 1 over the entities of all sentences (micro).
 
-    As conlleval counts: an entity is right if its type and both borders are; where nothing could
-    be right, the share is 0. gold and predicted hold the tags of the same sentences. ValueError if
-    a sentence has another number of tags in one of them.
+    Counted as conlleval does: an entity is right if its type and both borders are; where nothing
+    could be right, the share is 0. gold and predicted are the tags of the same sentences. Raises
+    ValueError if they differ in number.
     """
     asked, found = both_placed(gold, predicted)
     return rates(asked, found)
@@ -271,7 +275,7 @@ def entity_scores(gold: list[list[str]], predicted: list[list[str]]) -> dict[str
 def entity_scores_by_type(
     gold: list[list[str]], predicted: list[list[str]]
 ) -> dict[str, dict[str, float]]:
-    """The same for each type, in alphabetical order; "entities" is how many the gold tags have."""
+    """{type: its scores}, in alphabetical order; "entities" is their number in the gold tags."""
     asked, found = both_placed(gold, predicted)
     scores = {}
     for type_ in sorted({entity[0] for _, entity in asked | found}):
@@ -281,7 +285,7 @@ def entity_scores_by_type(
 
 
 def both_placed(gold: list[list[str]], predicted: list[list[str]]) -> list[set]:
-    """[gold entities, predicted ones], each with the number of its sentence."""
+    """[gold entities, predicted entities], each with the index of its sentence."""
     if len(gold) != len(predicted):
         raise ValueError(f"{len(predicted):,} sentences were predicted for {len(gold):,}: give all")
     for i, (a, b) in enumerate(zip(gold, predicted, strict=True)):
@@ -308,17 +312,17 @@ def rates(asked: set, found: set) -> dict[str, float]:
 
 APOSTROPHES = "'’"
 # In the alphabet of `shape`: a possessive; or a stretch without spaces from its first letter to its
-# last, with an @ or # in front of it; or one mark, repeated.
+# last, perhaps behind an @ or #; or one mark, repeated.
 WORD = re.compile(r"['’]s(?![sw])|[@#]?[sw](?:\S*[sw])?m*|([^\sswm])\1*m*|m+")
 
 
 def words_of(text: str) -> list[tuple[str, int, int]]:
     """[(word, start, end)]: the words of a raw text, each equal to text[start:end].
 
-    Split at white space; marks at either end of such a stretch are words of their own, the same
-    mark repeated is one ("...", "!!"). What stands inside stays ("don't", "3.5", "e-mail", an
+    The text is split at white space. Marks at either end of a stretch are words of their own; the
+    same mark repeated is one word ("...", "!!"). Marks inside stay ("don't", "3.5", "e-mail", an
     address), and so do the @ and # of tweets in front. The 's of a possessive is a word, as in the
-    corpora of the CoNLL tasks. Nothing but white space is left out.
+    corpora of the CoNLL tasks. Only white space is left out.
 
     Left out: other rules of treebanks (do n't, abbreviations that keep their dot), and words of
     text that has no spaces, such as Chinese.
@@ -334,23 +338,22 @@ def words_of(text: str) -> list[tuple[str, int, int]]:
 
 
 def shape(c: str) -> str:
-    """A character as WORD sees it: s for that letter, w for another letter, a digit or _, m for
-    what joins the character before it (an accent, the selector behind an emoji), else itself."""
+    """A character as WORD sees it: s for that letter, w for another letter, a digit or _, m for one
+    that joins the character before it (an accent, the selector behind an emoji), else itself."""
     if c == "_" or c.isalnum():
         return "s" if c in "sS" else "w"
     return "m" if unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf") else c
 
 
 def text_spans(tags: list[str], words: list[tuple[str, int, int]]) -> list[Entity]:
-    """[(type, start, end)] in characters of the text that `words` are from: `words_of(text)`, of
-    which each has a tag."""
+    """[(type, start, end)] in characters of a text; words are words_of(text), with a tag each."""
     return [(type_, words[a][1], words[b - 1][2]) for type_, a, b in entities(tags)]
 
 
-def marked(text: str, spans: Iterable[Entity]) -> str:
-    """The text with these spans of characters shown: [Barack Obama]PERSON visited [Rome]PLACE.
+def mark_entities(text: str, spans: Iterable[Entity]) -> str:
+    """The text with these spans of characters marked: [Barack Obama]PERSON visited [Rome]PLACE.
 
-    They do not overlap, and come in any order."""
+    The spans do not overlap, and may be in any order."""
     parts, done = [], 0
     for type_, start, end in sorted(spans, key=lambda span: span[1:]):
         parts += [text[done:start], f"[{text[start:end]}]{type_}"]
@@ -369,7 +372,7 @@ def tag(
     prompts: list[str],
     flags: TextFlags,
     bar: tqdm | None = None,
-    first: int = 0,
+    first_line: int = 0,
 ) -> list[str]:
     """Each text with its entities marked: [Barack Obama]person visited [Rome]location."""
     words = [words_of(text) for text in prompts]
@@ -377,13 +380,13 @@ def tag(
     rows = sentence_rows(plain, tokenizer, model.config.block_size)
     predicted: list[np.ndarray] = [np.empty(0)] * len(rows)
     for batch in similar_lengths([len(row.ids) for row in rows], flags.batch_size, bar):
-        logits = outputs(model, collate([rows[i].ids for i in batch], tokenizer))
+        logits = outputs(model, pad_batch([rows[i].ids for i in batch], tokenizer))
         for i, labels in zip(batch, logits.argmax(-1).cpu().numpy(), strict=True):
             predicted[i] = labels
     of_words, answers = join_rows(rows, predicted), []
     for number, (text, found) in enumerate(zip(prompts, words, strict=True)):
         tags = [model.config.labels[label] for label in of_words.get(number, [])]
-        answers.append(marked(text, text_spans(tags, found)).rstrip("\n"))
+        answers.append(mark_entities(text, text_spans(tags, found)).rstrip("\n"))
     return answers
 
 

@@ -1,9 +1,9 @@
-"""The language model: in training, every token of a long text predicts the one after it; then the
-model continues a prompt.
+"""The language model: in training, it predicts for every token of a long text the next one; then it
+continues a prompt.
 
-Training reads windows of block_size tokens. Sampling goes the other way in small steps: a prompt
-becomes tokens (`encode_prompt`), tokens become logits (`decoding.generate`), logits become the next
-token (`Pick`), and tokens become text that can be shown at once (`TextStream`).
+Training reads windows of block_size tokens. Sampling goes from text to text in small steps: a
+prompt becomes tokens (`encode_prompt`), tokens become logits (`decoding.generate`), logits become
+the next token (`Pick`), and tokens become text that can be shown at once (`TextStream`).
 
 Left out: a mask between the documents of a window, overlapping windows in an evaluation, penalties
 for repetition.
@@ -45,10 +45,10 @@ Flags = TrainConfig  # of train.py: the common ones, and no others
 class Data:
     """Windows of T tokens from a token file.
 
-    Training: an epoch is a seeded permutation of all windows, each of them once. The windows of
-    each epoch start at another offset, so that a small text is not always cut at the same places.
-    Validation: in order, from the first token on; the last window is filled up with -100. If
-    max_tokens is less than the text, evenly spaced windows of it.
+    Training: an epoch is a seeded permutation of all windows. The windows of each epoch start at
+    another offset, so that a small text is not always cut at the same places. Validation: in order,
+    from the first token on; the last window is filled up with -100. If max_tokens is less than the
+    text, evenly spaced windows of it.
     """
 
     special_tokens = (END_OF_TEXT,)
@@ -94,12 +94,12 @@ class Data:
 
     @classmethod
     def splits(cls, flags: TrainConfig, sizes: dict, tokenizer: Tokenizer | None = None):
-        """(train, validation); the tokenizer is learnt from the training text unless given."""
+        """(train, validation); a tokenizer is learnt from the training text unless given."""
         corpus = open_corpus(flags.data, Path(flags.cache_dir))
         return both_splits(cls, corpus, flags, sizes, tokenizer)
 
     def permutation(self, epoch: int) -> tuple[int, np.ndarray | Feistel]:
-        """(offset, order) of an epoch. The last two are kept: a batch may span both."""
+        """(offset, order) of an epoch. Two epochs are kept, since a batch may span both."""
         if epoch not in self.permutations:
             random = np.random.default_rng((self.seed, epoch))
             offset = int(random.integers(self.max_offset + 1))
@@ -108,7 +108,7 @@ class Data:
         return self.permutations[epoch]
 
     def starts(self, positions: np.ndarray) -> np.ndarray:
-        """Where the windows at these positions of the endless sequence of epochs begin."""
+        """Where the windows at these positions begin; positions run on from epoch to epoch."""
         epochs, places = np.divmod(positions, self.n_windows)
         found = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
@@ -125,7 +125,7 @@ class Data:
             starts = [window * T for window in self.chosen[first : first + self.batch_size]]
         ids = np.concatenate([self.ids[start : start + T + 1] for start in starts])
         rows = np.full((len(starts), T + 1), -100, dtype=np.int64)
-        # Only the last row can be short: the last window of the text.
+        # Only the last row can be short, where it is the last window of the text.
         rows.reshape(-1)[: len(ids)] = ids
         windows = torch.from_numpy(rows)
         tokens, targets = windows[:, :-1], windows[:, 1:]
@@ -133,7 +133,7 @@ class Data:
 
     @property
     def scored_bytes(self) -> int:
-        """Bytes of text behind the evaluation's targets; <|endoftext|> stands for none."""
+        """The number of bytes of the evaluation's targets; <|endoftext|> has none."""
         if not hasattr(self, "_scored_bytes"):
             length = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
             for token, i in self.tokenizer.ranks.items():
@@ -145,8 +145,8 @@ class Data:
         return self._scored_bytes
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """Loss in nats per token, its perplexity, and the loss in bits per byte, which no choice of
-        tokenizer changes."""
+        """The loss in nats per token, its perplexity, and the loss in bits per byte, which can be
+        compared between tokenizers."""
         loss = sums["loss"] / max(counts["loss"], 1)
         bits = sums["loss"] / math.log(2) / max(self.scored_bytes, 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
@@ -194,9 +194,9 @@ class SampleFlags:
 
 
 def split_space(prompt: str) -> tuple[str, str]:
-    """(prompt without the space at its end, that space), and ("…", "") where there is none. Of
-    several spaces none is moved, nor one behind a line end: that is how code is indented, and the
-    completion may go on with more of them. A prompt that is a space alone stays one."""
+    """(prompt without the space at its end, that space), or (prompt, "") where there is none. Two
+    or more spaces stay, and so does one behind a line end: they may indent code, and the completion
+    may go on with more of them. A prompt that is a single space stays too."""
     if len(prompt) > 1 and prompt.endswith(" ") and not prompt[:-1].endswith((" ", "\n")):
         return prompt[:-1], " "
     return prompt, ""
@@ -205,10 +205,10 @@ def split_space(prompt: str) -> tuple[str, str]:
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
     """(tokens, bytes that the first new token must begin with).
 
-    An empty prompt is the beginning of a document. A space at the end of the prompt is taken off
-    and required of the first new token instead: in training a space belongs to the word behind it,
-    so after a lone one the model would expect anything but a word. Raises ValueError for the name
-    of a special token that the tokenizer does not have.
+    An empty prompt is the beginning of a document. A space at the end of the prompt is removed, and
+    the first new token must begin with it: in training a space belongs to the word behind it, so
+    the model expects anything but a word after a space alone. Raises ValueError for the name of a
+    special token that the tokenizer does not have.
     """
     for name in re.findall(r"<\|[^|<>\s]+\|>", prompt):
         if name not in tokenizer.special_tokens:
@@ -224,9 +224,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
 class Pick:
     """Chooses the next tokens for `generate`, with one random stream for each row.
 
-    Row r is sample r % num_samples of its prompt, and its stream depends on that number and the
-    seed alone: a prompt gets the same samples in any batch. Ids beyond the tokenizer's vocabulary
-    (the model's may be padded) cannot be chosen.
+    Row r is sample r % num_samples of its prompt, and its stream depends only on that number and
+    the seed: a prompt gets the same samples in any batch. Ids beyond the tokenizer's vocabulary
+    cannot be chosen (the model's may be padded).
     """
 
     def __init__(self, tokenizer: Tokenizer, flags: SampleFlags, leads: list[bytes]):
@@ -242,19 +242,19 @@ class Pick:
         return self.choose(logits, u)
 
     def choose(self, logits: Tensor, u: Tensor) -> Tensor:
-        """(B, V) logits, a uniform number for each row -> (B,) tokens, on the same device."""
+        """logits (B, V), u (B,), uniform numbers -> tokens (B,), on the device of the logits."""
         f, logits = self.flags, logits[:, : self.tokenizer.vocab_size]
         if f.temperature == 0:
             return logits.argmax(-1)
         return choose(distribution(logits.float(), f.temperature, f.top_k, f.top_p, f.min_p), u)
 
     def draw(self, row: int, count: int = 1) -> Tensor:
-        """(count,): the next uniform numbers of the row's stream."""
+        """The next uniform numbers of the row's stream, (count,)."""
         return torch.rand(count, generator=self.streams[row], dtype=torch.double)
 
     def follow_leads(self, logits: Tensor, writing: list[int]) -> Tensor:
-        """(B, V) logits, where a row that has not written its lead yet can only choose a token that
-        begins with it."""
+        """The logits (B, V), changed in rows that have not written their lead yet: these can choose
+        only tokens that begin with it."""
         for row in writing:
             if lead := self.leads[row]:
                 fits = [i for token, i in self.tokenizer.ranks.items() if token.startswith(lead)]
@@ -271,8 +271,8 @@ class Pick:
 class TextStream:
     """Turns a row's tokens into text that can be shown at once.
 
-    Half a character stays back until its other bytes arrive, and so does what may turn out to be
-    the beginning of a stop string. `done` is set by a stop string or by <|endoftext|>.
+    Part of a character is held back until its other bytes arrive, and so is what may be the
+    beginning of a stop string. A stop string or <|endoftext|> sets `done`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str]):
@@ -290,6 +290,7 @@ class TextStream:
         return self.release(self.decoder.decode(self.tokenizer.decode_bytes([token])))
 
     def release(self, new: str, last: bool = False) -> str:
+        """Adds text to what is held back, and returns what can be shown of it."""
         self.held += new
         found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
         keep = 0
@@ -303,7 +304,7 @@ class TextStream:
         return shown
 
     def finish(self) -> str:
-        """What was still held back, when no more tokens come."""
+        """The text that is still held back, when no more tokens come."""
         shown = "" if self.done else self.release(self.decoder.decode(b"", final=True), last=True)
         self.done = True
         return shown
@@ -322,8 +323,8 @@ def complete(
     write: Callable[[int, str], None] = lambda row, text: None,
     encode: Encode = encode_prompt,
 ) -> list[str]:
-    """num_samples continuations of each prompt, in order; write(row, text) gets each part at once.
-    `encode` turns a prompt into tokens as the model's training did."""
+    """num_samples continuations of each prompt, in order. write(row, text) gets each part as soon
+    as it is there. `encode` turns a prompt into tokens as in the model's training."""
     encoded = [encode(tokenizer, p) for p in prompts for _ in range(flags.num_samples)]
     streams = [TextStream(tokenizer, flags.stop) for _ in encoded]
     rows, leads = [ids for ids, _ in encoded], [lead for _, lead in encoded]
@@ -331,7 +332,7 @@ def complete(
     if decoding.text_steps:
         longest = max(map(len, rows)) + flags.max_new_tokens
         steps = decoding.text_steps(model, len(rows), longest, pick.choose)
-    # A space that was taken off the prompt comes back with the first token: do not show it twice.
+    # A space that was removed from the prompt comes back with the first token: it is shown once.
     strip = [bool(lead) for lead in leads]
     for step in generate(model, rows, pick, flags.max_new_tokens, steps=steps):
         for row, token in enumerate(step):
@@ -356,8 +357,8 @@ def complete(
 def print_completions(
     model: nn.Module, tokenizer: Tokenizer, flags: SampleFlags, encode: Encode = encode_prompt
 ) -> None:
-    """Prints the continuations of flags.prompt: a single one while it is written, several when all
-    of them are. `encode` as in `complete`."""
+    """Prints the continuations of flags.prompt: a single one while it is written, more of them when
+    all are complete. `encode` is as in `complete`."""
     prompts = flags.prompt or [""]
     longest = max(len(encode(tokenizer, p)[0]) for p in prompts) + flags.max_new_tokens
     if longest > model.config.block_size:
@@ -382,8 +383,8 @@ def print_completions(
 
 
 def eval_data(model: nn.Module, tokenizer: Tokenizer, flags: SampleFlags) -> Data:
-    """The text that --eval names, in windows of block_size: of a named text the part that
-    validates, of one's own all."""
+    """The text that --eval names, in windows of block_size: the validation part of a named text, or
+    all of one's own."""
     cache = Path(flags.cache_dir)
     corpus = open_corpus(flags.eval, cache)
     corpus = corpus if flags.eval in NAMES else whole(corpus)
@@ -399,7 +400,7 @@ def sample(
     checkpoint: dict,
     score: Callable[[Data], None],
 ) -> None:
-    """The scores of --eval, or else the continuations of the prompts."""
+    """Prints the scores of --eval, or else the continuations of the prompts."""
     if flags.eval:
         score(eval_data(model, tokenizer, flags))
     else:

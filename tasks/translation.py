@@ -1,12 +1,12 @@
 """Translation, or any other way from one sentence to another, with the encoder-decoder of 2017.
 
 A pair is kept as two documents of a token file, source then target, each behind its <|endoftext|>.
-That token ends the source, and the target both begins and ends with it; only Marian's tokenizers
-have a start token of their own. The search for the likeliest target is in `decoding.py`; here are
-its batches, its caches and its limits, what BLEU and chrF say of the result, and a picture of where
-the decoder looked.
+The model reads that token at the end of a source, and at the beginning and the end of a target;
+only Marian's tokenizers have a start token of their own. The search for the likeliest target is in
+`decoding.py`; here are its batches, its caches and its limits, BLEU and chrF of the result, and a
+picture of where the decoder looks.
 
-Left out: back-translation, a mask between several pairs in one row, ensembles, coverage penalties.
+Left out: back-translation, packing pairs into one row, ensembles, coverage penalties.
 
 Papers: Vaswani et al. 2017, "Attention Is All You Need" (arXiv:1706.03762). BLEU and chrF are
 sacrebleu's (Post 2018, arXiv:1804.08771), on detokenized text.
@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 import decoding
 from bpe import END_OF_TEXT
-from data.buckets import InBuckets, evenly_within, find, pad_rows
+from data.buckets import InBuckets, evenly_within, pad_rows, positions_of
 from data.lines import answer_stdin, new_file
 from data.parallel import ParallelCorpus, open_pairs
 from data.sentencepieces import START
 from data.tokens import AnyTokenizer, TokenFile, both_splits
-from decoding import Advance, beam_search, choose, distribution, write
+from decoding import Advance, beam_search, choose, distribution, generate_targets
 from model import Attention
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
@@ -53,7 +53,7 @@ class Flags(TrainConfig):
 
 
 class Data(InBuckets):
-    """Batches of pairs of similar length, that of the longer side: see InBuckets.
+    """Batches of pairs whose longer sides have similar lengths: see InBuckets.
 
     Validation: in order; if max_tokens is less than all, evenly spaced pairs. Pairs with a side of
     more than block_size tokens are left out, and counted.
@@ -69,16 +69,15 @@ class Data(InBuckets):
         tokenizer: AnyTokenizer,
         *,
         block_size: int,
-        batch_size: int,
-        tokens_per_step: int = 0,
-        seed: int = 0,
         max_tokens: int = 0,
+        **buckets,
     ):
+        """buckets: see InBuckets.make_buckets."""
         self.ids, self.fingerprint, self.tokenizer = file.ids, corpus.hash, tokenizer
         self.prompts, self.rule = corpus.prompts, corpus.rule
         self.start, self.end = start_and_end(tokenizer)
-        # borders[2i], borders[2i + 1], borders[2i + 2]: source i begins, target i begins, both end.
-        self.borders = np.append(find(file.ids, self.end), len(file.ids))
+        # Source i begins at borders[2i], target i at borders[2i + 1] and ends at borders[2i + 2].
+        self.borders = np.append(positions_of(file.ids, self.end), len(file.ids))
         self.lengths = np.diff(self.borders).reshape(-1, 2)  # each with its end token
         longer = self.lengths.max(1, initial=0)
         self.chosen = np.flatnonzero(longer <= block_size)
@@ -91,25 +90,18 @@ class Data(InBuckets):
             )
         tokens, limit = int(longer[self.chosen].sum()), 0 if split == "train" else max_tokens
         self.chosen = self.chosen[evenly_within(self.n_all, tokens, limit)]
-        self.make_buckets(
-            longer[self.chosen],
-            split,
-            block_size=block_size,
-            batch_size=batch_size,
-            tokens_per_step=tokens_per_step,
-            seed=seed,
-        )
+        self.make_buckets(longer[self.chosen], split, block_size=block_size, **buckets)
 
     @classmethod
     def splits(cls, flags: Flags, sizes: dict, tokenizer: AnyTokenizer | None = None):
-        """(train, validation); the joint vocabulary is learnt from the training side only."""
+        """(train, validation); a joint tokenizer is learnt from the training pairs unless given."""
         cache = Path(flags.cache_dir)
         corpus = open_pairs(flags.data, cache, languages=flags.languages, valid=flags.valid)
         step = {"tokens_per_step": flags.tokens_per_step}
         return both_splits(cls, corpus, flags, sizes, tokenizer, **step)
 
     def ids_of(self, pair: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, target) ids, without end tokens."""
+        """The ids of (source, target), without end tokens."""
         begin, middle, end = self.borders[2 * pair : 2 * pair + 3]
         ids = self.ids[begin:end]
         return ids[1 : middle - begin], ids[middle - begin + 1 :]
@@ -121,8 +113,8 @@ class Data(InBuckets):
             yield self.tokenizer.decode(source.tolist()), self.tokenizer.decode(target.tolist())
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """{"source": (B, S), "tokens": (B, T), "targets": (B, T)} and, if some sources are shorter
-        than others, "source_keep": (B, S), False at padding."""
+        """{"source": (B, S), "tokens": (B, T), "targets": (B, T)}; if some sources are shorter than
+        others, also "source_keep": (B, S), False at padding."""
         _, rows, empty = self.buckets.batch(i)
         sources, targets = zip(*map(self.ids_of, self.chosen[rows]), strict=True)
         source, keep = pad(sources, self.end)
@@ -134,7 +126,8 @@ class Data(InBuckets):
         return batch if keep.all() else {**batch, "source_keep": keep}
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """The smoothed loss that training minimises; without smoothing, per target token."""
+        """Per target token: the smoothed loss that training minimises, and the loss ("nll") and the
+        perplexity without smoothing."""
         nll = sums["nll"] / max(counts["loss"], 1)
         return {
             "loss": sums["loss"] / max(counts["loss"], 1),
@@ -166,7 +159,8 @@ def start_and_end(tokenizer: AnyTokenizer) -> tuple[int, int]:
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], end: int) -> tuple[Tensor, Tensor]:
-    """Behind each row its end token, then padding. ((B, L) ids, (B, L) bool, False at padding)"""
+    """Rows, an end token behind each, then padding -> (ids (B, L), keep (B, L)); keep is False at
+    padding."""
     return pad_rows(rows, end, behind=1)
 
 
@@ -224,7 +218,7 @@ def make_advance(
     model: nn.Module, source: Tensor, source_keep: Tensor, target_len: int, vocab_size: int
 ) -> Advance:
     """The function that `decoding.py` calls for the next logits. source (B, S) is read once; each
-    call moves the caches to where the rows went, and decodes one token for every row."""
+    call reorders the caches as the rows are, and decodes one token for every row."""
     if source_keep.all():
         source_keep = None
     memory = model.encode(source, source_keep)
@@ -254,8 +248,8 @@ def translate_ids(
     flags: SampleFlags,
     static: Callable[[Tensor, Tensor, int], Advance] | None = None,
 ) -> list[list[int]]:
-    """One batch: source ids -> target ids, both without start and end token. `static` is what
-    `decoding.pair_steps` makes."""
+    """The ids of a batch of sources -> those of the targets, all without start and end tokens.
+    `static` is what decoding.pair_steps returns."""
     device, block_size = next(model.parameters()).device, model.config.block_size
     start, end = start_and_end(tokenizer)
     wanted = [flags.max_new_tokens or len(ids) + 50 for ids in sources]  # 50: section 6.1 of 2017
@@ -269,7 +263,7 @@ def translate_ids(
     if flags.temperature == 0 and flags.beam > 1:
         found = beam_search(advance, limits, beam=flags.beam, alpha=flags.length_penalty, **ends)
         return [tokens for _, tokens in found]
-    # One random stream for each sentence: its draws do not depend on its neighbours.
+    # Each sentence has a random stream, so its draws do not depend on its neighbours.
     streams = [torch.Generator().manual_seed(flags.seed) for _ in sources]
 
     def pick(logits: Tensor, alive: list[int]) -> Tensor:
@@ -279,7 +273,7 @@ def translate_ids(
         u = [torch.rand((), generator=streams[i], dtype=torch.double) for i in alive]
         return choose(p, torch.stack(u))
 
-    return write(advance, limits, pick, **ends)
+    return generate_targets(advance, limits, pick, **ends)
 
 
 def translate(
@@ -288,14 +282,14 @@ def translate(
     lines: list[str],
     flags: SampleFlags,
     bar: tqdm | None = None,
-    first: int = 1,
+    first_line: int = 1,
 ) -> list[str]:
-    """The translations, one for each line, in order. A line gets the translation that it would get
-    alone; sentences of similar length share a batch. An empty line stays empty. Of a line that is
-    longer than the model reads, the beginning is translated, and a note gives its number (`first`
-    is that of lines[0])."""
+    """The translations of the lines, in order. A line gets the translation that it gets alone;
+    sentences of similar length share a batch. An empty line stays empty. Of a line that is longer
+    than the model reads, the beginning is translated, and a note gives its number (that of lines[0]
+    is first_line)."""
     ids, most = [tokenizer.encode(line.strip()) for line in lines], model.config.block_size - 1
-    for number, tokens in enumerate(ids, first):
+    for number, tokens in enumerate(ids, first_line):
         if len(tokens) > most:
             warning = f"note: line {number:,} has {len(tokens):,} tokens, the model reads {most}:"
             tqdm.write(f"{warning} the rest is left out", file=sys.stderr)
@@ -322,7 +316,7 @@ def translate(
 
 
 def figures(hypotheses: list[str], references: list[str]) -> list[str]:
-    """Lines to print: exact match; BLEU (13a, cased) and chrF with their signatures."""
+    """Lines to print: exact match, then BLEU (13a, cased) and chrF with their signatures."""
     same = sum(h == r.strip() for h, r in zip(hypotheses, references, strict=True))
     lines = [f"exact match {same / len(references):.2%} of {len(references):,}"]
     try:
@@ -341,7 +335,7 @@ def score_translations(
     pairs: list[tuple[str, str]],
     flags: SampleFlags,
 ) -> list[str]:
-    """The lines of `figures` for the translations of all the pairs, and how long they took."""
+    """The lines of `figures` for the translations of all pairs, and the speed in sentences/s."""
     begin = time.perf_counter()
     with tqdm(total=len(pairs), unit="sentence", disable=None) as bar:
         hypotheses = translate(model, tokenizer, [source for source, _ in pairs], flags, bar)
@@ -353,8 +347,8 @@ def score_translations(
 
 
 def eval_pairs(flags: SampleFlags, train_config: dict) -> ParallelCorpus:
-    """What --eval names: the test part of a named set, or all of one's own files. The languages are
-    those of --languages, or else those of the training."""
+    """The pairs that --eval names: the test part of a named set, or all of one's own files. The
+    languages are those of --languages, or else those of the training."""
     languages = flags.languages
     if not languages and flags.eval in ("multi30k", "wmt14"):
         languages = train_config.get("languages", "")
@@ -366,8 +360,9 @@ def eval_pairs(flags: SampleFlags, train_config: dict) -> ParallelCorpus:
 
 @torch.no_grad()
 def cross_attention(model: nn.Module, source: Tensor, tokens: Tensor) -> Tensor:
-    """source (1, S), tokens (1, T) -> (L, H, T, S): how much each written position of each layer
-    and head looks at each source position. Computed beside torch's attention, which keeps none."""
+    """source (1, S), tokens (1, T) -> weights (L, H, T, S): how much each written position looks at
+    each source position, by layer and head. torch's attention does not return its weights, so they
+    are computed once more here."""
     weights: list[Tensor] = []
 
     def watch(attention: Attention, inputs: tuple, output: Tensor) -> None:
@@ -387,8 +382,8 @@ def cross_attention(model: nn.Module, source: Tensor, tokens: Tensor) -> Tensor:
 def draw_attention(
     model: nn.Module, tokenizer: AnyTokenizer, line: str, flags: SampleFlags, path: Path
 ) -> None:
-    """Translates the line and draws the mean over layers and heads: source tokens across, written
-    tokens down."""
+    """Translates the line and draws its cross-attention, the mean over layers and heads: source
+    tokens across, written tokens down."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -424,7 +419,7 @@ def sample(
     checkpoint: dict,
     score: Callable[[Data], None],
 ) -> None:
-    """The scores of --eval, or translations of the prompts, or else of the lines of stdin."""
+    """Prints the scores of --eval, or translations of the prompts or else of the lines of stdin."""
     if flags.eval:
         corpus = eval_pairs(flags, checkpoint["train_config"])
         print(f"{flags.eval}: {corpus.rule}; {flags.search}", flush=True)
@@ -436,15 +431,15 @@ def sample(
             print(f"cross-attention of {flags.prompt[0]!r}: {flags.attention}", file=sys.stderr)
     else:
 
-        def answer(lines: list[str], bar: tqdm, first: int) -> list[str]:
-            return translate(model, tokenizer, lines, flags, bar, first)
+        def answer(lines: list[str], bar: tqdm, first_line: int) -> list[str]:
+            return translate(model, tokenizer, lines, flags, bar, first_line)
 
         answer_stdin(answer, 16 * flags.batch_size, "sentence")
 
 
 def show(model: nn.Module, tokenizer: AnyTokenizer, data: Data, folder: Path) -> list[str]:
-    """Each of the data's prompts with its translation; then the scores of greedy translations of
-    pairs that validate, 2000 at most."""
+    """Each of the data's prompts with its translation; then the scores of greedy translations of at
+    most 2000 validation pairs."""
     texts = translate(model, tokenizer, data.prompts, SampleFlags())
     blocks = [f"{prompt}\n-> {text}" for prompt, text in zip(data.prompts, texts, strict=True)]
     pairs = list(islice(data.texts(), 2000))

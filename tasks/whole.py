@@ -1,4 +1,4 @@
-"""One labelled file as a task's evaluation: what `sample.py --eval FILE` scores."""
+"""The labelled file that `sample.py --eval FILE` scores, as a task's validation data."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -7,8 +7,8 @@ from data.tokens import AnyTokenizer
 
 
 def whole_file(Flags: type, Data: type, tokenizer: AnyTokenizer, flags, checkpoint: dict):
-    """All of the file flags.eval as a task's validation data, read as in the run that the
-    checkpoint is from. Flags and Data are the task's. Raises ValueError."""
+    """All of the file flags.eval as a task's validation data, read as in the run that wrote the
+    checkpoint. Flags and Data are the task's. Raises ValueError where there is no such file."""
     if not Path(flags.eval).is_file():
         raise ValueError(f"--eval {flags.eval} is no file here: name one as for --data")
     names = {f.name for f in fields(Flags)}

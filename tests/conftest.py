@@ -88,12 +88,15 @@ PLACES = {
 }
 
 
+PLAIN = {(file, name): getattr(file, name) for file, names in PLACES.items() for name in names}
+
+
 @pytest.fixture(autouse=True)
-def plain_kernels(monkeypatch):
-    """What a run in a test installs is gone in the next one."""
-    for module, names in PLACES.items():
-        for name in names:
-            monkeypatch.setattr(module, name, getattr(module, name))
+def plain_kernels():
+    """Every test begins with the plain forms: what a run in another test, or in a fixture of a
+    whole file, has installed is gone."""
+    for (file, name), plain in PLAIN.items():
+        setattr(file, name, plain)
 
 
 @pytest.fixture

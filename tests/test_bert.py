@@ -95,6 +95,7 @@ def as_theirs(given: dict) -> dict[str, torch.Tensor]:
 
 # In fp64 only the chunked loss is fp32 here: the logits agree to 1e-10, and that is enough to tell
 # an epsilon of 1e-12 from one of 1e-5.
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype,atol", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
 @pytest.mark.parametrize("nsp", [True, False], ids=["nsp", "mlm alone"])
 def test_equals_hugging_face_logits_losses_and_gradients(nsp, dtype, atol):
@@ -580,6 +581,7 @@ def test_bf16_on_a_cpu_stays_near_float32(pre_ln):
     assert 0 < (flat[0] - flat[1]).norm() < 0.15 * flat[1].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre_ln", [True, False])
 def test_it_learns_a_batch_by_heart(pre_ln):
     """With plain AdamW, from the weights that a model begins with. Each row shares its first part

@@ -33,7 +33,7 @@ from converting import (
 import convert
 from bert import BERT, BERTConfig
 from data.tokens import END_OF_TEXT
-from decoding import beam_search, generate, write
+from decoding import beam_search, generate, generate_targets
 from engine.hub.exporting import export_model
 from engine.hub.importing import import_model
 from engine.hub.mapping import our_config, rows, their_settings, to_ours, to_theirs
@@ -136,7 +136,7 @@ def test_marian_writes_the_same_tokens(beam, tmp_path, tokenizers):
     with torch.no_grad():
         advance = make_advance(ours, source, keep, T, V)
         if beam == 1:
-            got = write(advance, limits, lambda logits, _: logits.argmax(-1), **ends)
+            got = generate_targets(advance, limits, lambda logits, _: logits.argmax(-1), **ends)
         else:
             got = [t for _, t in beam_search(advance, limits, beam=beam, alpha=0.0, **ends)]
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from decoding import beam_search, penalty, write
+from decoding import beam_search, generate_targets, penalty
 
 END, START = 0, 0
 
@@ -122,7 +122,7 @@ def test_a_start_token_of_its_own_is_never_written(start, beam):
             expected, sequence = plain_beam(table, sentence, limit, beam, 0.6, never=start)
             assert tuple(tokens) == sequence and score == pytest.approx(expected, abs=1e-5)
             tempted.append(start in plain_beam(table, sentence, limit, beam, 0.6)[1])
-        written = write(table.advance(6), limits, greedy, start=start, end=END)
+        written = generate_targets(table.advance(6), limits, greedy, start=start, end=END)
         if beam == 1:
             assert written == [tokens for _, tokens in found]
     assert any(tempted)
@@ -132,7 +132,7 @@ def test_a_beam_of_one_is_greedy_and_both_keep_to_the_limit():
     limits = [12, 3, 1, 6, 12]
     for seed in range(20):
         table = Table(5, seed, sharp=3.0)
-        greedy = write(table.advance(5), limits, greedy_pick, start=START, end=END)
+        greedy = generate_targets(table.advance(5), limits, greedy_pick, start=START, end=END)
         found = beam_search(table.advance(5), limits, beam=1, start=START, end=END)
         assert [tokens for _, tokens in found] == greedy
         assert all(len(tokens) <= limit for tokens, limit in zip(greedy, limits, strict=True))
@@ -176,6 +176,6 @@ def test_write_asks_pick_with_the_numbers_of_the_sentences_still_alive():
         seen.append(list(alive))
         return torch.tensor([END if sentence == 1 else 1 for sentence in alive])
 
-    texts = write(Table(3, 0).advance(3), [3, 3, 2], pick, start=START, end=END)
+    texts = generate_targets(Table(3, 0).advance(3), [3, 3, 2], pick, start=START, end=END)
     assert texts == [[1, 1, 1], [], [1, 1]]
     assert seen == [[0, 1, 2], [0, 2], [0]]

@@ -288,6 +288,7 @@ processes.stop()
 """
 
 
+@pytest.mark.slow
 def test_an_evaluation_does_not_depend_on_how_it_is_divided(files):
     """Into batches of 64, 32 and 8 rows, and between two processes."""
     (files / "two.py").write_text(SCRIPT, encoding="utf-8")

@@ -18,6 +18,8 @@ from engine.logs import read_log
 from finetune import adapter_rank
 from tasks.answer import SampleFlags, answer
 
+pytestmark = pytest.mark.slow
+
 # Found by trying: each learns its problem in well under a second.
 LEARN = ["--beta2=0.95", "--weight_decay=0", "--pre_ln"]
 STEPS = {"classify": (40, 0.02), "tag": (20, 0.02), "answer": (40, 0.02), "similar": (10, 0.01)}

@@ -16,6 +16,7 @@ import train
 from data.tokens import END_OF_TEXT
 from decoding import choose, context_start, distribution, generate
 from engine import checkpoint as checkpoints
+from engine.cpu import lay_out_for_decoding
 from model import GPT, GPTConfig
 
 
@@ -87,7 +88,7 @@ def test_unequal_prompts_in_one_batch_equal_one_by_one():
 def test_the_layout_for_decoding_changes_no_value():
     model, prompt = gpt(), torch.randint(256, (1, 9))
     before, weights = model(prompt), {k: v.clone() for k, v in model.state_dict().items()}
-    sample.lay_out_for_decoding(model)
+    lay_out_for_decoding(model)
     torch.testing.assert_close(model(prompt), before)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert model.blocks[0].mlp.fc.weight.stride() == (1, 96)

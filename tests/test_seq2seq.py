@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import peer
 
-from decoding import write
+from decoding import generate_targets
 from engine.hub.mapping import to_ours
 from engine.hub.peers import hugging_face_marian
 from engine.plan import parameter_table
@@ -358,6 +358,7 @@ def test_bf16_on_a_cpu_stays_near_float32():
     assert 0 < (flat[0] - flat[1]).norm() < 0.15 * flat[1].norm()  # 0.01 to 0.07
 
 
+@pytest.mark.usefixtures("installed")
 def test_attention_in_bf16_that_trains_is_float32s_rounded():
     keep = torch.rand(2, 1, 7, 13) < 0.7
     for mask, S in ((None, 13), ("causal", 7), ("causal", 13), (keep, 13)):
@@ -391,6 +392,7 @@ def reversals(n: int, random: torch.Generator) -> dict[str, torch.Tensor]:
     return {"source": source, "tokens": tokens, "targets": targets, "source_keep": place <= lengths}
 
 
+@pytest.mark.slow
 def test_it_learns_to_reverse_what_it_reads():
     """All parts at once, from the loss to greedy decoding with caches; unseen rows, all correct."""
     random = torch.Generator().manual_seed(0)
@@ -410,7 +412,9 @@ def test_it_learns_to_reverse_what_it_reads():
     given = reversals(200, random)
     with torch.no_grad():
         advance = make_advance(model, given["source"], given["source_keep"], 8, 10)
-        written = write(advance, [7] * 200, lambda logits, _: logits.argmax(-1), start=0, end=0)
+        written = generate_targets(
+            advance, [7] * 200, lambda logits, _: logits.argmax(-1), start=0, end=0
+        )
     rows = [
         row[keep].tolist()[:-1]
         for row, keep in zip(given["source"], given["source_keep"], strict=True)

@@ -125,6 +125,7 @@ def differing() -> frozenset[str]:
     return frozenset(found)
 
 
+@pytest.mark.slow
 def test_every_code_point():
     """The library's categories are those of Unicode 8 and its decompositions are not new either,
     while its lower case may be newer than Python's. So it differs (563 times with version 0.23 and

@@ -1,7 +1,7 @@
 """A model of Hugging Face's hub by its name: huggingface_hub downloads it into the cache that it
 shares with transformers.
 
-What the environment says to huggingface_hub holds here: HF_ENDPOINT, HF_TOKEN, HF_HOME,
+The environment variables of huggingface_hub hold here too: HF_ENDPOINT, HF_TOKEN, HF_HOME,
 HF_HUB_CACHE, HF_HUB_OFFLINE, … Files that are in the cache are not downloaded again, and without a
 network the cache is enough.
 """
@@ -16,7 +16,7 @@ def snapshot(name: str, files: Sequence[str], revision: str = "main") -> Path:
     """The folder of the cache that has those of `files` that the repository has.
 
     `name` is "owner/repo", `revision` a branch, a tag or a commit; the folder's name is the commit.
-    Raises ValueError, which says what happened and what to do about it.
+    If this fails, raises ValueError, which says what happened and what to do about it.
     """
     try:
         from huggingface_hub import constants, snapshot_download
@@ -26,7 +26,7 @@ def snapshot(name: str, files: Sequence[str], revision: str = "main") -> Path:
             f"there is no folder {name}, and a download by name needs huggingface_hub: "
             "pip install huggingface_hub"
         ) from error
-    patterns = [glob.escape(file) for file in files]  # a name from a file of theirs may have a *
+    patterns = [glob.escape(file) for file in files]  # names in an index may have a *
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError:
@@ -34,14 +34,14 @@ def snapshot(name: str, files: Sequence[str], revision: str = "main") -> Path:
             f"{name!r} is neither a folder nor a repository: name a folder that exists, or "
             "owner/repo of letters, digits, '_', single '.' and '-'"
         ) from None
-    except Exception as error:  # its own, those of the system, of httpx or (older) of requests
-        reason, remedy = explained(error, constants.HF_HUB_OFFLINE)
+    except Exception as error:  # its own, the system's, those of httpx or (older) of requests
+        reason, remedy = explain(error, constants.HF_HUB_OFFLINE)
         raise ValueError(
             f"cannot download {name} ({reason}): {remedy}, or name a folder that has its files"
         ) from error
 
 
-def explained(error: Exception, offline: bool) -> tuple[str, str]:
+def explain(error: Exception, offline: bool) -> tuple[str, str]:
     """(what happened, what to do about it) for an error of huggingface_hub."""
     chain = [error]
     while chain[-1].__cause__:
@@ -58,6 +58,6 @@ def explained(error: Exception, offline: bool) -> tuple[str, str]:
     if offline:
         return "HF_HUB_OFFLINE is set, and the cache does not have it", "unset HF_HUB_OFFLINE"
     reason = " ".join(str(chain[-1]).split())[:300] or type(chain[-1]).__name__
-    if getattr(error, "errno", None) is not None:  # of the disk: a network's errors have none here
+    if getattr(error, "errno", None) is not None:  # the disk's: network errors have none here
         return reason, "make space, or set HF_HOME to a folder that can be written to"
     return reason, "check the network, and HF_ENDPOINT if it is set"

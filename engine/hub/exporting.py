@@ -26,7 +26,7 @@ from wordpiece import UNK, WordPiece
 
 def export_model(path: Path, folder: Path) -> None:
     """Writes what AutoModel… and AutoTokenizer.from_pretrained(folder) load, and a card. Raises
-    ValueError for a model that Hugging Face has no class for, and a folder that is not empty."""
+    ValueError for a model that Hugging Face has no class for, and if the folder is not empty."""
     checkpoint = checkpoints.load(path)
     family = family_of(checkpoint["task"])
     model, tokenizer = checkpoints.restore(path, checkpoint)
@@ -62,7 +62,7 @@ def export_model(path: Path, folder: Path) -> None:
         "tokenizer_class": kind,
         "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
-        # GPT-2 would add the embeddings of token types, zeros, to the words: that of token 0.
+        # Given token types (all 0), GPT-2 would add the embedding of token 0 to each word.
         "model_input_names": inputs if base == "bert" else inputs[::2],
         **names,
     }
@@ -77,7 +77,7 @@ def export_model(path: Path, folder: Path) -> None:
         for name, content in files.items():
             text = json.dumps(content, indent=2)
             (temporary / name).write_text(text + "\n", encoding="utf-8")
-        # safetensors writes a file that only its owner may read: give it the others' permissions.
+        # safetensors writes a file that only its owner may read: it gets the others' permissions.
         shutil.copymode(temporary / "config.json", weights)
         text = card(folder.resolve().name, checkpoint, read_log(path.parent / "log.jsonl"))
         (temporary / "README.md").write_text(text, encoding="utf-8")

@@ -1,12 +1,13 @@
 """How Hugging Face writes our models: for each task, one table of settings and one of tensors.
 
 Import and export read the same rows. What is not in a table is refused: a setting that we do not
-have must have the value that we compute with, and a tensor that is missing, surplus or of another
-shape is an error that lists all of them. The networks are those of tasks.TABLE.
+have must have the value that we compute with, and tensors that are missing, surplus or of another
+shape are listed in one error. The networks are those of tasks.TABLE.
 
-Two differences are more than names. GPT-2 stores its matrices transposed, and q, k and v in one.
-Marian has all sines before all cosines, Seq2Seq has them in turns; so the residual stream of a
-trained model is in another order, and every weight that reads, writes or scales it is reordered.
+Two differences are more than names. GPT-2 stores its matrices transposed, and q, k and v in one
+matrix. Marian has all sines before all cosines, while Seq2Seq alternates them; so the residual
+stream of a trained model is in another order, and every weight that reads, writes or scales it is
+reordered.
 """
 
 from collections.abc import Callable
@@ -54,8 +55,8 @@ class Family(NamedTuple):
 
 
 def stream_order(C: int) -> Tensor:
-    """theirs[stream_order(C)] is ours: sine 0, cosine 0, sine 1, … Theirs is all sines, then all
-    cosines."""
+    """(C,) indices: theirs[stream_order(C)] is ours. Our order is sine 0, cosine 0, sine 1, …;
+    theirs is all sines, then all cosines."""
     return torch.arange(C).view(2, -1).t().flatten()
 
 
@@ -205,7 +206,7 @@ BERT_FAMILY = Family(
 
 
 def marian_layer(side: str, attentions: dict[str, str]) -> tuple[tuple[str, str, str], ...]:
-    """The modules of one layer; attentions: their name -> ours, also that of its norm."""
+    """The modules of one layer. attentions: their names -> ours, from which its norm's follow."""
     there, here, rows = f"model.{side}.layers.{{}}.", f"{side}.{{}}.", []
     for theirs, ours in attentions.items():
         rows += [(f"{theirs}.{x}_proj", f"{ours}.{x}", "reads_stream") for x in "qkv"]
@@ -281,8 +282,8 @@ def with_head(
     *own: tuple[str, str, str],
     **fixed: tuple,
 ) -> Family:
-    """An encoder that was fine-tuned, with the modules of its head, `own`. Files of older versions
-    have a pooler even where nothing uses it."""
+    """A fine-tuned encoder; `own` are the modules of its head. Files of older versions have a
+    pooler even if nothing uses it."""
     pooler = Derived("a pooler, which nothing uses", is_pooler)
     unused = {f"{POOLER[0]}.{part}": pooler for part in ("weight", "bias")}
     return BERT_FAMILY._replace(
@@ -322,12 +323,12 @@ FAMILIES = {
     "complete": GPT2,
 }
 HEADS = ("classify", "tag", "answer")  # tasks for which their BERT has a class with a head
-# model_type -> the task of pretraining, which is also that of a file with none of the other heads.
+# model_type -> the pretraining task, which is also that of a file without one of the other heads.
 BASES = {"gpt2": "gpt", "bert": "bert", "marian": "seq2seq"}
 
 
 def family_of(task: str) -> Family:
-    """Raises ValueError for a task of which Hugging Face has no form that we know."""
+    """The family of a task. Raises ValueError if Hugging Face has no format for it that we know."""
     if task not in FAMILIES:
         raise ValueError(
             f"the task {task!r} is not known to Hugging Face's formats: only "

@@ -1,6 +1,6 @@
 """Hugging Face's files -> a checkpoint of ours.
 
-A tokenizer, a weight or a setting that we would not compute with exactly is refused.
+A tokenizer, a weight or a setting with which we could not compute exactly the same is refused.
 """
 
 import math
@@ -21,9 +21,9 @@ from tasks.translation import start_and_end
 
 
 def import_model(source: str) -> tuple[dict, list[str]]:
-    """(the checkpoint, lines that say what was found). One can sample from it, train from it with
-    --init and export it, but not resume it, because it has no optimizer state. All weights become
-    float32. Raises ValueError for what is missing, damaged or not supported."""
+    """(the checkpoint, lines that say what was found). The checkpoint can be sampled from, trained
+    from with --init and exported, but not resumed, because it has no optimizer state. All weights
+    become float32. Raises ValueError for what is missing, damaged or not supported."""
     folder = files_of(source)
     path = folder / CONFIG
     settings = read_json(path)
@@ -53,13 +53,7 @@ def import_model(source: str) -> tuple[dict, list[str]]:
     state = {name: tensor.float() for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
     torch.manual_seed(Flags.seed)
-    for name in sorted({name.rpartition(".")[0] for name in fresh}):  # of BERT alone
-        if name:
-            from bert import init_bert
-
-            init_bert(model.get_submodule(name).to_empty(device="cpu"))
-        else:
-            model.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+    init_missing(model, fresh)
     # --resume would need these settings and refuses a run without them; --init does not read them.
     train_config = Flags(model=task, data="", init=source, tokens_per_step=32 * config.block_size)
     checkpoint = checkpoints.pack(
@@ -85,14 +79,24 @@ def import_model(source: str) -> tuple[dict, list[str]]:
     return checkpoint, lines
 
 
+def init_missing(model: nn.Module, names: list[str]) -> None:
+    """Initialises the tensors that a file does not have, which can be those of BERT's heads."""
+    for module in sorted({name.rpartition(".")[0] for name in names}):
+        if module:
+            from bert import init_bert
+
+            init_bert(model.get_submodule(module).to_empty(device="cpu"))
+        else:
+            model.mlm_bias = nn.Parameter(torch.zeros(model.config.vocab_size))
+
+
 def check_ids(settings: dict, tokenizer: AnyTokenizer, path: Path) -> None:
     """Raises ValueError if config.json begins or ends a target with other tokens than we do."""
     start, end = start_and_end(tokenizer)
     # {setting: (Hugging Face's default, the token that we use)}
     ids = {"decoder_start_token_id": (58100, start), "eos_token_id": (0, end)}
-    if (
-        start != end
-    ):  # Marian's padding is its start token; elsewhere padding is masked: any will do
+    # Marian's padding is its start token. In other models padding is masked, so any id will do.
+    if start != end:
         ids["pad_token_id"] = (58100, start)
     for name, (default, ours) in ids.items():
         if settings.get(name, default) != ours:

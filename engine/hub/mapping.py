@@ -1,7 +1,8 @@
-"""One of our models as Hugging Face writes it, and back, by the tables of `families.py`.
+"""Our models as Hugging Face writes them, and back, by the tables of `families.py`.
 
-Both directions read the same rows, so what is exported can be imported again. A wrong setting is
-named; missing, surplus and misshapen tensors are listed in one error, before any of them is read.
+Both directions read the same rows, so what is exported can be imported again. The error for a wrong
+setting names it; missing, surplus and misshapen tensors are listed in one error, before any tensor
+is read.
 """
 
 from collections.abc import Mapping
@@ -30,9 +31,9 @@ LIMITS = {
 
 
 def our_config(settings: dict) -> tuple[str, Any]:
-    """What config.json says -> (task, our config). Raises ValueError, with the setting's name, for
-    a setting that we do not compute with or a size that cannot be. `to_ours` finds BERT's nsp and
-    Marian's output_bias.
+    """The content of config.json -> (task, our config). Raises ValueError, with the setting's name,
+    for a setting that we do not compute with or a size that cannot be. Only `to_ours` can find out
+    BERT's nsp and Marian's output_bias.
     """
     task = BASES.get(str(settings.get("model_type")))
     if task is None:
@@ -73,7 +74,7 @@ def our_config(settings: dict) -> tuple[str, Any]:
             )
         source.setdefault(ours, name)
     if task in ("classify", "tag"):
-        found["labels"] = labels_of(settings)
+        found["labels"] = their_labels(settings)
     if task == "classify" and len(found["labels"]) < 2:
         raise ValueError("a single label is a regression, which is not supported")
     if task == "tag":
@@ -85,8 +86,9 @@ def our_config(settings: dict) -> tuple[str, Any]:
     return task, tasks.network(task).Config(**found)
 
 
-def labels_of(settings: dict) -> tuple[str, ...]:
-    """What id2label says, {"0": "no", "1": "yes"} for example; without it there are two labels."""
+def their_labels(settings: dict) -> tuple[str, ...]:
+    """The labels of id2label, for example {"0": "no", "1": "yes"}; without it there are two. Raises
+    ValueError if it does not name the labels 0, 1, 2, …, or names two of them alike."""
     names = settings.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     found = list(names.values()) if isinstance(names, dict) else []
     if (
@@ -101,8 +103,8 @@ def labels_of(settings: dict) -> tuple[str, ...]:
 
 
 def their_settings(task: str, config: Any) -> dict:
-    """Our config -> what config.json says of the model, without the ids of tokens. Raises
-    ValueError for a model that Hugging Face's class cannot be."""
+    """Our config -> the content of config.json, without the ids of tokens. Raises ValueError for a
+    model that Hugging Face's class cannot be."""
     family = family_of(task)
     if any(getattr(config, name) != value for name, value in family.own.items()):
         ours = " and ".join(f"{name}={getattr(config, name)}" for name in family.own)
@@ -112,7 +114,7 @@ def their_settings(task: str, config: Any) -> dict:
     if hasattr(config, "labels"):
         settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
         settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
-    # Settings of ours that their classes ignore but keep, so that they can be imported again.
+    # Their classes ignore these settings of ours but keep them, so they can be imported again.
     settings |= {
         name: vars(config)[name] for name in ("pairs", "may_abstain") if name in vars(config)
     }
@@ -124,19 +126,20 @@ def their_settings(task: str, config: Any) -> dict:
 # ---- tensors -------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    """One tensor of theirs, and those of ours that it consists of, joined along the outputs."""
+class TensorRow(NamedTuple):
+    """One tensor of theirs, and our tensors that it consists of, joined along the outputs."""
 
     theirs: str
     ours: tuple[str, ...]
     how: str  # "", transposed, row, rows or columns
 
 
-def numbered(name: str, layers: int) -> list[str]:
+def layer_names(name: str, layers: int) -> list[str]:
+    """A name of a table for each layer; a name without {} stays one."""
     return [name.replace("{}", str(i)) for i in range(layers)] if "{}" in name else [name]
 
 
-def rows(task: str, config: Any) -> list[Row]:
+def rows(task: str, config: Any) -> list[TensorRow]:
     """The table of a model of these sizes, one row for each tensor."""
     found = []
     for theirs, ours, kind in FAMILIES[task].modules:
@@ -144,10 +147,11 @@ def rows(task: str, config: Any) -> list[Row]:
             continue
         if task == "seq2seq" and not config.output_bias and ours == "output_bias":
             continue
-        for there, here in zip(*(numbered(x, config.n_layer) for x in (theirs, ours)), strict=True):
+        pairs = zip(*(layer_names(x, config.n_layer) for x in (theirs, ours)), strict=True)
+        for there, here in pairs:
             for part, how in KINDS[kind].items():
                 end = f".{part}" if part else ""
-                found.append(Row(there + end, tuple(x + end for x in here.split()), how))
+                found.append(TensorRow(there + end, tuple(x + end for x in here.split()), how))
     return found
 
 
@@ -169,7 +173,7 @@ def canonical(family: Family, names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse(family: Family, wrong: dict[str, list[str]]) -> None:
-    """Raises ValueError if any name is listed; it says all of them, but at most 20 of a kind."""
+    """Raises ValueError if `wrong`, {kind: names}, has a name. It lists at most 20 of a kind."""
     parts = []
     for kind, names in wrong.items():
         rest = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
@@ -187,8 +191,8 @@ def to_ours(
     `shapes` has all tensors of the file, `get` reads one by its name there. Only BERT may lack
     some: without the pooler and its head it has nsp=False, and the names of a missing head are
     returned. Marian has an output bias if that of the file is not zero. Raises ValueError, which
-    lists every missing, surplus or misshapen tensor before any but that bias is read, or else all
-    derived tensors that do not have the values they should.
+    lists every missing, surplus or misshapen tensor, before any tensor but that bias is read; or
+    else, which lists all derived tensors that do not have the values that they should have.
     """
     family, names = FAMILIES[task], canonical(FAMILIES[task], shapes)
     absent: set[str] = set()
@@ -204,15 +208,12 @@ def to_ours(
         config = replace(config, output_bias=one_row and bool(get(bias).any()))
     with torch.device("meta"):
         state = tasks.network(task)(config).state_dict()
-    wanted, table = {}, rows(task, config)
-    for row in table:
-        first, *rest = (state[name].shape for name in row.ours)
-        shape = (first[0] + sum(s[0] for s in rest), *first[1:])
-        wanted[row.theirs] = shape[::-1] if row.how == "transposed" else shape
-        if row.how == "row":
-            wanted[row.theirs] = (1, *shape)
+    table = rows(task, config)
+    wanted = their_shapes(table, state)
     derived = {
-        name: law for key, law in family.derived.items() for name in numbered(key, config.n_layer)
+        name: law
+        for key, law in family.derived.items()
+        for name in layer_names(key, config.n_layer)
     }
     shape_of = {name: tuple(shapes[there]) for name, there in names.items()}
     refuse(
@@ -242,26 +243,39 @@ def to_ours(
         if row.theirs in absent:
             fresh += row.ours
             continue
-        tensor = turned(read(row.theirs), row.how)
+        tensor = convert_tensor(read(row.theirs), row.how)
         for name, part in zip(row.ours, tensor.chunk(len(row.ours)), strict=True):
             state[name] = part.contiguous()
     return config, state, fresh
 
 
+def their_shapes(table: list[TensorRow], state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of their tensors that belong to a state of ours."""
+    shapes = {}
+    for row in table:
+        first, *rest = (state[name].shape for name in row.ours)
+        shape = (first[0] + sum(s[0] for s in rest), *first[1:])
+        shapes[row.theirs] = shape[::-1] if row.how == "transposed" else shape
+        if row.how == "row":
+            shapes[row.theirs] = (1, *shape)
+    return shapes
+
+
 def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our whole state -> their tensors, without those that are tied or derived."""
+    """Our whole state -> their tensors, without those that are tied, and of the derived ones only
+    those that must be written."""
     found = {}
     for row in rows(task, config):
         joined = torch.cat([state[name] for name in row.ours])
-        found[row.theirs] = turned(joined, row.how, back=True).contiguous()
+        found[row.theirs] = convert_tensor(joined, row.how, back=True).contiguous()
     for name, law in FAMILIES[task].derived.items():
         if law.make and name not in found:
             found[name] = law.make(config)
     return found
 
 
-def turned(tensor: Tensor, how: str, back: bool = False) -> Tensor:
-    """The tensor changed as Row.how says, from theirs to ours, or back."""
+def convert_tensor(tensor: Tensor, how: str, back: bool = False) -> Tensor:
+    """Changes a tensor of theirs into ours as TensorRow.how says; with back, ours into theirs."""
     if how == "transposed":
         return tensor.t()
     if how == "row":

@@ -1,4 +1,4 @@
-"""Our models as Hugging Face has them, for benchmarks and tests to compare with."""
+"""Hugging Face's versions of our models, for benchmarks and tests to compare with."""
 
 import torch.nn as nn
 
@@ -10,7 +10,7 @@ from seq2seq import Seq2Seq
 
 
 def peer(name: str):
-    """The module, or None and a line that says what is missing."""
+    """The module of this name; if it is not installed, None, and a line is printed that says so."""
     try:
         return __import__(name)
     except ImportError:
@@ -19,14 +19,14 @@ def peer(name: str):
 
 
 def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
-    """With our sizes, but weights of its own."""
+    """Their GPT-2 with our sizes, but weights of its own."""
     settings = their_settings("gpt", sizes)
     ids = {"bos_token_id": None, "eos_token_id": None}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict({**settings, **ids}))
 
 
 def hugging_face_marian(transformers, ours: Seq2Seq, start: int, end: int) -> nn.Module:
-    """With our sizes and weights: the same function of the tokens."""
+    """Their Marian with our sizes and weights, so the same function of the tokens."""
     ids = {"eos_token_id": end, "decoder_start_token_id": start, "forced_eos_token_id": None}
     ids |= {"pad_token_id": ours.config.vocab_size - 1}
     settings = {**their_settings("seq2seq", ours.config), **ids}
@@ -35,9 +35,10 @@ def hugging_face_marian(transformers, ours: Seq2Seq, start: int, end: int) -> nn
 
 
 def hugging_face_encoder(transformers, ours: Encoder, task: str = "bert") -> nn.Module:
-    """BertForPreTraining, without NSP BertForMaskedLM, or the class of a task of fine-tuning, with
-    our sizes and weights. They have neither a pre-LN BERT nor one without biases: ValueError."""
-    # With an id for padding, its embedding would get no gradient from the input.
+    """BertForPreTraining (without NSP, BertForMaskedLM) or the class of a fine-tuning task, with
+    our sizes and weights. Raises ValueError if ours is pre-LN or has no biases, as theirs has no
+    such forms."""
+    # If padding had an id, that token's embedding would get no gradient from the input.
     settings = {**their_settings(task, ours.config), "pad_token_id": None}
     Model = getattr(transformers, settings["architectures"][0])
     return with_our_weights(Model(transformers.BertConfig.from_dict(settings)), task, ours)

@@ -65,19 +65,19 @@ def read_json(path: Path) -> dict:
 
 # ---- out -----------------------------------------------------------------------------------------
 
-# Our patterns in the syntax of Oniguruma, the engine of Hugging Face's tokenizers. There {1,3}+ is
-# not possessive, it repeats the repetition, and (?m) means what (?s) means here. ($ matches at the
+# Our patterns in the syntax of Oniguruma, the engine of Hugging Face's tokenizers. There, {1,3}+ is
+# not possessive but repeats the repetition, and (?m) means what (?s) means here. ($ matches at the
 # end of a line there, but where we use it, all newlines have been matched already.)
 SPLITS = {
     GPT2_PATTERN: GPT2_PATTERN,
     GPT4_PATTERN: GPT4_PATTERN.replace("{1,3}+", "{1,3}"),
     CHAR_PATTERN: "(?m:.)",
 }
-SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace())  # of str.split and str.strip
+SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace())  # as in str.split
 
 
 def framing(task: str, special: dict[str, int]) -> tuple[dict | None, dict | None]:
-    """(normalizer, post_processor): what each task does to a text before and after it is split.
+    """(normalizer, post_processor): what a task does to a text before and after it is split.
 
     BERT collapses white space, puts one space in front and places the tokens between [CLS] and
     [SEP]; the encoder-decoder strips white space and appends the end token; GPT does nothing.
@@ -109,10 +109,9 @@ def framing(task: str, special: dict[str, int]) -> tuple[dict | None, dict | Non
 
 
 def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
-    """The content of tokenizer.json. Raises ValueError for a pattern that has no form there.
+    """The content of tokenizer.json. Raises ValueError for a pattern that cannot be written there.
 
-    Their tokenizer finds the names of special tokens in every text, ours only where they are
-    allowed.
+    Their tokenizer finds the names of special tokens in every text, ours only if they are allowed.
     """
     if isinstance(tokenizer, WordPiece):
         return wordpiece_to_json(tokenizer)
@@ -160,9 +159,10 @@ def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
 
 
 def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
-    """From a translator's *.spm, from tokenizer.json, from vocab.json and merges.txt, or from
-    vocab.txt. What tokenizer_config.json says of WordPiece or the *.spm must be what we do. Raises
-    ValueError for a tokenizer that ours cannot equal."""
+    """The tokenizer of a folder, from the first that is there: a translator's *.spm,
+    tokenizer.json, vocab.json and merges.txt, vocab.txt. What tokenizer_config.json says about
+    WordPiece or the *.spm must be what we do. Raises ValueError for a tokenizer that ours cannot
+    equal."""
     path, settings = folder / "tokenizer.json", {}
     if task != "gpt" and (folder / "tokenizer_config.json").is_file():
         settings = read_json(folder / "tokenizer_config.json")
@@ -187,8 +187,8 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         pairs = [line.split(" ") for line in lines if line]
         pairs = pairs[1:] if pairs and pairs[0][0] == "#version:" else pairs
         made = {"".join(pair) for pair in pairs} | byte_characters().keys()
-        # The files do not say which tokens are special: those that look special and that no merge
-        # makes.
+        # The files do not say which tokens are special: we take those that look like it and that no
+        # merge makes.
         named = re.compile(r"<.+>|\[.+\]").fullmatch
         special = {name: i for name, i in vocab.items() if name not in made and named(name)}
         tokenizer = from_merges(vocab, pairs, GPT2_PATTERN, special, path)
@@ -214,7 +214,8 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
 
 
 def is_wordpiece(state: dict) -> bool:
-    """Files of 2020 leave out the type of the model; only WordPiece limits the length of a word."""
+    """Whether a tokenizer.json is of WordPiece. Files of 2020 leave out the type of the model, but
+    only WordPiece limits the length of a word."""
     model = state.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     return kind == "WordPiece" or (kind is None and "max_input_chars_per_word" in (model or {}))
@@ -249,11 +250,11 @@ def read_sentencepieces(folder: Path, settings: dict) -> SentencePieces:
 
 
 def check_settings(ours: dict, settings: dict, path: Path) -> None:
-    """tokenizer_config.json can override what the other files say: raises ValueError unless it has
-    our values."""
+    """tokenizer_config.json can override what the other files say. Raises ValueError if it has
+    other values than ours."""
     for name, value in ours.items():
         found = settings.get(name)
-        if isinstance(found, dict):  # an added token, with how it is found in a text
+        if isinstance(found, dict):  # an added token and how it is found in a text
             found = found.get("content", found)
         if found not in (None, value):
             raise ValueError(f"{path}: {name}={str(found)[:80]} is not supported, only {value} is")
@@ -285,7 +286,7 @@ def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:
         raise ValueError(f"{path}: normalizer={str(state['normalizer'])[:100]} is not supported")
     found = state.get("post_processor")
     found = None if isinstance(found, dict) and found.get("type") == "ByteLevel" else found
-    if found != post_processor:  # ByteLevel's changes offsets alone
+    if found != post_processor:  # that of ByteLevel changes nothing but offsets
         raise ValueError(f"{path}: post_processor={str(found)[:100]} is not supported")
     return from_merges(
         model.get("vocab"), model.get("merges"), split_pattern(state, path), special, path
@@ -293,7 +294,7 @@ def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:
 
 
 def split_pattern(state: dict, path: Path) -> str:
-    """The one of our patterns by which the pre_tokenizer splits."""
+    """The pattern of ours by which the pre_tokenizer splits. Raises ValueError if there is none."""
     whole = state.get("pre_tokenizer")
     steps = whole.get("pretokenizers") if isinstance(whole, dict) else None
     steps = steps if isinstance(steps, list) and steps else [whole]
@@ -311,8 +312,8 @@ def split_pattern(state: dict, path: Path) -> str:
 def from_merges(
     vocab: Any, merges: Any, pattern: str, special: dict[str, int], path: Path
 ) -> Tokenizer:
-    """vocab: token -> id; merges: pairs in their order, or pairs joined by a space. The ids alone
-    must imply the same pairs, because our Tokenizer keeps nothing but the ids."""
+    """vocab: token -> id; merges: pairs in order, or pairs joined by a space. Raises ValueError
+    unless the ids alone imply the same pairs, because our Tokenizer keeps nothing but the ids."""
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError(f"{path} has no vocab or no merges")
     byte_of, tokens, pairs = byte_characters(), {}, []

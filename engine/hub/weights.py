@@ -1,4 +1,4 @@
-"""The files of a model as Hugging Face lays them out: which there are, and the tensors in them.
+"""The files of a model in Hugging Face's layout: which there are, and the tensors in them.
 
 Nothing in them is trusted: no pickle that could run code is opened, and the sizes are checked
 before memory is taken.
@@ -20,8 +20,9 @@ DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")
 
 
 def files_of(source: str) -> Path:
-    """The folder with the files of the model that `source` names: it, or one of the hub's cache,
-    into which no more is downloaded than is read."""
+    """The folder with the files of the model `source`: that folder itself, or one in the hub's
+    cache, into which only files that are read are downloaded. Raises ValueError if there is none.
+    """
     folder = Path(source)
     if folder.is_file():
         raise ValueError(f"{source} is a file: name the folder that it lies in")
@@ -43,13 +44,14 @@ def files_of(source: str) -> Path:
 
 
 def shards(index: Path) -> dict[str, str]:
-    """{tensor: the file that it is in}, as the index beside these files says."""
+    """{tensor: the file that it is in}, from the index beside these files. Raises ValueError for an
+    index that names other places."""
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise ValueError(f"{index} has no weight_map")
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     for file in placed.values():
-        # A name and nothing else: "../x" would be read from outside the folder.
+        # It must be a plain name: "../x" would be read from outside the folder.
         plain = isinstance(file, str) and file.endswith(suffix)
         if not plain or any(c in file for c in "/\\:\0"):
             raise ValueError(f"{index} names {str(file)[:80]!r}, which is no file beside it")
@@ -57,7 +59,7 @@ def shards(index: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """{file: the tensors that the index puts into it, None where there is no index}."""
+    """{file: the tensors that it has according to the index, or None if there is no index}."""
     for name, index in zip(WEIGHTS, INDEXES, strict=True):
         if (folder / name).is_file():
             return {folder / name: None}

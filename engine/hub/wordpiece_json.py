@@ -8,9 +8,9 @@ from wordpiece import INSIDE, LONGEST_WORD, UNK, WordPiece
 
 
 def wordpiece_to_json(tokenizer: WordPiece) -> dict[str, Any]:
-    """The content of Hugging Face's tokenizer.json. There, names of special tokens in a text
-    become their ids: encode(text, "all") is what gives the same. Where the vocabulary has
-    them, texts are framed: [CLS] A [SEP], and with a second one B [SEP] in segment 1."""
+    """The content of Hugging Face's tokenizer.json. There, the names of special tokens in a text
+    become their ids, as our encode(text, "all") does it. If the vocabulary has [CLS] and [SEP],
+    texts are framed: [CLS] A [SEP], and a second text is B [SEP] in segment 1."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = sorted(tokenizer.special_tokens.items(), key=operator.itemgetter(1))
     frame = [name for name in ("[CLS]", "[SEP]") if name in tokenizer.ids]
@@ -34,7 +34,7 @@ def wordpiece_to_json(tokenizer: WordPiece) -> dict[str, Any]:
             "type": "BertNormalizer",
             "clean_text": True,
             "handle_chinese_chars": True,
-            "strip_accents": None,  # as lowercase says
+            "strip_accents": None,  # the same as lowercase
             "lowercase": tokenizer.lowercase,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
@@ -51,9 +51,9 @@ def wordpiece_to_json(tokenizer: WordPiece) -> dict[str, Any]:
 
 
 def wordpiece_from_json(content: dict[str, Any]) -> WordPiece:
-    """The tokenizer that a parsed tokenizer.json describes. ValueError, in one sentence, for
-    every setting that wordpiece_to_json() would not have written, but for those that change
-    no id: truncation, padding, how the decoder cleans up, and which special tokens are listed.
+    """The tokenizer that a parsed tokenizer.json describes. Raises ValueError, in one sentence, for
+    every setting that wordpiece_to_json() would not have written, except those that change no id:
+    truncation, padding, how the decoder cleans up, and which special tokens are listed.
     """
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer.json: {short(content)} is no object with settings")
@@ -96,7 +96,7 @@ def wordpiece_from_json(content: dict[str, Any]) -> WordPiece:
 
 def _check_same(where: str, found: Any, ours: Any) -> None:
     if isinstance(found, dict) and isinstance(ours, dict):
-        for key in sorted(found.keys() | ours.keys()):  # a missing key is as good as null
+        for key in sorted(found.keys() | ours.keys()):  # a missing key counts as null
             _check_same(f"{where}: {key}", found.get(key), ours.get(key))
     elif type(found) is not type(ours) or found != ours:
         raise ValueError(f"{where} is {short(found)}, but only {short(ours)} is known here")

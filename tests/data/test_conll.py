@@ -1,4 +1,4 @@
-"""data/conll.py: files as they are found, what is refused in them, and tags against a table of
+"""data/conll.py: files as one finds them, what is refused in them, and tags beside a table of
 their rules."""
 
 import gzip
@@ -18,9 +18,9 @@ from data.conll import (
     open_tagged,
     read_conll,
     scheme_of,
-    spelled,
     split_tag,
     to_iob2,
+    write_tags,
 )
 
 SENTENCES = [
@@ -82,7 +82,7 @@ def test_a_document_ends_a_sentence_also_without_a_blank_line(tmp_path):
 
 
 def test_a_hash_is_a_word_where_it_has_a_tag(tmp_path):
-    """Tweets have # as a word. Taken for a comment, it took the place of all words behind it."""
+    """Tweets have # as a word. Taken for a comment, it once shifted all words after it."""
     text = "# no row\n# O\n# B-x\na O\n\n# id = 5\n# O\n"
     assert read(tmp_path / "a", text) == [(["#", "#", "a"], ["O", "B-x", "O"]), (["#"], ["O"])]
     assert read(tmp_path / "b", "a\tO\n#\tO\n# b\tO\n") == [(["a", "#", "# b"], ["O"] * 3)]
@@ -121,6 +121,7 @@ word = word.filter(lambda w: not w.startswith("-DOCSTART-"))
 sentence = st.lists(st.tuples(word, st.sampled_from(["O", "B-x", "I-x", "S-é z"])), min_size=1)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(sentence, max_size=4), st.booleans())
 def test_what_is_written_is_read(tmp_path, sentences, tabs):
@@ -186,7 +187,7 @@ def test_files_that_are_none_are_refused(tmp_path):
 
 
 def numbered(n: int, types: str = "xy") -> list[tuple[list[str], list[str]]]:
-    """n sentences, each of which has other words, with an entity of two words in it."""
+    """n sentences without a word in common, each with an entity of two words."""
     return [
         ([f"a{i}", f"b{i}", f"c{i}", "."], ["O", f"B-{type_}", f"I-{type_}", "O"])
         for i, type_ in zip(range(n), cycle(types), strict=False)
@@ -195,7 +196,7 @@ def numbered(n: int, types: str = "xy") -> list[tuple[list[str], list[str]]]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_becomes_iob2_and_is_told(tmp_path, scheme):
-    rows = [(w, spelled(entities(tags), len(tags), scheme)) for w, tags in SENTENCES]
+    rows = [(w, write_tags(entities(tags), len(tags), scheme)) for w, tags in SENTENCES]
     path = str(write(tmp_path / "a", text_of(rows)))
     text = open_tagged(path, path)
     assert text.schemes == {"train": scheme, "validation": scheme}
@@ -287,7 +288,7 @@ def test_a_type_that_the_labels_lack_is_refused_by_line(tmp_path):
 
 
 def test_wnut17():
-    """Its sentences are apart by lines with one tab, some words cannot be seen, and # is one."""
+    """Lines with one tab divide its sentences, some words are invisible, and # is a word."""
     train, dev = shared("wnut17/train.conll"), shared("wnut17/dev.conll")
     text = open_tagged(str(train), str(dev))
     found = {k: (len(v), sum(len(s.words) for s in v)) for k, v in text.splits.items()}
@@ -326,7 +327,7 @@ sequences = st.lists(tags, max_size=12)
 
 @st.composite
 def sentences(draw, longest: int = 5):
-    """(entities, length): apart, or side by side."""
+    """(entities, length), with entities side by side or with words between them."""
     found, at = [], 0
     for _ in range(draw(st.integers(0, 4))):
         start = at + draw(st.integers(0, 2))
@@ -336,7 +337,7 @@ def sentences(draw, longest: int = 5):
 
 
 def slow_entities(tags: list[str]) -> list[tuple[str, int, int]]:
-    """Every span is tried: no O in it, no border inside, one at either end."""
+    """Tries every span: it has no O and no border inside, and a border at either end."""
 
     def border(i: int) -> bool:  # between the words i - 1 and i
         a, b = (tags[k] if 0 <= k < len(tags) else "O" for k in (i - 1, i))
@@ -369,7 +370,7 @@ def test_every_pair_of_tags_by_itself():
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_scheme_by_hand(scheme):
     row = ROWS[scheme].split()
-    assert entities(row) == FOUND and spelled(FOUND, 8, scheme) == row
+    assert entities(row) == FOUND and write_tags(FOUND, 8, scheme) == row
     assert scheme_of([row]) == scheme and scheme_of([["O"], row, []]) == scheme
     assert to_iob2(row) == ROWS["IOB2"].split()
 
@@ -378,19 +379,21 @@ def test_each_scheme_by_hand(scheme):
 def test_what_a_scheme_writes_is_read_again(sentence):
     found, length = sentence
     for scheme in SCHEMES:
-        tags = spelled(found, length, scheme)
+        tags = write_tags(found, length, scheme)
         assert (
-            len(tags) == length and entities(tags) == found and to_iob2(tags) == spelled(*sentence)
+            len(tags) == length
+            and entities(tags) == found
+            and to_iob2(tags) == write_tags(*sentence)
         )
         fitting = scheme_of([tags])
-        assert spelled(found, length, fitting) == tags
+        assert write_tags(found, length, fitting) == tags
 
 
 def test_iob1_has_a_b_only_between_neighbours_of_one_type():
     found = [("x", 0, 2), ("P", 2, 3), ("P", 3, 5), ("P", 6, 7)]
-    assert spelled(found, 7, "IOB1") == ["I-x", "I-x", "I-P", "B-P", "I-P", "O", "I-P"]
+    assert write_tags(found, 7, "IOB1") == ["I-x", "I-x", "I-P", "B-P", "I-P", "O", "I-P"]
     # A type that ends like another is another.
-    assert spelled([("work", 0, 1), ("k", 1, 2)], 2, "IOB1") == ["I-work", "I-k"]
+    assert write_tags([("work", 0, 1), ("k", 1, 2)], 2, "IOB1") == ["I-work", "I-k"]
 
 
 @given(sequences)

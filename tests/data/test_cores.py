@@ -1,4 +1,4 @@
-"""cores.py against map(), and where it goes wrong."""
+"""data/cores.py beside map(), and when something goes wrong."""
 
 import multiprocessing
 import os
@@ -108,7 +108,7 @@ def test_no_worker_outlives_its_parent(tmp_path, sign):
 
 
 def alive(process: int) -> bool:
-    """A zombie, whose new parent has not looked yet, is not."""
+    """A zombie, whose exit status its new parent has not read yet, does not count as alive."""
     try:
         state = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2]
     except (FileNotFoundError, ProcessLookupError):

@@ -26,7 +26,7 @@ NOISE = np.random.default_rng(0).integers(97, 123, 300_000).astype(np.uint8).tob
 
 
 def flipped(raw: bytes) -> bytes:
-    """With one byte damaged, far behind the first that a reader sees."""
+    """A .gz with one damaged byte, far behind the first bytes that a reader sees."""
     return raw[:-50_000] + bytes([raw[-50_000] ^ 255]) + raw[-49_999:]
 
 
@@ -250,7 +250,7 @@ def test_an_interrupted_tokenization_leaves_nothing_behind(toy, monkeypatch):
     def fails(self, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.tokens.Encoder, "__call__", fails)
+    monkeypatch.setattr(data.tokens.CorpusEncoder, "__call__", fails)
     with pytest.raises(KeyboardInterrupt):
         windows("toy.txt")
     assert not [p for p in (toy / "cache").iterdir() if p.suffix != ".json"]

@@ -27,9 +27,10 @@ from data.dates import (
 from data.parallel import open_pairs
 
 
+@pytest.mark.slow
 def test_dates_of_one_split_are_in_no_other():
-    """Split by spelling, a date that training shows in one spelling would be validated in another,
-    and the number would tell nothing of dates that were never seen."""
+    """If spellings were divided instead, a date could train in one spelling and validate in
+    another, and the figure would say nothing about dates that were never seen."""
     days = {split: split_days(split) for split in COUNTS}
     everything = [day for part in days.values() for day in part]
     assert len(set(everything)) == len(everything) == (LAST - FIRST).days + 1 == 36_525
@@ -40,6 +41,7 @@ def test_dates_of_one_split_are_in_no_other():
     assert set(split_days("validation", seed=1)) != set(days["validation"])
 
 
+@pytest.mark.slow
 def test_a_spelling_means_one_date():
     seen: dict[str, str] = {}
     for split, n in (("train", 290_000), ("validation", 0), ("test", 0)):
@@ -47,6 +49,7 @@ def test_a_spelling_means_one_date():
             assert seen.setdefault(spelling.lower(), iso) == iso
 
 
+@pytest.mark.slow
 def test_numbers_mean_one_date_whatever_the_spelling():
     """3/4/05 and 3.4.05 differ by their separators, 20030405 and 2003.04.05 by their length."""
     seen: dict[str, date] = {}
@@ -56,9 +59,11 @@ def test_numbers_mean_one_date_whatever_the_spelling():
             assert seen.setdefault(spell(day, spelling), day) == day
 
 
+@pytest.mark.slow
 def test_words_mean_one_date_whatever_the_spelling():
-    """In lower case, since that joins most; every date of two months is enough, as months are named
-    by words (or, in Roman digits, between dots), of which May is the same in short and in full."""
+    """In lower case, which makes the most spellings equal. Every date of two months is enough,
+    because months are written as words (or as Roman numerals between dots), and only May is the
+    same in short and in full."""
     seen: dict[str, date] = {}
     for year in range(1950, 2050):
         for day in (date(year, month, d) for month in (1, 5) for d in range(1, 32)):
@@ -67,7 +72,7 @@ def test_words_mean_one_date_whatever_the_spelling():
 
 
 def test_a_prefix_is_never_taken_for_the_date():
-    """Prefixes are "on" and weekdays, with which nothing else begins: no month, no number."""
+    """Prefixes are "on" and weekdays, and no month or number begins like these."""
     firsts = {spell(date(1998, m, d), s).lower() for m in range(1, 13) for d in (1, 17)
               for s in NUMERIC + WORDED}  # fmt: skip
     begin = ("on ", *(name[:3].lower() for name in WEEKDAYS))
@@ -105,6 +110,7 @@ def test_years_in_words():
     assert len({year_in_words(year) for year in range(1950, 2050)}) == 100
 
 
+@pytest.mark.slow
 def test_every_spelling_occurs_and_none_prevails():
     pairs = list(dates("train", 20_000))
     assert 0.1 < sum(s.isupper() for s, _ in pairs) / len(pairs) < 0.3

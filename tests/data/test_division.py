@@ -1,4 +1,5 @@
-"""data/division.py: which rows validate. The classes' tests show that no run's seed has a say."""
+"""data/division.py: which rows validate. The tests of data classes show that the run's seed does
+not change that."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""data/hashes.py: what is known of files is read once, and again when they change."""
+"""data/hashes.py: files are read once, and once more when they change."""
 
 import gzip
 import hashlib
@@ -29,7 +29,7 @@ NOW = time.time()
 
 
 def old_file(path: Path, text: str, seconds: float = 100) -> Path:
-    """A file that was last changed so many seconds ago."""
+    """Writes a file whose last change was so many seconds ago."""
     path.write_text(text, encoding="utf-8")
     os.utime(path, (NOW - seconds, NOW - seconds))
     return path
@@ -60,7 +60,7 @@ def test_a_folder_is_hashed_once_and_what_changed_again(toy, examined):
 
 
 def test_a_file_that_changes_twice_within_a_tick_is_read_again(toy, examined):
-    """Size and time of change are the same then: Git calls such an entry racily clean."""
+    """Size and modification time are then the same: Git calls such an entry racily clean."""
     path, ago = toy / "a.txt", time.time() - NOW
     for seconds, trusted in ((1.0, False), (-100.0, False), (3.0, True)):
         old_file(path, "one", seconds - ago)

@@ -63,9 +63,10 @@ def test_what_the_splitter_cannot_know():
     assert len(split_sentences("It works. iPhones do too.")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [".", ". ", "A. ", '." ', "(. ", "。", "a.", '" . ', "\n"])
 def test_a_million_equal_characters_do_not_hang(text):
-    """A row of dots took more than ten minutes where each of them began a search of its own."""
+    """A row of dots once took more than ten minutes, as each dot began a search of its own."""
     found = split_sentences(text * (1_000_000 // len(text)))
     assert all(s and s == s.strip() for s in found)
 
@@ -193,7 +194,7 @@ def test_small_blocks_give_the_sentences_of_the_undivided_text(
 
 
 def test_nothing_is_held_but_a_paragraph(tmp_path, monkeypatch):
-    """Lines without a mark or a blank line between them: a log, say. It was joined whole."""
+    """Lines without marks and blank lines, such as a log, were once joined as a whole."""
     monkeypatch.setattr(data.layouts, "LONGEST", 1000)
     corpus = opened(tmp_path, "some words\n" * 5000, layout="prose")
     found = [sentence for document in everything(corpus) for sentence in document]

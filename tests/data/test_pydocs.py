@@ -1,4 +1,4 @@
-"""data/pydocs.py: what is taken from Python's own documentation is English, and always the same."""
+"""data/pydocs.py: the text from Python's own documentation is English, and always the same."""
 
 import os
 import re
@@ -19,6 +19,7 @@ def pydocs():
     return open_sentences("pydocs", Path("unused"))
 
 
+@pytest.mark.slow
 def test_pydocs_are_megabytes_of_documents(pydocs):
     train, validation = documents(pydocs, "train"), documents(pydocs, "validation")
     found = [sentence for document in train + validation for sentence in document]
@@ -45,8 +46,9 @@ def test_pydocs_are_english_and_not_code(pydocs):
     assert sum("(" in s for s in text) < 0.25 * len(text)
 
 
+@pytest.mark.slow
 def test_pydocs_are_the_same_in_every_process(pydocs):
-    """A set in between would give them an order of its own in each process."""
+    """If the code iterated over a set, each process would have another order."""
     code = "from data.sentences import *; print(open_sentences('pydocs', Path('unused')).hash)"
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     run = subprocess.run(

@@ -34,7 +34,7 @@ SPARSE = pytest.mark.skipif(sys.platform == "win32", reason="NTFS would fill the
 
 
 def written(path: Path, ids: np.ndarray, sizes: list[int] | None = None) -> Tokens:
-    """The ids as a stream that came in pieces of these sizes."""
+    """Writes the ids as a stream, in pieces of these sizes."""
     cuts = np.cumsum(sizes or [len(ids)])[:-1]
     pieces = [(part.astype("<u2").tobytes(), 1) for part in np.split(ids, cuts)]
     write_shards(path, ORIGIN, 2, iter(pieces))
@@ -42,7 +42,7 @@ def written(path: Path, ids: np.ndarray, sizes: list[int] | None = None) -> Toke
 
 
 def sparse(path: Path, total: int, shard: int, marks: dict[int, int]) -> Tokens:
-    """A stream of zeros that takes no place on the disk, and ids in some places of it."""
+    """Makes a stream of zeros that takes no space on the disk, with ids at some places of it."""
     files = math.ceil(total / shard)
     for number in range(files):
         count = min(shard, total - number * shard)
@@ -64,7 +64,7 @@ def train_windows(ids, **options) -> Data:
 
 @pytest.fixture
 def reads(monkeypatch) -> list[tuple[str, int, int]]:
-    """(name of the file, offset, size) of every read of ids, as they come."""
+    """A growing list of (name of the file, offset, size), one for every read of ids."""
     seen, real = [], data.shards.ShardFile.read
 
     def read(self, offset, size):
@@ -178,7 +178,7 @@ def toy_tokenizer() -> Tokenizer:
 
 @pytest.mark.parametrize("step", range(5))
 def test_a_kill_between_the_renames_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, step):
-    """Where there are files of the same names, either they are whole or nothing is."""
+    """Also where there were files of the same names: what is found is either whole or refused."""
     monkeypatch.setattr(data.shards, "SHARD", 5)
     path, old, real, done = tmp_path / "a.tokens", tmp_path / "old", Path.replace, []
     old.mkdir()
@@ -218,7 +218,7 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
 
 @pytest.mark.parametrize("shard,seek", [(1000, False), (1000, True), (10_000, True)])
 def test_threads_share_few_open_files(tmp_path, monkeypatch, shard, seek):
-    """A file that is closed for another one to be opened may still be read by another thread."""
+    """A file that must close so that another can be opened may still be read by another thread."""
     if seek:
         monkeypatch.setattr(data.shards, "PREAD", data.shards.seek_and_read)
     monkeypatch.setattr(data.shards, "SHARD", shard)
@@ -242,7 +242,7 @@ def test_threads_share_few_open_files(tmp_path, monkeypatch, shard, seek):
 
 
 def open_files() -> list[str]:
-    """What this process has open, by name."""
+    """The names of the files that this process has open."""
     found = []
     for path in FILES.iterdir():
         with suppress(OSError):  # the folder itself, which is closed by now
@@ -251,7 +251,7 @@ def open_files() -> list[str]:
 
 
 def open_shard_files(folder: Path) -> int:
-    """Of this test: streams of earlier ones may still be waiting to be collected."""
+    """The open files of this test: streams of earlier tests may still await garbage collection."""
     return sum(name.startswith(str(folder)) and name.endswith(".tokens") for name in open_files())
 
 
@@ -293,7 +293,7 @@ def test_short_reads_go_on_and_lost_files_end_in_a_sentence(tmp_path, monkeypatc
 
 @SPARSE
 def test_ten_billion_tokens_are_opened_and_read_in_slices(tmp_path, reads):
-    """20 GB that take no place on the disk; a table of the windows would have 312 MB."""
+    """20 GB that take no space on the disk; a table of the windows would have 312 MB."""
     total, T, B = 10_000_000_000, 256, 32
     marks = {0: 7, 2**31: 8, 2**32 + 1: 9, 2**28 * 20 - 1: 10, 2**28 * 20: 11, total - 1: 12}
     sparse(tmp_path / "a.tokens", total, 1 << 28, marks)
@@ -357,7 +357,7 @@ def test_open_files_and_memory_stay_flat_over_a_long_run(tmp_path, monkeypatch):
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory, those of mapped files among them."""
+    """The bytes of this process that are in memory, including those of mapped files."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

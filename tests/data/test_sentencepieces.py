@@ -1,4 +1,4 @@
-"""sentencepieces.py: the ids and the texts of MarianTokenizer, its files, and data made with it."""
+"""data/sentencepieces.py: MarianTokenizer's ids and texts, its files, and data made with it."""
 
 import json
 import sys
@@ -76,6 +76,7 @@ def pieces_of(folder) -> list[str]:
 # ---- the same ids and texts ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_ids_of_sources_and_targets_are_marians(folder):
     ours, theirs = read_tokenizer(folder, "seq2seq"), theirs_of(folder)
 
@@ -120,8 +121,8 @@ def test_the_texts_of_ids_are_marians(folder):
 
 
 def test_no_text_becomes_the_end_or_the_start(folder):
-    """In the language of the models their names are letters, and letters that no model knows come
-    back as they are: by name they would be found in the vocabulary."""
+    """To the models, their names are letters, and a model returns unknown letters as they are; so
+    they would be found in the vocabulary by name."""
     pieces = pieces_of(folder)
     ours = read_tokenizer(folder, "seq2seq")
     assert ours.special_tokens == {END_OF_TEXT: 0, START: len(pieces) - 1}
@@ -144,10 +145,11 @@ def test_no_text_becomes_the_end_or_the_start(folder):
 
 def test_json_out_and_in_again(folder, tmp_path):
     ours = read_tokenizer(folder, "seq2seq")
-    again = tokenizer_from_json(ours.to_json())
-    assert type(again) is SentencePieces and again.to_json() == ours.to_json()
-    assert (again.source, again.target, again.pieces) == (ours.source, ours.target, ours.pieces)
-    assert again.hash == ours.hash and again.encode(TEXT[0]) == ours.encode(TEXT[0])
+    restored = tokenizer_from_json(ours.to_json())
+    assert type(restored) is SentencePieces and restored.to_json() == ours.to_json()
+    assert (restored.source, restored.target) == (ours.source, ours.target)
+    assert restored.pieces == ours.pieces
+    assert restored.hash == ours.hash and restored.encode(TEXT[0]) == ours.encode(TEXT[0])
     changed = [
         SentencePieces(ours.target, ours.target, ours.pieces),
         SentencePieces(ours.source, ours.source, ours.pieces),

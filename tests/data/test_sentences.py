@@ -200,7 +200,7 @@ def test_of_a_single_document_its_last_tenth_validates(tmp_path, number, held):
 
 
 def test_paragraphs_of_a_single_document_of_prose_make_pairs(tmp_path):
-    """Where nothing but single blank lines divides a text, pairs of sentences would find none."""
+    """A text with only single blank lines would be one document, too few for pairs of sentences."""
     blocks = [f"Here begins part {i},\nwrapped. {i} goes on there. It ends." for i in range(30)]
     one = "\n\n".join(blocks)
     parts = [
@@ -209,8 +209,8 @@ def test_paragraphs_of_a_single_document_of_prose_make_pairs(tmp_path):
     corpus = opened(tmp_path, one)
     assert documents(corpus, "validation") == parts[9::10] and "every paragraph" in corpus.rule
     assert len(documents(corpus, "train")) == 27
-    again = opened(tmp_path, one, valid=str(tmp_path / "a.txt"))
-    assert documents(again, "train") == documents(again, "validation") == parts
+    second = opened(tmp_path, one, valid=str(tmp_path / "a.txt"))
+    assert documents(second, "train") == documents(second, "validation") == parts
     # Running text stays whole; so does what has a border of documents, or a layout that was given.
     whole = opened(tmp_path, one, by_sentence=False)
     assert sum(border for _, border in whole.pieces("train")) == 1
@@ -363,8 +363,8 @@ def test_wikitext_is_downloaded_and_unpacked_once(tmp_path, small_wikitext):
     assert {p.name for p in tmp_path.iterdir()} == {"cache", "served"}  # nothing climbed out
     for path in (cache / "w.zip", small_wikitext / "w.zip"):
         path.unlink()  # the archive is not needed any more
-    again = open_sentences("wikitext", cache, by_sentence=False)
-    assert again.hash != corpus.hash and len(list(again.pieces("train"))) == 40
+    second = open_sentences("wikitext", cache, by_sentence=False)
+    assert second.hash != corpus.hash and len(list(second.pieces("train"))) == 40
 
 
 def test_wikitext_with_a_wrong_checksum_is_refused(tmp_path, small_wikitext):

@@ -1,4 +1,4 @@
-"""data/shuffle.py: permutations that are no table, and the orders that must stay as they are."""
+"""data/shuffle.py: permutations without a table, and the orders that must stay as they are."""
 
 import math
 from types import SimpleNamespace
@@ -81,7 +81,7 @@ def test_orders_reach_beyond_two_to_the_31():
 
 
 def test_small_texts_keep_the_order_that_published_figures_have():
-    """With these numbers as they were before there was any other order."""
+    """These numbers were recorded when tables were the only order."""
     for seed, epoch in ((0, 0), (1337, 2)):
         windows = train_windows(1000, seed)
         random = np.random.default_rng((seed, epoch))

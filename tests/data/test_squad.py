@@ -17,7 +17,7 @@ def qa(question="Who?", *answers: tuple[str, int], **more) -> dict:
 
 
 def write(name: str, *paragraphs: tuple[str, list[dict]]) -> str:
-    """Two articles: the first paragraph, and all others."""
+    """Two articles: one has the first paragraph, the other all the rest."""
     found = [{"context": context, "qas": qas} for context, qas in paragraphs]
     articles = [{"title": "t", "paragraphs": part} for part in (found[:1], found[1:])]
     Path(name).write_text(json.dumps({"version": "1.1", "data": articles}), encoding="utf-8")
@@ -217,7 +217,7 @@ def test_one_paragraph_cannot_be_divided(folder):
 
 
 def test_a_few_misplaced_answers_are_kept_many_refused(folder):
-    """Offsets in bytes, for one, are right where no accent stands before the answer."""
+    """For example, offsets in bytes are right only if no accent stands before the answer."""
     context = "Ñandú, a bird"
     wrong, right = qa("Wrong?", ("bird", 11)), qa("Right?", ("bird", 9))
     none = qa("None?", is_impossible=True)

@@ -1,4 +1,4 @@
-"""data/squad.py: the metrics against a second way to count."""
+"""data/squad.py: the metrics beside a second way to count."""
 
 import math
 import re
@@ -35,7 +35,7 @@ def words_of(text):
 
 
 def overlap(prediction, answer):
-    """F1 by taking words away one at a time."""
+    """Computes F1 by taking words away one at a time."""
     said, wanted = words_of(prediction), words_of(answer)
     if not said or not wanted:
         return 1.0 if said == wanted else 0.0
@@ -96,7 +96,7 @@ def test_questions_without_an_answer_are_right_with_an_empty_one():
 
 
 def test_an_answer_of_articles_alone_is_none_beside_another():
-    """As in SQuAD 2.0: else "the" would be right wherever someone marked an article."""
+    """As in SQuAD 2.0; otherwise "the" would be right wherever someone marked an article."""
     assert squad_scores(["the"], [["a", "cat"]])["exact_match"] == 0.0
     assert squad_scores(["the"], [["a"]]) == {"exact_match": 100.0, "f1": 100.0}
 

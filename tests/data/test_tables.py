@@ -1,4 +1,4 @@
-"""data/tables.py: .csv, .tsv and .jsonl -> rows, broken lines told by number and content."""
+"""data/tables.py: .csv, .tsv and .jsonl -> rows; errors give a broken line's number and content."""
 
 import csv
 import gzip
@@ -140,7 +140,7 @@ def test_line_ends_inside_quotes_belong_to_the_cell_and_the_next_line_is_known()
 
 
 def test_rows_of_empty_cells_are_skipped():
-    """Spreadsheets write them below a table."""
+    """Spreadsheets write such rows below a table."""
     assert read("t.csv", "\n,\na,b\n,\nx,y\n , \n,\n") == [(5, ("x", "y"))]
     assert read("t.tsv", "\t\nx\ty\n \t\t\n", blank=("a", "b")) == [(2, ("x", "y"))]
 

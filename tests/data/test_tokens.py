@@ -1,4 +1,5 @@
-"""A corpus tokenized on all cores, memory of training, and what bench_tokenizers.py compares."""
+"""data/tokens.py: a corpus tokenized on all cores, training's memory; what lab/tokenizing.py
+compares."""
 
 import json
 import os
@@ -14,8 +15,8 @@ from conftest import peer
 from bpe import END_OF_TEXT, Tokenizer, learn_merges
 from data import cores
 from data.text import open_corpus
-from data.tokens import numbered, tokenize
-from lab import tokenizing as bench_tokenizers
+from data.tokens import number_documents, tokenize
+from lab import tokenizing
 from lab.tokenizing import plenty, run_measured, source_files, written_corpus
 from wordpiece import WordPiece
 
@@ -53,7 +54,7 @@ BORDERS = {"bpe": END_OF_TEXT, "wordpiece": "[SEP]"}
 def test_batches_give_what_documents_give_one_by_one(
     tmp_path, monkeypatch, kind, in_lines, workers
 ):
-    """In order, each behind its border, empty ones too, where batches end anywhere."""
+    """Documents stay in order, each after its border, also empty ones, wherever batches end."""
     monkeypatch.setattr(cores, "BATCH", 777)
     monkeypatch.setattr(os, "cpu_count", lambda: workers)
     tokenizer, border, texts = TOKENIZERS[kind], BORDERS[kind], short_texts(137)
@@ -73,11 +74,11 @@ def test_batches_give_what_documents_give_one_by_one(
 
 def test_pieces_that_begin_no_document_have_the_number_of_theirs():
     pieces = [("a", True), ("b", False), ("c", True), ("d", False), ("e", False)]
-    assert [number for _, _, number in numbered(pieces)] == [0, 0, 1, 1, 1]
+    assert [number for _, _, number in number_documents(pieces)] == [0, 0, 1, 1, 1]
 
 
 def test_lone_surrogates_of_a_json_line_are_tokenized(tmp_path):
-    """Their size in bytes was asked for in UTF-8, which has none: UnicodeEncodeError."""
+    """UTF-8 cannot encode lone surrogates: computing their size raised UnicodeEncodeError."""
     rows = [json.dumps({"text": f"a {c} b"}) for c in ("\ud800", "é") * 9]
     (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
     tokenizer = TOKENIZERS["bpe"]
@@ -88,7 +89,7 @@ def test_lone_surrogates_of_a_json_line_are_tokenized(tmp_path):
 
 
 def test_memory_of_training_per_byte_of_distinct_chunks():
-    """Python's numbers are objects of 32 bytes: one for each place, not one in each list."""
+    """Python's numbers are objects of 32 bytes: a place has one of them, not one in every list."""
     rng = random.Random(0)
     chunks = Counter({"".join(rng.choices("abcdefgh", k=9)): 2 for _ in range(20_000)})
     size = sum(map(len, chunks))
@@ -107,7 +108,7 @@ def test_memory_of_training_per_byte_of_distinct_chunks():
 def test_source_files_are_distinct_and_the_same_each_time(tmp_path, monkeypatch):
     library, packages = tmp_path / "lib", tmp_path / "lib" / "site-packages"
     paths = {"stdlib": str(library), "purelib": str(packages), "platlib": str(packages)}
-    monkeypatch.setattr(bench_tokenizers.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(tokenizing.sysconfig, "get_paths", lambda: paths)
     files = {"b.py": "bé", "a.py": "a", "test/c.py": "c", "again.py": "a", "none.py": ""}
     files |= {
         "t.txt": "t",
@@ -122,7 +123,7 @@ def test_source_files_are_distinct_and_the_same_each_time(tmp_path, monkeypatch)
     (library / "latin.py").write_bytes(b"\xe9")
     found = [*("standard library " + text for text in ("a", "bé", "c")), "packages d", "packages g"]
     assert [f"{kind} {text}" for kind, text in source_files()] == found
-    assert bench_tokenizers.shares(3) == "0 MB standard library"
+    assert tokenizing.shares(3) == "0 MB standard library"
 
 
 def test_plenty_stops_when_it_has_enough_and_makes_up_what_is_lacking():
@@ -153,7 +154,7 @@ def test_the_memory_of_children_is_counted():
 
 def test_both_trainers_take_the_same_text():
     made = list(plenty(9_000, iter([("packages", "import this\n")])))
-    for train in bench_tokenizers.TRAINERS.values():
-        if train is bench_tokenizers.train_theirs:
+    for train in tokenizing.TRAINERS.values():
+        if train is tokenizing.train_theirs:
             peer("tokenizers")
         train((text for _, text in made), 300)

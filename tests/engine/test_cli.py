@@ -107,7 +107,7 @@ def test_a_flag_of_another_parser_says_what_it_is_for():
     parser = cli.Parser("An example.")
     cli.add_flags(parser, Example, "flags")
     with pytest.raises(ValueError, match=r"^--beam is for translators: leave it out here$"):
-        parser.parse(["--beam=3"], {"--beam": "translators", "--rate": "nothing"})
+        parser.parse(["--beam=3"], lambda: {"--beam": "translators", "--rate": "nothing"})
 
 
 def test_the_owners_of_a_flag_are_those_whose_dataclass_has_it():

@@ -23,7 +23,10 @@ from engine import checkpoint as checkpoints
 from engine.config import resolve
 from engine.logs import RunLog, read_log
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux"),
+]
 LONG = [*TOY, "--steps=100000", "--eval_interval=50", "--log_interval=50", "--tokens_per_step=256"]
 
 

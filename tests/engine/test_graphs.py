@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bpe import GPT2_PATTERN, Tokenizer
 from data.tokens import END_OF_TEXT
-from decoding import beam_search, generate, write
+from decoding import beam_search, generate, generate_targets
 from engine import graphs, kernels
 from engine.graphs import (
     AHEAD,
@@ -341,6 +341,7 @@ def test_beam_search_finds_the_same_and_every_logit_is_equal(beam, start, device
     assert search_both(BATCHES, beam, start, device) >= {1, 2, 3, 4}
 
 
+@pytest.mark.slow
 def test_the_search_is_the_same_when_steps_are_recorded(recorded):
     """Where a step that is tried before it is recorded must move no cache."""
     search_both(BATCHES[::2], 2, 256, "cpu")
@@ -368,7 +369,8 @@ def test_greedy_writing_is_the_same():
         limits = [10, 7, 12, 3][: len(lines)]
         advances = static(source, keep, 13), make_advance(model, source, keep, 13, 257)
         ours, want = (
-            write(a, limits, lambda x, _: x.argmax(-1), start=256, end=256) for a in advances
+            generate_targets(a, limits, lambda x, _: x.argmax(-1), start=256, end=256)
+            for a in advances
         )
         assert ours == want
 

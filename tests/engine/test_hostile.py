@@ -47,6 +47,8 @@ from lab import runs as bench_runs
 from lab import sampling as bench_sampling
 from tasks.masked import POOLINGS
 
+pytestmark = pytest.mark.slow
+
 resource = pytest.importorskip("resource")  # Windows has none, and no timer either
 
 TRIES = int(os.environ.get("HOSTILE", "1"))

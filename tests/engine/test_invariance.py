@@ -20,6 +20,8 @@ from engine.config import resolve
 from engine.evaluation import count_targets
 from engine.processes import Processes
 
+pytestmark = pytest.mark.slow
+
 EACH_TASK = pytest.mark.parametrize("task", ranks.TASKS)
 PRETRAINED = pytest.mark.parametrize("task", ranks.TOYS)
 # Softmax ignores the keys' bias: its gradient is rounding noise, which Adam makes large.

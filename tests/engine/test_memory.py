@@ -22,7 +22,7 @@ import model
 import tasks
 import train
 from engine import config as configs
-from engine import memory, plan
+from engine import kernels, memory, plan
 from engine.evaluation import loss_name
 from engine.memory import (
     FlashAttention,
@@ -39,6 +39,7 @@ from model import Dropout, attend
 def begin(flags: list[str], device: str = "cpu") -> train.Run:
     config, sizes, _ = configs.resolve(flags)
     config.out = "run"
+    kernels.install(torch.device(device))
     return train.Run(config, sizes, None, Processes(0, 1, torch.device(device)))
 
 
@@ -105,6 +106,7 @@ def even_pairs(toy) -> Path:
     return toy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "flags",
@@ -305,9 +307,10 @@ def test_flash_attention_has_the_shapes_and_strides_of_the_real_one():
 
 
 def test_without_a_gpu_nothing_is_left_behind():
+    run = gpt("--n_layer=1", "--recompute")  # which installs the kernels of this machine
     names = ("attention_kernel", "dropout_kernel", "cross_entropy")
     before = dict(memory.losses.CHUNK), F.layer_norm, [getattr(model, name) for name in names]
-    on_gpu(*gpt("--n_layer=1", "--recompute"))
+    on_gpu(*run)
     after = memory.losses.CHUNK, F.layer_norm, [getattr(model, name) for name in names]
     assert before == after and not torch.is_autocast_enabled("cpu")
 
@@ -415,7 +418,7 @@ def test_every_task_has_a_plan(task, capsys):
     "flags,message",
     [
         (["--world=2"], "--world 2 is for a plan alone: add --dry_run"),
-        (["--world=0", "--dry_run"], "--world 0 is out of range: choose 1 or more"),
+        (["--world=0", "--dry_run"], "--world 0 is out of range: choose between 1 and 1000000"),
         (["--world=3", "--dry_run", "--preset=gpt2"], "for each of 3 processes: choose 525312"),
     ],
 )

@@ -33,6 +33,8 @@ from engine.processes import Processes
 from model import GPT, GPTConfig
 from tasks.flags import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 divides = pytest.mark.skipif(not DIVIDES_ON_CPU, reason="--shard model needs torch 2.7 on CPUs")
 
 

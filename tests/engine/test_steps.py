@@ -301,8 +301,8 @@ def test_a_skipped_step_leaves_no_trace(alone_in_a_group, queuing, name, shard, 
         model = two_layers()
         if shard == "model":
             fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        Matrices = sharding.DividedMuon if shard == "model" else optim.Muon
-        optimizer = optim.make_optimizer(model, name, lr=0.1, Matrices=Matrices)
+        muon = sharding.DividedMuon if shard == "model" else optim.Muon
+        optimizer = optim.make_optimizer(model, name, lr=0.1, muon=muon)
         if shard == "optimizer":
             optimizer = sharding.DividedOptimizer(optimizer, alone_in_a_group)
         done = 0

@@ -1,5 +1,6 @@
-"""One run on two machines, by the lines of the README: two agents of torchrun, each in its own
-folder as on its own disk, then also in its own network namespace; a Slurm script; what is refused.
+"""One run on two machines, by the lines of docs/distributed.md: two agents of torchrun, each in its
+own folder as on its own disk, then also in its own network namespace; a Slurm script; what is
+refused.
 """
 
 import os
@@ -28,6 +29,8 @@ from engine import checkpoint as checkpoints
 from engine import processes
 from engine.config import resolve
 from engine.processes import Processes
+
+pytestmark = pytest.mark.slow
 
 # All of these runs leave after step 6, without the curves and samples of one that has ended.
 FLAGS = [*TOY, "--tokens_per_step=256", "--steps=7", "--eval_interval=3", "--dropout=0.1"]

@@ -12,6 +12,8 @@ import train
 from engine.hub.peers import hugging_face_encoder
 from lab.finetuning import Theirs, main, random_batches
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("task", ["classify", "tag", "answer"])
 def test_their_class_gives_our_sums(task):

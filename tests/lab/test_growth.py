@@ -210,6 +210,7 @@ def test_time_is_a_median_and_each_size_has_its_own(monkeypatch):
 # ---- the script ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_script_writes_a_table_and_a_picture_and_writes_them_again(tiny, capsys):
     for _ in range(2):
         growth.main(["--repeats=1", "--out=new/g.png"])

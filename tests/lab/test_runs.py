@@ -6,6 +6,8 @@ import pytest
 
 from lab import runs
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_measure_is_taken(toy, capsys, monkeypatch):
     monkeypatch.setattr(runs, "SMALL", [*runs.SMALL, "--data=toy.txt"])

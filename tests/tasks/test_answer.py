@@ -20,7 +20,7 @@ from bpe import Tokenizer
 from data.encoding import CLS, PAD, SEP, encode_text
 from engine.evaluation import evaluate
 from engine.processes import Processes
-from tasks.answer import Data, Flags, encode_context, windows
+from tasks.answer import Data, Flags, context_windows, encode_context
 from wordpiece import WordPiece
 
 T = 48
@@ -48,7 +48,7 @@ def questions(n: int, seed: int, v2: bool = False) -> list[dict]:
 
 
 def write(name: str, paragraphs: list[dict]) -> list[tuple[str, dict]]:
-    """Of the file: (context, qa) of each question."""
+    """(context, qa) for each question of the file."""
     Path(name).write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
     return [(paragraph["context"], qa) for paragraph in paragraphs for qa in paragraph["qas"]]
 
@@ -77,7 +77,7 @@ def splits(data="train", valid="valid", *, tokenizer="bpe", block_size=T, **sett
 
 
 def rows_of(data: Data, batch: dict[str, torch.Tensor]) -> list[tuple]:
-    """(ids, start, end) of a batch's rows; none of a micro-batch that is not to be counted."""
+    """(ids, start, end) of a batch's rows; a micro-batch that is not to be counted has none."""
     assert {*batch} - {"keep"} == {"tokens", "segments", "start_targets", "end_targets"}
     special = data.tokenizer.special_tokens
     tokens, starts, ends = (batch[k] for k in ("tokens", "start_targets", "end_targets"))
@@ -112,7 +112,7 @@ def wanted_rows(name: str, tokenizer, T: int, none: tuple[int, int] = (0, 0)) ->
             for answer in qa["answers"][:1]:
                 start = answer["answer_start"]
                 end = start + len(answer["text"]) - 1
-            for a, b, first in windows(len(asked), len(context.ids), T):
+            for a, b, first in context_windows(len(asked), len(context.ids), T):
                 inside = range(a, b)
                 found = [
                     [i for i in range(len(context.ids))
@@ -147,7 +147,7 @@ def test_every_window_of_every_question_comes_once_an_epoch(folder, data, tokeni
 
 def test_targets_are_the_answer(folder):
     train, _ = splits(block_size=91)  # whole questions, which tell which one it is
-    end_of_part, told = train.tokenizer.special_tokens[SEP], Counter()
+    end_of_part, counts = train.tokenizer.special_tokens[SEP], Counter()
     answers = {f" {question.text}": question.answers[0] for question in train.questions}
     for ids, start, end in epoch(train):
         asked = train.tokenizer.decode(ids[1 : ids.index(end_of_part)])
@@ -155,16 +155,16 @@ def test_targets_are_the_answer(folder):
             assert train.tokenizer.decode(ids[start : end + 1]) == f" {answers[asked]}"
         else:
             assert end == 0 and f"{answers[asked]} " not in train.tokenizer.decode(ids)
-        told[bool(start)] += 1
-    assert told[True] >= len(answers) and told[False] > 9
+        counts[bool(start)] += 1
+    assert counts[True] >= len(answers) and counts[False] > 9
 
 
 def test_batches_are_a_pure_function_of_seed_and_index(folder):
-    (train, validation), (again, _) = splits(), splits()
+    (train, validation), (second, _) = splits(), splits()
     n = train.n_batches
     want = {i: rows_of(train, train.batch(i)) for i in (0, 1, n - 1, n, 2 * n, 7 * n + 3)}
     for i in sorted(want, reverse=True):  # another order, another object, epochs back and forth
-        assert rows_of(again, again.batch(i)) == want[i] == rows_of(train, train.batch(i))
+        assert rows_of(second, second.batch(i)) == want[i] == rows_of(train, train.batch(i))
     other, unmoved = splits(seed=7)
     assert rows_of(other, other.batch(0)) != want[0]
     assert epoch(unmoved) == epoch(validation) == epoch(validation)
@@ -271,8 +271,8 @@ def test_what_is_measured_does_not_depend_on_the_batches(folder):
 def test_one_wrong_question_costs_its_share(folder):
     _, validation = splits("v2", "v2", batch_size=1, block_size=91)
     n, none = len(validation.questions), sum(not q.answers for q in validation.questions)
-    several = zip(validation.questions, validation.rows_of, strict=True)
-    question = next(q for q, rows in several if q.answers and len(rows) > 1)
+    candidates = zip(validation.questions, validation.rows_of, strict=True)
+    question = next(q for q, rows in candidates if q.answers and len(rows) > 1)
     marked = (
         *encode_text(validation.tokenizer, question.text),
         validation.tokenizer.special_tokens[SEP],
@@ -292,7 +292,7 @@ def test_one_wrong_question_costs_its_share(folder):
 
 
 class Toy(nn.Module):
-    """BERT with two numbers for each place, those of padding being out of the question."""
+    """BERT with two numbers for each place, which are minus infinity at padding."""
 
     def __init__(self):
         super().__init__()
@@ -325,7 +325,7 @@ def test_report_is_per_row(folder):
     assert validation.report({"start": 0.0, "end": 0.0}, {"start": 0, "end": 0})["loss"] == 0.0
 
 
-# ---- what cannot be used, what is told -----------------------------------------------------------
+# ---- what cannot be used, descriptions -----------------------------------------------------------
 
 
 def test_misplaced_answers_are_not_learnt_but_still_asked_for(folder):
@@ -334,8 +334,8 @@ def test_misplaced_answers_are_not_learnt_but_still_asked_for(folder):
     lost["answers"] = [{"text": "elsewhere", "answer_start": 1}]
     write("train.json", paragraphs)
     train, validation = splits("train", "train")
-    told = "; 1 question left out, its answer is not where the file says"
-    assert train.describe().endswith(told) and "left out" not in validation.describe()
+    note = "; 1 question left out, its answer is not where the file says"
+    assert train.describe().endswith(note) and "left out" not in validation.describe()
     assert len(train.questions) == len(validation.questions) - 1
     marked = encode_text(train.tokenizer, lost["question"])
     rows = {True: [], False: []}
@@ -370,13 +370,13 @@ def test_describe_counts_what_is_there(folder):
     train, validation = splits("v2", "valid")
     rows, none = epoch(train), sum(not question.answers for question in train.questions)
     tokens = sum(len(row[0]) for row in rows)
-    told = train.describe()
-    assert told.startswith(
+    text = train.describe()
+    assert text.startswith(
         f"{len(train.questions)} questions about 13 paragraphs, {none} of them without an answer, "
         f"{len(rows)} rows, {tokens:,} tokens, {train.n_batches} steps with "
     )
     cells = sum(train.batch(i)["tokens"].numel() for i in range(train.n_batches))
-    assert float(re.search(r"with ([\d.]+)% padding$", told)[1]) == pytest.approx(
+    assert float(re.search(r"with ([\d.]+)% padding$", text)[1]) == pytest.approx(
         100 * (1 - tokens / cells), abs=3
     )
     assert "steps" not in validation.describe() and "without" not in validation.describe()

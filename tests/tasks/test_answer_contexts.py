@@ -18,13 +18,13 @@ from data.squad import exact_match
 from tasks.answer import (
     Answer,
     Window,
+    context_windows,
     encode_context,
     encode_question,
-    make_row,
     question_rows,
     read_answer,
-    windows,
 )
+from tasks.encoders import collate
 from wordpiece import WordPiece
 
 TEXT = (
@@ -138,7 +138,7 @@ def test_an_answer_is_the_tokens_whose_units_it_overlaps(text, data):
 
 
 def test_gold_answers_come_back_from_their_tokens(xquad):
-    """Of 1,190 one does not: the file cuts "(2,700" to "(2,70"."""
+    """One of 1,190 does not: the file cuts "(2,700" to "(2,70"."""
     tokenizer, lost, n = WordPiece.train([p["context"] for p in xquad[::3]], 2000), [], 0
     for paragraph in xquad:
         context = encode_context(tokenizer, paragraph["context"])
@@ -156,14 +156,14 @@ def test_gold_answers_come_back_from_their_tokens(xquad):
 
 
 @given(st.integers(0, 30), st.integers(1, 400), st.integers(1, 300))
-def test_windows_cover_the_context_with_the_overlap(n_question, n_context, room):
-    T = room + n_question + 3
-    found, overlap = windows(n_question, n_context, T), min(128, room // 2)
+def test_windows_cover_the_context_with_the_overlap(n_question, n_context, n_free):
+    T = n_free + n_question + 3
+    found, overlap = context_windows(n_question, n_context, T), min(128, n_free // 2)
     assert found[0].start == 0 and found[-1].stop == n_context
-    assert all(w.first == n_question + 2 and 0 < w.stop - w.start <= room for w in found)
+    assert all(w.first == n_question + 2 and 0 < w.stop - w.start <= n_free for w in found)
     assert all(w.length == n_question + w.stop - w.start + 3 <= T for w in found)
     for one, two in pairwise(found):
-        assert one.stop - one.start == room and one.stop - two.start == overlap
+        assert one.stop - one.start == n_free and one.stop - two.start == overlap
         assert two.stop > one.stop  # none is part of another
     # What is no longer than the overlap, and one more, is whole in one of them.
     for start in range(n_context - overlap):
@@ -171,9 +171,10 @@ def test_windows_cover_the_context_with_the_overlap(n_question, n_context, room)
 
 
 def test_windows_by_hand():
-    assert windows(3, 10, 16) == [Window(0, 10, 5)]
-    assert windows(3, 11, 16) == [Window(0, 10, 5), Window(5, 11, 5)]
-    assert [w[:2] for w in windows(10, 800, 313)] == [(0, 300), (172, 472), (344, 644), (516, 800)]
+    assert context_windows(3, 10, 16) == [Window(0, 10, 5)]
+    assert context_windows(3, 11, 16) == [Window(0, 10, 5), Window(5, 11, 5)]
+    found = context_windows(10, 800, 313)
+    assert [w[:2] for w in found] == [(0, 300), (172, 472), (344, 644), (516, 800)]
 
 
 def test_places_of_an_answer_are_those_of_its_window_or_cls():
@@ -198,10 +199,12 @@ def test_a_row_is_cls_question_sep_window_sep(question):
     context, found, rows = question_rows(BPE, question, TEXT, 37)
     special, asked = BPE.special_tokens, encode_text(BPE, question)
     assert len(found) > 1 and context.text == TEXT
-    for window, (ids, segments) in zip(found, rows, strict=True):
+    for window, parts in zip(found, rows, strict=True):
+        batch = collate([parts], BPE)
+        (ids,), (segments,) = batch["tokens"], batch["segments"]
         inside = context.ids[window.start : window.stop].tolist()
         want = [special[CLS], *asked, special[SEP], *inside, special[SEP]]
-        assert ids.tolist() == want and ids.dtype == np.int64 and len(ids) == window.length <= 37
+        assert ids.tolist() == want and ids.dtype == torch.int64 and len(ids) == window.length <= 37
         assert segments.tolist() == [0] * (len(asked) + 2) + [1] * (len(inside) + 1)
         assert ids[window.first] == inside[0]
 
@@ -239,7 +242,8 @@ def test_the_answer_is_the_text_of_the_best_window(tokenizer, said):
     logits[inside[-1]][1, b] += 9
     answer = read_answer(context, found, logits, may_abstain=True)
     assert answer[:3] == (said, start, start + len(said))
-    window = torch.tensor(logits[inside[-1]][:, : len(rows[inside[-1]][0])]).double()
+    row = collate([rows[inside[-1]]], tokenizer)["tokens"][0]
+    window = torch.tensor(logits[inside[-1]][:, : len(row)]).double()
     want = window[0].softmax(0)[a] * window[1].softmax(0)[b]
     assert answer.probability == pytest.approx(want.item(), rel=1e-6, abs=0)
 
@@ -259,7 +263,8 @@ def test_no_answer_where_every_window_says_so():
     assert read_answer(context, found, logits, may_abstain=True).text
 
 
-def test_make_row_takes_the_tokens_of_its_window_only():
+def test_a_row_has_the_tokens_of_its_window_only():
     context = encode_context(BPE, TEXT)
-    ids, _ = make_row(BPE, np.array([7]), context, Window(4, 9, 3))
+    row = Window(4, 9, 3).row(np.array([7]), context)
+    ids = collate([row], BPE)["tokens"][0]
     assert ids[3:-1].tolist() == context.ids[4:9].tolist() and len(ids) == 9

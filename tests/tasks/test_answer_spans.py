@@ -8,7 +8,7 @@ from tasks.answer import Span, best_span, join_windows
 
 
 def all_spans(logits, first, stop, max_answer):
-    """Every span that is allowed, in order of its start and then its length."""
+    """Every span that is allowed, ordered by start and then by length."""
     return [
         (start, end, float(logits[0][start]) + float(logits[1][end]))
         for start in range(first, stop)

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.hub.wordpiece_json import wordpiece_to_json
-from tasks.classify import Data, Flags, collate, encode_parts
+from tasks.classify import Data, Flags, encode_parts
+from tasks.encoders import collate
 from wordpiece import WordPiece
 
 T = 24
@@ -68,8 +69,8 @@ def splits(pairs=False, *, block_size=64, labels=(), tokenizer=None, **settings)
 
 
 def rows_of(data: Data, batch: dict[str, torch.Tensor]) -> list[tuple]:
-    """(text, …, label) of a batch's rows, read from the tensors; none of one that is not to be
-    counted. Checks what holds for all."""
+    """(text, …, label) of a batch's rows, read from the tensors; a batch that is not to be counted
+    has none. Checks what holds for all rows."""
     special, tokens, targets = data.tokenizer.special_tokens, batch["tokens"], batch["targets"]
     keep = batch.get("keep", torch.ones_like(tokens, dtype=torch.bool))
     assert torch.equal(tokens == special["[PAD]"], ~keep) and ("keep" in batch) == (not keep.all())
@@ -121,9 +122,9 @@ def test_batches_are_a_pure_function_of_seed_and_index(pairs):
     train, validation = splits(pairs, class_weights=True)
     n = train.n_batches
     want = {i: train.batch(i) for i in (0, n - 1, n, 7 * n + 3)}
-    again, _ = splits(pairs, class_weights=True)
+    second, _ = splits(pairs, class_weights=True)
     for i in sorted(want, reverse=True):
-        assert same(again.batch(i), want[i]) and same(train.batch(i), want[i])
+        assert same(second.batch(i), want[i]) and same(train.batch(i), want[i])
     other, unmoved = splits(pairs, class_weights=True, seed=7)
     assert not same(other.batch(0), want[0]) and other.fingerprint == train.fingerprint
     assert all(same(unmoved.batch(i), validation.batch(i)) for i in range(validation.n_batches))
@@ -167,9 +168,9 @@ def test_a_micro_batch_without_rows_has_no_target():
 # ---- texts that are too long ---------------------------------------------------------------------
 
 
-def pop_the_longer(a: list[int], b: list[int], room: int) -> None:
-    """How BERT's own code shortens two texts: from behind, one token after the other."""
-    while len(a) + len(b) > room:
+def pop_the_longer(a: list[int], b: list[int], limit: int) -> None:
+    """Shortens two texts as BERT's own code does: at their ends, one token after the other."""
+    while len(a) + len(b) > limit:
         (a if len(a) > len(b) else b).pop()
 
 
@@ -182,10 +183,10 @@ def test_the_longer_text_loses_its_end_first(a, b, length, pair):
     texts = [" ".join(map(str, ids)) for ids in ((a, b) if pair else (a,))]
     parts, cut = encode_parts(DIGITS, texts, length)
     b = b if pair else []
-    n, room = len(a) + len(b), length - 2 - pair
-    pop_the_longer(a, b, room)
+    n, limit = len(a) + len(b), length - 2 - pair
+    pop_the_longer(a, b, limit)
     assert [part.tolist() for part in parts] == [a, b][: len(texts)]
-    assert cut == (n > room) and len(a) + len(b) == min(n, room)
+    assert cut == (n > limit) and len(a) + len(b) == min(n, limit)
     tokens = collate([parts], DIGITS)["tokens"]
     assert tokens.tolist() == [[5, *a, 6, *b, 6][: None if pair else -1]]
 
@@ -247,7 +248,7 @@ def test_a_text_of_which_no_token_is_left_is_a_row_all_the_same():
     assert collate(rows, tokenizer)["tokens"].tolist() == [[2, 3, 4, 3], [2, 4, 3, 3]]
 
 
-# ---- weights, figures, what is told --------------------------------------------------------------
+# ---- weights, figures, descriptions --------------------------------------------------------------
 
 
 def test_class_weights_make_labels_equal_and_1_on_average():
@@ -305,8 +306,8 @@ def test_a_limited_evaluation_is_of_evenly_spaced_rows(pairs):
     limited, some = splits(pairs, eval_tokens=-(-tokens * 13 // 50))
     assert sorted(epoch(some)) == sorted(valid_rows(pairs)[k * 50 // 13] for k in range(13))
     counts = sorted(Counter(row[-1] for row in epoch(some)).values())
-    told = f"evenly spaced among 50, 2 labels with {counts[0]} to {counts[1]} each"
-    assert some.describe().startswith("13 ") and told in some.describe()
+    note = f"evenly spaced among 50, 2 labels with {counts[0]} to {counts[1]} each"
+    assert some.describe().startswith("13 ") and note in some.describe()
     assert limited.describe() == train.describe() and "evenly" not in whole.describe()
     gold = {i: some.batch(i)["targets"].numpy() for i in range(some.n_batches)}
     assert some.measure(gold)["accuracy"] == 1 and some.confusion.sum() == 13

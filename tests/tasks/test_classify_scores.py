@@ -1,5 +1,5 @@
-"""tasks/classify.py: the figures of a confusion matrix, against their definitions, and what they
-look like."""
+"""tasks/classify.py: the figures of a confusion matrix beside their definitions, and how they are
+shown."""
 
 import sys
 import warnings
@@ -122,7 +122,7 @@ def test_the_matrix_of_many_labels_is_left_out_of_the_table():
 
 @pytest.mark.parametrize("k", [2, LARGEST_MATRIX + 1])
 def test_the_picture_shows_counts_and_names(tmp_path, monkeypatch, k):
-    """A label such as "$a_$" was once a formula to matplotlib, and a wrong one, which ended it."""
+    """Matplotlib once read a label such as "$a_$" as a formula, which was wrong and raised."""
     figure = pytest.importorskip("matplotlib.figure")
     kept = []
     monkeypatch.setattr(figure.Figure, "savefig", keep_axes(figure.Figure.savefig, kept))

@@ -44,7 +44,7 @@ WORDS = [
 
 
 def rows(n: int, seed: int = 0) -> list[tuple[str, str]]:
-    """n pairs of unlike lengths, no two the same; every third prompt ends with a space."""
+    """n pairs of different lengths, no two the same; every third prompt ends with a space."""
     random, made = Random(seed), []
     for i in range(n):
         prompt = " ".join([str(i), *random.choices(WORDS, k=random.randint(0, 6))])
@@ -104,7 +104,7 @@ def epoch(data: Data, number: int = 0) -> list[tuple[str, str]]:
 
 
 def wanted(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """What texts() is to find: a space at the prompt's end belongs to the completion."""
+    """What texts() should find: a space at the prompt's end belongs to the completion."""
     cut = [(a[:-1], " " + b) if a[-1:] == " " else (a, b) for a, b in pairs]
     return [(f"{END_OF_TEXT}{a}", f"{b}{END_OF_TEXT}") for a, b in cut]
 
@@ -145,9 +145,9 @@ def test_batches_are_a_pure_function_of_seed_and_index():
     train, validation = splits()
     n = train.n_batches
     want = {i: train.batch(i) for i in (0, n - 1, n, 5 * n + 3)}
-    again, (other, still) = splits()[0], splits(seed=2)
+    second, (other, still) = splits()[0], splits(seed=2)
     assert all(same(still.batch(i), validation.batch(i)) for i in range(still.n_batches))
-    assert all(same(again.batch(i), want[i]) for i in sorted(want, reverse=True))
+    assert all(same(second.batch(i), want[i]) for i in sorted(want, reverse=True))
     assert not same(other.batch(0), want[0]) and other.fingerprint == train.fingerprint
     train.batch(0)["targets"].fill_(5)  # nobody's batch is anybody else's
     assert same(train.batch(0), want[0])
@@ -311,8 +311,8 @@ def test_the_loss_is_the_mean_over_completion_tokens():
 
 @torch.no_grad()
 def test_what_a_prompt_says_is_never_asked_for():
-    """A model that looks at one token only tells what is asked for: its blocks add nothing, and its
-    positions are all the same."""
+    """A model that looks at only one token shows what it is asked for: its blocks add nothing, and
+    its positions are all the same."""
     model = gpt()
     model.position_embedding.weight.zero_()
     for block in model.blocks:

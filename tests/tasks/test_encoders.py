@@ -10,7 +10,7 @@ import torch.nn as nn
 from finetuning import FILES, SIZES, write_files
 
 from tasks import answer, classify, network, tag, task
-from tasks.encoders import TextFlags, collate, similar_lengths
+from tasks.encoders import TextFlags, pad_batch, similar_lengths
 
 NAMES = ("classify", "tag", "answer")
 EACH = pytest.mark.parametrize("name", NAMES)
@@ -142,8 +142,8 @@ def test_how_to_ask_for_more():
 
 def test_rows_of_one_length_need_no_mask(tokenizers):
     tokenizer = next(t for t in tokenizers.values() if "[PAD]" in t.special_tokens)
-    assert collate([[5, 6], [7, 8]], tokenizer).keys() == {"tokens"}
-    batch = collate([[5, 6], [7]], tokenizer, [[0, 1], [0]])
+    assert pad_batch([[5, 6], [7, 8]], tokenizer).keys() == {"tokens"}
+    batch = pad_batch([[5, 6], [7]], tokenizer, [[0, 1], [0]])
     assert batch["segments"].tolist() == [[0, 1], [0, 0]]
     assert torch.equal(batch["keep"], torch.tensor([[True, True], [True, False]]))
 

@@ -44,7 +44,7 @@ LINES = ["the cat sat", "", "the dog ran to the house while the rain was falling
 
 
 def bert(block_size=40, vocab_size=384, **settings) -> BERT:
-    """Untrained, with weights such that its answers depend on all of the input."""
+    """An untrained model whose weights make its answers depend on all of the input."""
     torch.manual_seed(3)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 24, "n_ff": 37, **settings}
     model = BERT(BERTConfig(vocab_size=vocab_size, block_size=block_size, **sizes)).eval()
@@ -113,7 +113,7 @@ def test_the_space_before_a_mask_belongs_to_the_hidden_word(prompt, parts):
 
 
 def test_a_hidden_word_leaves_the_tokens_around_it_as_they_were():
-    """Else the model would read what it has never seen in training."""
+    """Otherwise the model would read what it has never seen in training."""
     whole, hidden = encode_text(WORDS, "the cat sat on"), encode_prompt(WORDS, "the [MASK] sat on")
     assert [a == b for a, b in zip(whole, hidden, strict=True)] == [True, False, True, True]
 
@@ -131,7 +131,7 @@ def test_any_batch_gives_what_each_prompt_gives_alone(batch_size):
 
 @torch.no_grad()
 def test_candidates_are_the_ordinary_tokens_and_share_all_of_the_probability():
-    """Special tokens and the ids that only pad the model's vocabulary would win here."""
+    """Here, special tokens and the ids that only pad the model's vocabulary would win."""
     model, n = bert(), len(WORDS.ranks)
     for bias in (0.0, 30.0):
         model.mlm_bias[n:] = bias
@@ -428,7 +428,7 @@ def test_what_a_run_shows_and_how_to_ask_for_more():
 
 
 def text_of_documents() -> str:
-    """Eight documents of five sentences of unlike lengths, a sentence a line."""
+    """Eight documents of five sentences of different lengths, one sentence on each line."""
     words = TEXT.split()[:18]
     documents = [
         [" ".join(words[(7 * d + s) % 9 :][: 3 + (d * s) % 7]) + "." for s in range(5)]

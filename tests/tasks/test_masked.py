@@ -18,7 +18,7 @@ from bert import BERT, BERTConfig
 from bpe import Tokenizer
 from data.buckets import evenly, evenly_within, pad_rows
 from data.encoding import CLS, MASK, PAD, SEP
-from data.sentence_pairs import NEXT, RANDOM, fit
+from data.sentence_pairs import NEXT, RANDOM, truncate_pair
 from engine.processes import Processes
 from tasks.masked import Data, Flags, Masking, batch_shapes
 from train import evaluate, gradients
@@ -45,7 +45,7 @@ def words(n: int, seed: int = 0, longest: int = 12) -> list[list[str]]:
 
 
 def letters() -> list[list[str]]:
-    """Documents in which no letter comes twice, so that a row tells where each token is from: with
+    """Documents in which no letter occurs twice, so that a row shows where each token is from: with
     --pattern char, each letter is one token, and so is the space."""
     random, documents = Random(0), []
     alphabet = [chr(0x4E00 + i) for i in range(1400)]
@@ -94,7 +94,8 @@ def kept(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def rows_of(data: Data, batch: dict[str, torch.Tensor]) -> list[Row]:
-    """Of a batch; none of a micro-batch that is not to be counted. Checks what holds for all."""
+    """The rows of a batch; a micro-batch that is not to be counted has none. Checks what holds for
+    all rows."""
     special, keep = data.tokenizer.special_tokens, kept(batch)
     tokens, positions, targets = (batch[k] for k in ("tokens", "mlm_positions", "mlm_targets"))
     assert torch.equal(tokens == special[PAD], ~keep) and ("keep" in batch) == (not keep.all())
@@ -191,21 +192,21 @@ def test_short_rows_have_one_masked_token_or_word_at_least(folder):
 
 @BOTH
 def test_the_names_of_special_tokens_in_the_text_are_text(folder, nsp):
-    train, told = splits(nsp=nsp, block_size=64)[0], Counter()
+    train, found = splits(nsp=nsp, block_size=64)[0], Counter()
     for row in epochs(train):
         assert row.ids.count(train.tokenizer.special_tokens[CLS]) == 1
         text = train.tokenizer.decode([i for i in row.ids if i < 296])
-        told.update(re.findall(r"\[MASK\]|\[SEP\]", text))
-    assert len(told) == 2 and min(told.values()) > 50
+        found.update(re.findall(r"\[MASK\]|\[SEP\]", text))
+    assert len(found) == 2 and min(found.values()) > 50
 
 
 @BOTH
 def test_batches_are_a_pure_function_of_seed_and_index(folder, nsp):
-    (train, validation), (again, _) = splits(nsp=nsp), splits(nsp=nsp)
+    (train, validation), (second, _) = splits(nsp=nsp), splits(nsp=nsp)
     numbers = [k * train.n_batches + i for k in (0, 1, 7) for i in (-1, 0, 3) if k + i >= 0]
     want = {i: rows_of(train, train.batch(i)) for i in numbers}
     for i in sorted(want, reverse=True):  # another order, another object, epochs back and forth
-        assert rows_of(again, again.batch(i)) == want[i] == rows_of(train, train.batch(i))
+        assert rows_of(second, second.batch(i)) == want[i] == rows_of(train, train.batch(i))
     # Validation is the same whatever the settings of training are, so that runs compare.
     other, unmoved = splits(nsp=nsp, seed=7, mlm_rate=0.3, whole_words=True)
     assert rows_of(other, other.batch(0)) != want[0]
@@ -227,7 +228,7 @@ def test_every_epoch_and_seed_masks_divides_and_labels_anew(folder):
 
 def word_of_each(data: Data, ids: tuple[int, ...]) -> list[tuple[int, int] | int]:
     """For each token, the run of letters and digits (in the bytes of the row) that it is part of,
-    or where it has none, its own place."""
+    or its own place if it is part of none."""
     text = [data.tokenizer.bytes_of[i] if i < 286 else b"\n" for i in ids]
     inside = [m.span() for m in re.finditer(rb"[A-Za-z0-9\x80-\xff]+", b"".join(text))]
     return [
@@ -297,11 +298,11 @@ def test_every_sentence_is_in_a_chunk_and_every_chunk_once_an_epoch(folder):
             (a, b), planned = parts(train, row), train.rows.lengths[chunk]
             assert len(row.ids) == len(a) + len(b) + 3 <= planned <= T
             if row.label == NEXT:  # as long as planned; what is too long loses its outer ends
-                first, stop, room = chunks[chunk]
+                first, stop, limit = chunks[chunk]
                 text, but_last = ("".join(SENTENCES[first:end]) for end in (stop, stop - 1))
-                assert a + b in text and len(row.ids) == planned == room + 3
-                full = len(text) >= room and len("".join(SENTENCES[first + 1 : stop])) < room
-                assert full or len(but_last) < room or stop - first == 2
+                assert a + b in text and len(row.ids) == planned == limit + 3
+                full = len(text) >= limit and len("".join(SENTENCES[first + 1 : stop])) < limit
+                assert full or len(but_last) < limit or stop - first == 2
                 lost.update([(text.startswith(a), text.endswith(b))])
     assert len(lost) == 4 and min(lost.values()) > 5
 
@@ -319,11 +320,13 @@ def test_rows_are_full_but_for_a_tenth(folder):
     assert (rows.lengths[~long] > 3).all() and (~long).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [24, 96, 400])
 @pytest.mark.parametrize("longest", [4, 40])
 def test_neither_lengths_nor_ends_give_the_label_away(folder, longest, block_size):
-    """Replacements cut to the length of what they replaced ended in the middle of a sentence twice
-    as often as what followed by right, which told the label of 61 rows in 100 of real text."""
+    """Replacements that were cut to the length of what they replaced ended in the middle of a
+    sentence twice as often as true second parts, which gave away the label of 61% of the rows of
+    real text."""
     write("unlike.txt", [*words(120, longest=longest), *words(60, seed=3, longest=4)])
     train, _ = splits("unlike", block_size=block_size)
     (stop,), border = train.tokenizer.encode("."), train.rows.border
@@ -337,14 +340,14 @@ def test_neither_lengths_nor_ends_give_the_label_away(folder, longest, block_siz
 
 def test_sentences_longer_than_a_row_are_told(folder):
     write("longer.txt", [[" ".join([*["sun"] * 90, f"{i}."])] * 3 for i in range(30)])
-    told = splits("longer")[0].describe()
-    assert int(re.search(r"\((\d+)% of their tokens are beyond a row\)", told)[1]) > 80
+    text = splits("longer")[0].describe()
+    assert int(re.search(r"\((\d+)% of their tokens are beyond a row\)", text)[1]) > 80
     assert "beyond a row" not in splits("words", block_size=128)[0].describe()
 
 
 @BOTH
 def test_rows_may_be_shorter_than_the_model_allows(folder, nsp):
-    """The paper's first steps are of rows of 128: the same tokens a step, in more of them."""
+    """The paper's first steps have rows of 128: the same tokens in a step, in more rows."""
     short, long, same = (
         splits(nsp=nsp, block_size=96, row_length=n)[0] for n in (T, 0, 97)
     )  # fmt: skip
@@ -356,10 +359,10 @@ def test_rows_may_be_shorter_than_the_model_allows(folder, nsp):
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(2, 16))
-def test_fit_takes_one_token_after_the_other_from_the_longer_part(n, m, room):
+def test_truncate_pair_takes_one_token_after_the_other_from_the_longer_part(n, m, limit):
     a, b = list(range(n)), list(range(100, 100 + m))
-    got = [x.tolist() for x in fit(np.array(a), np.array(b), room)]
-    while len(a) + len(b) > room:
+    got = [x.tolist() for x in truncate_pair(np.array(a), np.array(b), limit)]
+    while len(a) + len(b) > limit:
         a, b = (a[1:], b) if len(a) >= len(b) else (a, b[:-1])
     assert got == [a, b] and a and b
 

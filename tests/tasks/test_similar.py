@@ -58,7 +58,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def splits(rows=None, valid=None, tokenizer=BPE, block_size=T, **flags) -> tuple:
-    """7 pairs fit into a batch, unless told otherwise; valid="": without such a file."""
+    """7 pairs fit into a batch by default. valid="" means that there is no such file."""
     write("train.jsonl", rows or TRAIN)
     write("valid.jsonl", valid or VALID)
     flags = {"batch_size": 14, **flags}
@@ -79,9 +79,9 @@ def corpus(rows: list[Pair]) -> TableCorpus:
     return TableCorpus("x", "", "", {"train": table, "validation": table})
 
 
-def ids_of(data: Data, text: str, room: int = T) -> tuple[int, ...]:
+def ids_of(data: Data, text: str, limit: int = T) -> tuple[int, ...]:
     special, text = data.tokenizer.special_tokens, " ".join(text.split())
-    return (special[CLS], *data.tokenizer.encode(f" {text}")[: room - 2], special[SEP])
+    return (special[CLS], *data.tokenizer.encode(f" {text}")[: limit - 2], special[SEP])
 
 
 def read(data: Data, batch: dict) -> list[tuple[tuple, tuple, bool]]:
@@ -105,7 +105,7 @@ def expected(data: Data, rows: list[Pair]) -> Counter:
     return Counter((ids_of(data, a), ids_of(data, b)) for a, b in rows)
 
 
-def told(batches: list[list[tuple]]) -> Counter:
+def pair_counts(batches: list[list[tuple]]) -> Counter:
     return Counter((a, b) for a, b, _ in chain.from_iterable(batches))
 
 
@@ -136,22 +136,22 @@ def test_every_pair_comes_once_an_epoch_in_other_company_each_time():
     train, validation = splits()
     epochs = [epoch(train, number) for number in range(3)]
     for batches in epochs:
-        assert told(batches) == expected(train, TRAIN) and len(batches) == 8
+        assert pair_counts(batches) == expected(train, TRAIN) and len(batches) == 8
         assert sorted(map(len, batches)) == [6] * 6 + [7] * 2  # no small one at the end
         assert all(asked for _, _, asked in chain.from_iterable(batches))
     companies = [{frozenset(a for a, _, _ in batch) for batch in batches} for batches in epochs]
     assert not companies[0] & companies[1] and not companies[1] & companies[2]
-    assert told(epoch(validation)) == expected(validation, VALID)
+    assert pair_counts(epoch(validation)) == expected(validation, VALID)
 
 
 def test_batches_are_a_pure_function_of_seed_and_index():
     train, validation = splits(JOINED)
     n = train.n_batches
     want = {i: train.batch(i) for i in (0, n - 1, n, 5 * n + 3)}
-    again, unmoved = splits(JOINED)
+    second, unmoved = splits(JOINED)
     other, still = splits(JOINED, seed=2)
     for i in sorted(want, reverse=True):
-        assert same(again.batch(i), want[i]) and same(train.batch(i), want[i])
+        assert same(second.batch(i), want[i]) and same(train.batch(i), want[i])
     assert not same(other.batch(0), want[0])
     for i in range(validation.n_batches):
         assert same(validation.batch(i), unmoved.batch(i)) and same(
@@ -162,7 +162,7 @@ def test_batches_are_a_pure_function_of_seed_and_index():
 @pytest.mark.parametrize(("batch_size", "row_length", "most"), [(14, 0, 7), (14, 5, 18), (5, 0, 2)])
 def test_as_many_pairs_as_fit_into_the_step(batch_size, row_length, most):
     for data in splits(batch_size=batch_size, row_length=row_length):
-        n, room = data.n_all, row_length or T
+        n, limit = data.n_all, row_length or T
         batches = epoch(data)
         assert len(batches) == data.n_batches == -(-n // most)
         assert (
@@ -175,15 +175,15 @@ def test_as_many_pairs_as_fit_into_the_step(batch_size, row_length, most):
             == len(batches) * 13 * batch_size
         )
         rows = TRAIN if data.split == "train" else VALID
-        cut = sum(len(ids_of(data, x, 99)) > room for x in chain.from_iterable(rows))
-        assert told(batches) == Counter(
-            (ids_of(data, a, room), ids_of(data, b, room)) for a, b in rows
+        cut = sum(len(ids_of(data, x, 99)) > limit for x in chain.from_iterable(rows))
+        assert pair_counts(batches) == Counter(
+            (ids_of(data, a, limit), ids_of(data, b, limit)) for a, b in rows
         )
-        assert cut and f"; {cut} texts are cut to {room} tokens" in data.describe()
+        assert cut and f"; {cut} texts are cut to {limit} tokens" in data.describe()
 
 
 def test_a_divided_step_is_refused():
-    """Two micro-batches would be no negatives of each other, and the flags mean another thing."""
+    """Two micro-batches would not be negatives of each other, which is not what the flags mean."""
     message = f"--tokens_per_step {28 * T} is divided into micro-batches of {14 * T} tokens"
     with pytest.raises(ValueError, match=re.escape(message) + ".* choose --batch_size 28 and"):
         splits(tokens_per_step=28 * T)
@@ -230,7 +230,7 @@ def test_no_text_comes_twice_in_a_batch():
     for data in (direct(JOINED), direct(JOINED, "validation")):
         assert data.n_batches == 5 and [check(data, number) for number in range(3)] == [0] * 3
         assert data.asked == len(JOINED) and "not asked" not in data.describe()
-        assert told(epoch(data)) == expected(data, JOINED)
+        assert pair_counts(epoch(data)) == expected(data, JOINED)
 
 
 def test_what_cannot_be_parted_is_not_asked_for():
@@ -255,7 +255,7 @@ def test_groups_and_dealing_beside_the_naive_way(rows, batch_size, split):
     except ValueError as error:
         assert "has a negative" in str(error)
         return
-    assert told(epoch(data)) == expected(data, rows)
+    assert pair_counts(epoch(data)) == expected(data, rows)
     assert check(data) == check(data, 3) == len(rows) - data.asked
 
 
@@ -350,7 +350,7 @@ def test_limited_validation_is_evenly_spaced():
     tokens = sum(len(x) for pair in whole.pairs for x in pair)
     some = direct(VALID, "validation", max_tokens=tokens // 4 + 1)
     chosen = [VALID[k * 23 // 5] for k in range(5)]
-    assert told(epoch(some)) == expected(some, chosen)
+    assert pair_counts(epoch(some)) == expected(some, chosen)
     assert some.describe().startswith("5 pairs, evenly spaced among 23, ")
     assert len(direct(VALID, "validation", max_tokens=1).pairs) == 2
     assert len(direct(VALID, max_tokens=1).pairs) == len(VALID)
@@ -390,8 +390,8 @@ def test_the_tokenizer_is_learnt_from_the_training_pairs():
 
 
 def test_texts_are_equal_if_the_model_reads_the_same():
-    """Capitals are nothing to this vocabulary. What is cut off still tells two texts apart, else a
-    common beginning would make all texts one group."""
+    """This vocabulary ignores capitals. Two texts differ even if only what is cut off differs;
+    otherwise a common beginning would make all texts one group."""
     uncased = WordPiece.train(["one two three four five six"] * 3, 60, min_frequency=1)
     rows = [("One", "two"), ("one", "three"), ("four", "TWO "), ("five", "six")]
     data = Data(corpus(rows), "train", uncased, block_size=T, batch_size=4)
@@ -451,7 +451,7 @@ def test_a_run_shows_the_nearest_other_text_of_each(capsys):
         shown = re.fullmatch(r"(.*)\n-> (-?\d\.\d{3})  (.*)", block)
         assert (shown[1], shown[3]) == (text, other)
         assert float(shown[2]) == pytest.approx(cosine, abs=6e-4)
-    assert similar.alike(model, BPE, ["one"]) == ["1.000  one"]
+    assert similar.most_similar(model, BPE, ["one"]) == ["1.000  one"]
     assert similar.ask(data.prompts) == ("--similar", "queries.txt", "lines.txt")
 
 

@@ -1,4 +1,4 @@
-"""tasks/tag.py: every word asked for once, and its label read again at the same place."""
+"""tasks/tag.py: every word is asked for once, and its label is found at the same place."""
 
 import re
 from itertools import accumulate, pairwise
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bpe import Tokenizer
 from data.conll import open_tagged
 from data.encoding import CLS, MASK, PAD, SEP, SPECIAL, encode_text
-from tasks.tag import Data, entity_scores, join_rows, sentence_rows, windows
+from tasks.tag import Data, entity_scores, join_rows, sentence_rows, word_windows
 from wordpiece import UNK, WordPiece
 
 TYPES = ("person", "place", "x")
@@ -115,8 +115,8 @@ def test_every_word_is_asked_for_once_an_epoch_with_its_own_label(folder, block_
             sentence = {word: i for i, (words, _) in enumerate(rows) for word in words}
             for row in found:  # consecutive words of one sentence, and so are those asked for
                 words, _ = rows[sentence[row[0][0]]]
-                shown, told = [w for w, _ in row], [w for w, label in row if label]
-                for part in (shown, told):
+                shown, labelled = [w for w, _ in row], [w for w, label in row if label]
+                for part in (shown, labelled):
                     at = words.index(part[0])
                     assert words[at : at + len(part)] == part
         assert (len(data.rows) == len(rows)) == (block_size == 200)
@@ -124,34 +124,39 @@ def test_every_word_is_asked_for_once_an_epoch_with_its_own_label(folder, block_
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(9, 30))
-def test_windows_fit_follow_each_other_and_ask_once(sizes, room):
-    found, n = windows(sizes, room), len(sizes)
+def test_windows_fit_follow_each_other_and_ask_once(sizes, limit):
+    found, n = word_windows(sizes, limit), len(sizes)
     assert [i for _, _, a, b in found for i in range(a, b)] == list(range(n))
     for start, end, first, behind in found:
-        assert start <= first < behind <= end and sum(sizes[start:end]) <= room
-        assert end == n or sum(sizes[start : end + 1]) > room  # as full as can be
+        assert start <= first < behind <= end and sum(sizes[start:end]) <= limit
+        assert end == n or sum(sizes[start : end + 1]) > limit  # as full as can be
     for (_, end, _, behind), (start, then, first, _) in pairwise(found):
-        assert sum(sizes[start:end]) <= room // 2 and start <= end and then > end
+        assert sum(sizes[start:end]) <= limit // 2 and start <= end and then > end
         assert behind == first == (start + end) // 2
-    assert (len(found) == 1) == (sum(sizes) <= room)
+    assert (len(found) == 1) == (sum(sizes) <= limit)
 
 
 @given(st.integers(1, 99), st.integers(1, 40))
-def test_a_word_at_a_border_has_context_on_both_sides(n, room):
-    """A quarter of the room, of words of one sub-token each."""
-    for start, end, first, behind in windows([1] * n, room):
-        assert first == 0 or first - start >= room // 4
-        assert behind == n or end - behind >= room // 4
+def test_a_word_at_a_border_has_context_on_both_sides(n, limit):
+    """A quarter of the row, if words have one sub-token each."""
+    for start, end, first, behind in word_windows([1] * n, limit):
+        assert first == 0 or first - start >= limit // 4
+        assert behind == n or end - behind >= limit // 4
 
 
 def test_windows_by_hand():
-    assert windows([1] * 8, 8) == [(0, 8, 0, 8)] and windows([3], 3) == [(0, 1, 0, 1)]
-    assert windows([1] * 20, 8) == [(0, 8, 0, 6), (4, 12, 6, 10), (8, 16, 10, 14), (12, 20, 14, 20)]
-    assert windows([4, 4, 4], 4) == [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 3)]
-    assert windows([1, 1, 8, 1], 8) == [(0, 2, 0, 2), (2, 3, 2, 3), (3, 4, 3, 4)]
-    assert windows([], 8) == []
+    assert word_windows([1] * 8, 8) == [(0, 8, 0, 8)] and word_windows([3], 3) == [(0, 1, 0, 1)]
+    assert word_windows([1] * 20, 8) == [
+        (0, 8, 0, 6),
+        (4, 12, 6, 10),
+        (8, 16, 10, 14),
+        (12, 20, 14, 20),
+    ]
+    assert word_windows([4, 4, 4], 4) == [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 3)]
+    assert word_windows([1, 1, 8, 1], 8) == [(0, 2, 0, 2), (2, 3, 2, 3), (3, 4, 3, 4)]
+    assert word_windows([], 8) == []
     with pytest.raises(AssertionError, match="a word does not fit"):
-        windows([1, 9], 8)
+        word_windows([1, 9], 8)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
@@ -212,11 +217,11 @@ def test_tags_have_no_say_in_how_sentences_are_cut(folder):
 
 
 def test_batches_are_a_pure_function_of_seed_and_index(folder):
-    (train, validation), (again, _) = splits(), splits()
+    (train, validation), (second, _) = splits(), splits()
     numbers = [0, 3, train.n_batches, 5 * train.n_batches + 2, 1]
     want = {i: read_rows(train, train.batch(i)) for i in numbers}
     for i in sorted(want, reverse=True):
-        assert read_rows(again, again.batch(i)) == want[i]
+        assert read_rows(second, second.batch(i)) == want[i]
     other, unmoved = splits(seed=6)
     assert epoch(other) != epoch(train) != epoch(train, 1)
     assert epoch(unmoved) == epoch(validation) == epoch(validation)
@@ -250,7 +255,7 @@ def test_report_is_per_word(folder):
 
 
 def guesses(data: Data, label_of: dict[str, str], seed: int = 0) -> dict:
-    """What a model that gives each word this label predicts, with noise where none is asked for."""
+    """The prediction of a model that gives each word this label, with noise at all other places."""
     random, index = np.random.default_rng(seed), {x: i for i, x in enumerate(data.labels)}
     found = {}
     for i in range(data.n_batches):
@@ -264,7 +269,7 @@ def guesses(data: Data, label_of: dict[str, str], seed: int = 0) -> dict:
 
 @pytest.mark.parametrize("block_size", [9, 13, 37, 200])
 def test_entities_are_counted_over_sentences_and_never_over_rows(folder, block_size):
-    """An entity cut by two rows was two for the score of the rows, one of them wrong."""
+    """An entity that two rows divide was once scored as two, of which one was wrong."""
     data = splits(block_size=block_size)[1]
     assert data.measure(guesses(data, LABEL)) == {"precision": 1, "recall": 1, "f1": 1}
     random = Random(block_size)
@@ -301,14 +306,14 @@ def test_rows_are_joined_in_the_order_of_the_words():
     for row in rows:
         answers.append(np.full(T + 4, -7))
         for k, at in enumerate(row.places):
-            place[row.sentence, row.first + k] = len(place)
+            place[row.sentence, row.first_word + k] = len(place)
             answers[-1][at] = len(place) - 1
     order = Random(0).sample(range(len(rows)), len(rows))
     found = join_rows([rows[k] for k in order], [answers[k] for k in order])
     assert found == {s: [place[s, k] for k in range(len(words[s]))] for s in range(3)}
 
 
-# ---- labels, tokenizer, what is told -------------------------------------------------------------
+# ---- labels, tokenizer, descriptions -------------------------------------------------------------
 
 
 def test_labels_are_the_types_in_order_or_those_of_the_checkpoint(folder):
@@ -339,13 +344,13 @@ def test_what_the_plan_tells(folder):
     train, validation = splits()
     words, tags = (sum(len(row[k]) for row in TRAIN) for k in (0, 1))
     begun = sum(tag.startswith("B-") for _, row in TRAIN for tag in row)
-    told = train.describe()
+    text = train.describe()
     want = f"150 sentences, {words:,} words, {begun:,} entities of 3 types (in IOB2), "
-    assert words == tags and told.startswith(f"{want}{len(train.rows):,} rows, ")
-    assert f", {train.n_batches:,} steps with " in told and "steps" not in validation.describe()
+    assert words == tags and text.startswith(f"{want}{len(train.rows):,} rows, ")
+    assert f", {train.n_batches:,} steps with " in text and "steps" not in validation.describe()
     cells = sum(train.batch(i)["tokens"].numel() for i in range(train.n_batches))
     real = sum(len(row.ids) for row in train.rows)
-    padding = float(re.search(r"with ([\d.]+)% padding", told)[1]) / 100
+    padding = float(re.search(r"with ([\d.]+)% padding", text)[1]) / 100
     assert padding == pytest.approx(1 - real / cells, abs=0.01)
     assert train.rule == "the sentences of valid.conll validate" and train.split == "train"
     text = open_tagged("train.conll", "valid.conll")

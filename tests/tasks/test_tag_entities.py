@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_conll import slow_entities, tags
 
-from tasks.tag import entity_scores, entity_scores_by_type, marked, text_spans, words_of
+from tasks.tag import entity_scores, entity_scores_by_type, mark_entities, text_spans, words_of
 
 # ---- scores --------------------------------------------------------------------------------------
 
 
 def test_scores_by_hand():
-    """Of 4 entities 2 are found, with 5 guesses: a wrong type, a wrong border and an invented one
+    """2 of 4 entities are found with 5 guesses: a wrong type, a wrong border and an invented entity
     do not count."""
     gold = [["B-P", "I-P", "O", "B-x"], ["I-P", "O"], ["B-x", "O", "O"]]
     guess = [["B-P", "I-P", "O", "B-P"], ["S-P", "O"], ["B-x", "I-x", "S-P"]]
@@ -55,8 +55,8 @@ def test_scores_against_counting_one_by_one(pairs):
     assert scores["f1"] == pytest.approx(2 * p * r / (p + r) if right else 0)
     by_type = entity_scores_by_type(gold, guess)
     assert sum(scores["entities"] for scores in by_type.values()) == asked
-    told = sum(scores["recall"] * scores["entities"] for scores in by_type.values())
-    assert told == pytest.approx(right)
+    total = sum(scores["recall"] * scores["entities"] for scores in by_type.values())
+    assert total == pytest.approx(right)
 
 
 def test_tags_that_do_not_belong_together_are_refused():
@@ -107,8 +107,8 @@ def test_no_character_is_lost_and_each_word_is_where_it_says(text):
 
 @given(LETTERS)
 def test_a_letter_is_never_the_border_of_a_mark(text):
-    """Marks are apart at both ends of a stretch: what has a letter or digit begins with one, an @,
-    a #, or is a possessive; and ends with one, or with what joins it."""
+    """Marks at both ends of a stretch are words of their own. What has a letter or digit begins
+    with one, with an @ or a #, or is a possessive; and it ends with one, or with what joins it."""
     for word, _, _ in words_of(text):
         if any(c.isalnum() for c in word):
             first = word[1:] if word[0] in "@#" or word.lower() in ("'s", "’s") else word
@@ -127,8 +127,11 @@ def test_labels_of_words_mark_the_text():
         ("PLACE", "New York"),
     ]
     want = "Yesterday  [Barack\nObama]PERSON's wife visited [New York]PLACE."
-    assert marked(text, spans) == marked(text, spans[::-1]) == want
-    assert marked(text, []) == text and marked("ab", [("X", 1, 2), ("Y", 0, 1)]) == "[a]Y[b]X"
+    assert mark_entities(text, spans) == mark_entities(text, spans[::-1]) == want
+    assert (
+        mark_entities(text, []) == text
+        and mark_entities("ab", [("X", 1, 2), ("Y", 0, 1)]) == "[a]Y[b]X"
+    )
 
 
 @given(LETTERS, st.data())
@@ -136,7 +139,7 @@ def test_without_its_marks_a_marked_text_is_the_text(text, data):
     words = words_of(text)
     tags = [data.draw(st.sampled_from(["O", "B-T", "I-T"])) for _ in words]
     spans = text_spans(tags, words)
-    shown = marked(text, [("\0", a, b) for _, a, b in spans])
+    shown = mark_entities(text, [("\0", a, b) for _, a, b in spans])
     assert len(shown) == len(text) + 3 * len(spans)
     for _, a, b in spans:
         assert f"[{text[a:b]}]\0" in shown

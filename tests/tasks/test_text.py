@@ -70,7 +70,7 @@ def test_batches_are_a_pure_function_of_seed_and_index():
 
 
 def test_batch_size_regroups_the_same_windows():
-    """Windows of two batches of 4 are those of one batch of 8: so accumulation is exact."""
+    """The windows of two batches of 4 are those of one batch of 8, so accumulation is exact."""
     ids = np.arange(1000, dtype=np.uint16)
     small = train_windows(ids, block_size=10, batch_size=4)
     large = train_windows(ids, block_size=10, batch_size=8)

@@ -18,7 +18,7 @@ import sample
 import train
 from bpe import GPT2_PATTERN, Tokenizer
 from data.tokens import END_OF_TEXT
-from decoding import beam_search, write
+from decoding import beam_search, generate_targets
 from engine import checkpoint as checkpoints
 from engine.config import resolve
 from engine.graphs import StaticAdvance
@@ -41,7 +41,8 @@ LINES = ["a cat", "", "two dogs sleep", "a", "the red house ", "\n", "7 x 8?", "
 
 
 def untrained(block_size=40) -> Seq2Seq:
-    """With weights large enough that its choices depend on all of the context, and a lively end."""
+    """A model whose weights are large enough that its choices depend on all of the context, and
+    whose end token is likely enough."""
     torch.manual_seed(3)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 24, "n_ff": 37}
     model = Seq2Seq(Seq2SeqConfig(vocab_size=320, block_size=block_size, **sizes)).eval()
@@ -120,7 +121,7 @@ def test_a_beam_of_one_is_greedy_on_a_model_too():
         advance = make_advance(model, source, keep, 10, 257)
         found = beam_search(advance, [9] * 3, beam=1, start=256, end=256)
         advance = uncached_advance(model, source, keep)
-        oracle = write(advance, [9] * 3, lambda x, _: x.argmax(-1), start=256, end=256)
+        oracle = generate_targets(advance, [9] * 3, lambda x, _: x.argmax(-1), start=256, end=256)
     assert greedy == [tokens for _, tokens in found] == oracle
 
 
@@ -138,10 +139,10 @@ def test_the_limit_follows_the_source_and_the_block():
 def test_of_a_line_that_is_too_long_the_beginning_is_translated(capsys):
     """One such line must neither end a run over a million others nor shift them."""
     model, config = untrained(), SampleFlags(beam=2, max_new_tokens=6)
-    texts = translate(model, BYTES, ["a cat", "b" * 50, "two dogs"], config, first=11)
+    texts = translate(model, BYTES, ["a cat", "b" * 50, "two dogs"], config, first_line=11)
     assert texts == translate(model, BYTES, ["a cat", "b" * 39, "two dogs"], config)
-    told = capsys.readouterr().err
-    assert told == "note: line 12 has 50 tokens, the model reads 39: the rest is left out\n"
+    printed = capsys.readouterr().err
+    assert printed == "note: line 12 has 50 tokens, the model reads 39: the rest is left out\n"
 
 
 def test_one_line_in_is_one_line_out_and_other_spaces_stay():

@@ -14,7 +14,7 @@ from conftest import gpt2_files, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.buckets import cut, find
+from data.buckets import cut, positions_of
 from data.gpt2_files import read_gpt2_files
 from data.parallel import open_pairs
 from data.tokens import tokenize
@@ -41,7 +41,7 @@ WORDS = [
 
 
 def sentences(n: int, seed: int = 0, longest: int = 9) -> list[tuple[str, str]]:
-    """n pairs of unlike lengths, no two the same; a target is its source's words in capitals,
+    """n pairs of different lengths, no two the same; a target has its source's words in capitals,
     backwards, and sometimes a few more."""
     random, pairs = Random(seed), []
     for i in range(n):
@@ -129,9 +129,9 @@ def test_batches_are_a_pure_function_of_seed_and_index(folder):
     train, validation = splits()
     n = train.n_batches
     want = {i: train.batch(i) for i in (0, 1, n - 1, n, 2 * n, 7 * n + 3)}
-    again, _ = splits()
+    second, _ = splits()
     for i in sorted(want, reverse=True):  # another order, another object, epochs back and forth
-        assert same(again.batch(i), want[i]) and same(train.batch(i), want[i])
+        assert same(second.batch(i), want[i]) and same(train.batch(i), want[i])
     other, unmoved = splits(seed=7)
     assert not same(other.batch(0), want[0])
     assert all(same(unmoved.batch(i), validation.batch(i)) for i in range(validation.n_batches))
@@ -175,7 +175,7 @@ def test_a_batch_keeps_to_its_tokens_and_pads_to_its_longest_only(folder, batch_
 
 
 def test_source_keep_is_there_only_where_something_is_padded(folder):
-    """Without a mask torch takes a faster path; a mask of True only would hide that."""
+    """Without a mask torch takes a faster path, which a mask that is all True would prevent."""
     train, _ = splits(batch_size=1)
     batches = [train.batch(i) for i in range(train.n_batches)]
     for batch in batches:
@@ -259,7 +259,7 @@ def test_a_limited_evaluation_takes_evenly_spaced_pairs(folder):
     assert len(gaps) == 7 and gaps.max() - gaps.min() <= 1
 
 
-# ---- what does not fit, what is told -------------------------------------------------------------
+# ---- what does not fit, descriptions -------------------------------------------------------------
 
 
 def test_pairs_that_are_too_long_are_left_out_and_counted(folder):
@@ -287,10 +287,10 @@ def test_describe_counts_what_is_there(folder):
     train, validation = splits()
     encoded = [[len(train.tokenizer.encode(x)) + 1 for x in pair] for pair in TRAIN]
     source, target = np.sum(encoded, 0)
-    told = train.describe()
-    assert told.startswith(f"210 pairs, {source:,} source and {target:,} target tokens, ")
-    assert f"{train.n_batches:,} steps with" in told and "steps" not in validation.describe()
-    padding = float(re.search(r"with ([\d.]+)% padding", told)[1]) / 100
+    text = train.describe()
+    assert text.startswith(f"210 pairs, {source:,} source and {target:,} target tokens, ")
+    assert f"{train.n_batches:,} steps with" in text and "steps" not in validation.describe()
+    padding = float(re.search(r"with ([\d.]+)% padding", text)[1]) / 100
     real = cells = 0
     for i in range(train.n_batches):
         batch = train.batch(i)
@@ -357,20 +357,21 @@ def test_a_step_holds_the_same_pairs_however_many_micro_batches_share_it(folder,
     assert (empty > 0) == (parts == 8)  # a part without pairs has a batch without targets
 
 
-# ---- find and cut --------------------------------------------------------------------------------
+# ---- positions_of and cut ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 100, 1 << 24])
 def test_find_in_blocks_is_find_in_all(block):
     ids = np.random.default_rng(0).integers(0, 4, 99).astype(np.uint16)
-    got = find(ids, 3, block)
+    got = positions_of(ids, 3, block)
     assert got.tolist() == np.flatnonzero(ids == 3).tolist() and got.dtype == np.int64
-    assert find(ids[:0], 3, block).tolist() == [] and find(ids, 9, block).tolist() == []
+    assert positions_of(ids[:0], 3, block).tolist() == []
+    assert positions_of(ids, 9, block).tolist() == []
 
 
 def test_pairs_are_found_also_where_blocks_of_the_file_end(folder, monkeypatch):
     want = [texts(p, p.batch(2)) for p in splits()]
-    monkeypatch.setattr(translation, "find", lambda ids, token: find(ids, token, 5))
+    monkeypatch.setattr(translation, "positions_of", lambda ids, token: positions_of(ids, token, 5))
     assert [texts(p, p.batch(2)) for p in splits()] == want
 
 

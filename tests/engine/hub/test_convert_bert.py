@@ -47,7 +47,7 @@ def wordpiece(lowercase: bool = True) -> WordPiece:
 
 
 def put_tokenizer(folder: Path, tokenizer: WordPiece, kind: str) -> None:
-    """In the files of transformers' own tokenizer, or in those of the first BERTs."""
+    """Writes the files of transformers' own tokenizer, or those of the first BERTs."""
     (folder / "vocab.txt").write_text("".join(f"{t}\n" for t in tokenizer.tokens), encoding="utf-8")
     if kind == "tokenizer.json":
         theirs = peer("transformers").BertTokenizer(
@@ -154,9 +154,9 @@ def test_files_of_2020_that_leave_the_type_out(tmp_path):
 
 def test_wordpiece_in_a_checkpoint_is_checked_as_the_others(tmp_path):
     tokenizer = wordpiece(False)
-    again = tokenizer_from_json(tokenizer.to_json())
-    assert isinstance(again, WordPiece) and again.hash == tokenizer.hash
-    assert again.hash != wordpiece(True).hash
+    restored = tokenizer_from_json(tokenizer.to_json())
+    assert isinstance(restored, WordPiece) and restored.hash == tokenizer.hash
+    assert restored.hash != wordpiece(True).hash
     random_theirs("bert").save_pretrained(tmp_path)
     put_tokenizer(tmp_path, tokenizer, "vocab.txt")
     state, _ = import_model(str(tmp_path))
@@ -289,6 +289,7 @@ def test_minilms_features_and_embeddings_are_theirs(both):
     np.testing.assert_allclose(found, mean.numpy(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_minilm_ranks_paraphrases_above_unrelated_lines(minilm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     convert.main(["import", str(minilm), "--out", "minilm.pt"])

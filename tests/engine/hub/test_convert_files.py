@@ -233,7 +233,7 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(folder, monkeypat
 
 
 def test_sizes_that_the_file_does_not_have_allocate_nothing(folder):
-    """Each within the limits; together 10^12 weights, more than any machine has."""
+    """Each size is within its limit; together they make 10^12 weights, too many for any machine."""
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     said |= {"vocab_size": 2**24, "n_embd": 2**16, "n_inner": 2**18, "n_head": 64}
     (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")

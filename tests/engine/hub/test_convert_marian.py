@@ -40,7 +40,7 @@ LIMIT = 20  # tokens that a translation may have
 
 
 def all_train(theirs: nn.Module) -> nn.Module:
-    """They do not train the embedding of padding where it is read: that of the start token."""
+    """Lets them train the embedding of padding, which is the start token's, where it is read."""
     for module in theirs.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
@@ -111,7 +111,7 @@ def test_out_and_in_again_is_the_same(kind, dtype, tmp_path, warnings_of_theirs)
 
 @pytest.mark.parametrize("task_bias", [True, False])
 def test_a_bias_of_zeros_is_none(task_bias, tmp_path):
-    """Two numbers for nothing would be carried about; another shape is refused."""
+    """It would be carried about for nothing; another shape is refused."""
     folder = tmp_path / "there"
     theirs = save_opus(folder)
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
@@ -133,7 +133,7 @@ def test_a_bias_of_zeros_is_none(task_bias, tmp_path):
 
 
 def test_settings_of_old_checkpoints_and_unknown_ones():
-    """Checkpoints of before have neither of the two settings."""
+    """Checkpoints from before have neither of the two settings."""
     old = {
         k: v for k, v in vars(OURS["seq2seq"][1]).items() if k not in ("activation", "output_bias")
     }
@@ -218,7 +218,7 @@ def our_translations(path: Path, beam: int, capsys) -> list[str]:
 
 @pytest.mark.parametrize("beam", [1, 4])
 def test_raw_text_becomes_the_same_raw_text(beam, tmp_path, capsys):
-    """With random weights, which would often write the start token if they were let."""
+    """The weights are random and would often write the start token if they were allowed to."""
     theirs = save_opus(tmp_path / "there")
     convert.main(["import", str(tmp_path / "there"), "--out", str(tmp_path / "opus.pt")])
     want = their_translations(
@@ -228,9 +228,10 @@ def test_raw_text_becomes_the_same_raw_text(beam, tmp_path, capsys):
     assert len(set(want)) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_import_then_train_then_export_then_the_same(kind, tmp_path, monkeypatch, capsys):
-    """A few steps, on other pieces for targets than for sources: then there is something to say."""
+    """A few steps, with other pieces in targets than in sources, so that the outputs mean more."""
     monkeypatch.chdir(tmp_path)
     layers = ("encoder_layers", "decoder_layers", "num_hidden_layers")
     save_opus(tmp_path / "there", kind, **dict.fromkeys(layers, 1))
@@ -297,7 +298,7 @@ def test_ids_that_the_tokenizer_has_otherwise_are_refused(name, tmp_path):
 
 
 def test_ids_are_checked_with_our_own_tokenizers_too(tmp_path, tokenizers):
-    """There the end token begins a target. Whatever pads is masked, so any id will do."""
+    """There, the end token begins a target. Padding is masked, so any id will do."""
     for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
         theirs = random_theirs("seq2seq", **{name: 3})
         save_theirs(theirs, tmp_path / name, tokenizers["seq2seq"], "seq2seq")
@@ -325,5 +326,5 @@ def test_the_tensors_of_a_bias_are_one_row_there():
     tensors = to_theirs("seq2seq", config, model.state_dict())
     assert torch.equal(tensors["final_logits_bias"], model.output_bias[None])
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    again, state, _ = to_ours("seq2seq", config, shapes, tensors.__getitem__)
-    assert again == config and torch.equal(state["output_bias"], model.output_bias)
+    restored, state, _ = to_ours("seq2seq", config, shapes, tensors.__getitem__)
+    assert restored == config and torch.equal(state["output_bias"], model.output_bias)

@@ -78,7 +78,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def body(self, content: bytes, headers: dict[str, str]):
-        """The content, or what Range asks for, or less: the next of hub.cuts bytes, and the end."""
+        """Sends the content, or what Range asks for, or as many bytes as hub.cuts says next."""
         hub, code, start, size = self.server.hub, 200, 0, len(content)
         path = self.path.partition("?")[0]
         if self.headers["Range"]:
@@ -211,7 +211,7 @@ def in_form(files: dict[str, bytes], form: str) -> tuple[dict[str, bytes], list[
 
 @pytest.mark.parametrize("form", ["safetensors", "bin", "safetensors shards", "bin shards"])
 def test_a_model_is_imported_by_its_name(hub, form, monkeypatch):
-    """No more is downloaded than is read: where there are safetensors, no pickles."""
+    """Only what is read is downloaded: no pickles if there are safetensors."""
     hub.files, needed = in_form(hub.files, form)
     hub.files |= {"README.md": b"x", "tf_model.h5": b"x", "onnx/config.json": b"x"}
     convert.main(["import", "owner/model", "--out=first.pt"])
@@ -233,9 +233,9 @@ def test_a_translator_comes_with_its_sentencepiece_models(hub):
     asked = hub.downloaded()
     assert {"source.spm", "target.spm", "vocab.json"} <= {*asked} and "README.md" not in asked
     found, _ = import_model("there")
-    again = checkpoints.load(Path("opus.pt"))
-    assert again["tokenizer_hash"] == found["tokenizer_hash"]
-    assert torch.equal(again["model"]["output_bias"], theirs.final_logits_bias[0])
+    reloaded = checkpoints.load(Path("opus.pt"))
+    assert reloaded["tokenizer_hash"] == found["tokenizer_hash"]
+    assert torch.equal(reloaded["model"]["output_bias"], theirs.final_logits_bias[0])
 
 
 def test_all_files_are_of_the_commit_that_the_first_ones_had(hub, monkeypatch):
@@ -292,7 +292,7 @@ def test_what_a_repository_lacks_is_named(hub, lost):
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(hub, monkeypatch):
-    """Within one call, at the last whole block; the library's have 10 MB."""
+    """It goes on within one call, at the last whole block; the library's blocks have 10 MB."""
     monkeypatch.setattr(peer("huggingface_hub.constants"), "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.cuts = [20_000]
     convert.main(["import", "owner/model", "--out=first.pt"])
@@ -342,8 +342,9 @@ def test_what_was_downloaded_for_transformers_is_used(hub, monkeypatch):
     assert not hub.requests
 
 
+@pytest.mark.slow
 def test_the_environment_says_where_from_and_where_to(hub):
-    """A process of its own, for the library reads these variables when it is imported."""
+    """In a process of its own, because the library reads these variables when it is imported."""
     said = {"HF_HOME": "home", "HF_ENDPOINT": hub.url, "HF_TOKEN": "secret"}
 
     def run(**more: str) -> str:
@@ -352,8 +353,8 @@ def test_the_environment_says_where_from_and_where_to(hub):
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | said | more)
         return done.stderr
 
-    told = run(HF_HOME="empty", HF_HUB_OFFLINE="1")
-    assert told.startswith("error: cannot download owner/private (HF_HUB_OFFLINE is set, and")
+    printed = run(HF_HOME="empty", HF_HUB_OFFLINE="1")
+    assert printed.startswith("error: cannot download owner/private (HF_HUB_OFFLINE is set, and")
     assert not hub.requests
     run()
     assert_ours("first.pt")

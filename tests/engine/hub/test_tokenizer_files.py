@@ -1,4 +1,4 @@
-"""tokenizer_files.py: tokenizers out and in, the same ids as Hugging Face's."""
+"""engine/hub/tokenizer_files.py: tokenizers out and in, with the same ids as Hugging Face's."""
 
 import json
 import shutil
@@ -111,6 +111,7 @@ def test_tokenizer_json_out_and_in_again(name, tmp_path, tokenizers):
     assert from_tokenizer_json(state, path, task).to_json() == tokenizers[name].to_json()
 
 
+@pytest.mark.slow
 def test_gpt2s_own_tokenizer_in_the_files_of_the_hub(tmp_path):
     """vocab.json and merges.txt, and the tokenizer.json that tokenizers makes of them."""
     library = peer("tokenizers")

@@ -1,4 +1,4 @@
-"""tasks/classify.py: which columns are texts and labels, what is refused, and the two splits."""
+"""data/labelled.py: which columns are texts and labels, what is refused, and the two splits."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from conftest import shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.classify import open_labelled, read_examples
+from data.labelled import open_labelled, read_examples
 
 IN_A_FOLDER = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
