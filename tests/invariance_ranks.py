@@ -110,12 +110,12 @@ def run_and_record(name: str, given: list[str], group: Processes) -> None:
         hook.remove()
         return record
 
-    train.Run.train_step, show = recording, train.closing.show
-    train.closing.show = lambda run: None
+    train.Run.train_step, show = recording, train.closing.show_results
+    train.closing.show_results = lambda run: None
     try:
         train.train(*resolve(given), group)
     finally:
-        train.Run.train_step, train.closing.show = real, show
+        train.Run.train_step, train.closing.show_results = real, show
     path = Path(f"seen-{name}-{group.world}-{group.rank}.json")
     path.write_text(json.dumps(seen), encoding="utf-8")
 

@@ -135,7 +135,7 @@ def test_an_error_is_raised_as_itself_for_who_asks_for_its_batch():
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr("engine.closing.show", lambda run: None)
+    monkeypatch.setattr("engine.closing.show_results", lambda run: None)
 
 
 @pytest.fixture

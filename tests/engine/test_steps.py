@@ -28,7 +28,7 @@ ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA dev
 @pytest.fixture
 def queuing(monkeypatch):
     """A switch: from then on the CPU is a device that works while the host goes on."""
-    monkeypatch.setattr("engine.closing.show", lambda run: None)
+    monkeypatch.setattr("engine.closing.show_results", lambda run: None)
     return lambda: monkeypatch.setattr("engine.steps.QUEUING", {"cpu"})
 
 
@@ -352,7 +352,7 @@ def test_no_step_waits_for_the_gpu(toy_pairs, no_waiting, task, compiled):
 @ON_A_GPU
 @pytest.mark.parametrize("task", ["gpt", "bert", "seq2seq"])
 def test_a_gpu_logs_what_a_cpu_does(toy_pairs, monkeypatch, task):
-    monkeypatch.setattr("engine.closing.show", lambda run: None)
+    monkeypatch.setattr("engine.closing.show_results", lambda run: None)
     flags = [*TOYS[task], "--steps=9", "--eval_interval=4", "--dtype=fp32", "--optimizer=adamw"]
     for device in ("cpu", "cuda"):
         with monkeypatch.context() as patch:
