@@ -2,6 +2,7 @@
 
 import io
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, write_texts
 
 import sample
 import train
@@ -148,10 +149,22 @@ def test_choose_inverts_the_cumulated_distribution():
 # ---- the script ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    write_texts(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main([*TOY, "--steps=30", "--lr=0.01", "--eval_interval=15"])
+    return folder
+
+
 @pytest.fixture
-def run(toy) -> Path:
-    train.main([*TOY, "--steps=30", "--lr=0.01", "--eval_interval=15"])
-    return toy
+def run(trained, tmp_path, monkeypatch) -> Path:
+    """A working folder of the test's own, with that run in it."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def test_sample_finds_the_newest_checkpoint_and_streams(run, capsys):

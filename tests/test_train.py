@@ -14,7 +14,7 @@ from random import Random
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, TOY, TOY_BERT, TOY_PAIRS
+from conftest import ROOT, TOY, TOY_BERT, TOY_PAIRS, write_texts
 
 import sample
 import tasks
@@ -278,6 +278,7 @@ def test_batches_of_many_lengths_compile_to_a_few_graphs(toy, monkeypatch):
     assert len(late) <= 1  # the first batch with padding, or without
 
 
+@pytest.mark.slow
 def test_compiled_weights_keep_their_names(toy, monkeypatch):
     """A prefix that compile adds once made checkpoints load as random weights, without a word."""
 
@@ -504,6 +505,17 @@ def test_data_that_changed_under_a_run_is_refused(toy):
         train.main(["--resume"])
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    """The working folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("two")
+    write_texts(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main([*TOY, "--steps=2"])
+    return folder
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("echo owned > owned.txt",)
@@ -525,10 +537,10 @@ class Payload:
         ("tokenizer", "does not have the hash"),
     ],
 )
-def test_checkpoints_that_cannot_be_used_are_refused(toy, damage, message):
-    train.main([*TOY, "--steps=2"])
+def test_checkpoints_that_cannot_be_used_are_refused(two_steps, toy, damage, message):
     path = Path("out/gpt/latest.pt")
-    path.with_name("previous.pt").unlink()
+    path.parent.mkdir(parents=True)
+    path.write_bytes((two_steps / path).read_bytes())
     state = checkpoints.load(path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])

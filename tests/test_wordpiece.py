@@ -158,6 +158,7 @@ words = st.lists(st.tuples(pieces, joins).map("".join), max_size=12).map("".join
 mixtures = st.lists(alphabets | words | st.sampled_from(SPECIAL), max_size=5).map("".join)
 
 
+@pytest.mark.slow
 @both
 @settings(deadline=None, max_examples=400)
 @given(text=anything() | mixtures)
@@ -203,6 +204,7 @@ def test_words_of_more_than_100_characters_are_unknown():
     assert tok.encode("a\u0301" * 100) == [1] + [2] * 99  # counted after the accents went
 
 
+@pytest.mark.slow
 def test_a_million_characters():
     tok = TOKENIZERS[True]
     assert tok.encode("x" * 1_000_000) == [tok.ids["[UNK]"]]
@@ -259,6 +261,7 @@ def test_decode():
     assert tok.decode(np.array([1, 2])) == tok.decode(torch.tensor([1, 2])) == "unhug"
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(st.data(), st.booleans())
 def test_decode_equals_the_tokenizers_library(data, lowercase):

@@ -34,6 +34,7 @@ def test_pydocs_are_megabytes_of_documents(pydocs):
     assert len(pydocs.prompts) == 5 and pydocs.rule.endswith("; every tenth document validates")
 
 
+@pytest.mark.slow
 def test_pydocs_are_english_and_not_code(pydocs):
     text = [s for split in pydocs.splits for s, _ in pydocs.pieces(split) if s]
     assert not [s for s in text if re.search(r">>>|\n|::|==|->|\bdef \w+\(|`", s)]

@@ -153,6 +153,7 @@ def test_a_tokenizer_keeps_its_splitter_on_the_way_to_another_process():
         assert back.encode_python(TEXT) == back.encode(TEXT) == tokenizer.encode(TEXT)
 
 
+@pytest.mark.slow
 def test_spawned_workers_count_and_encode_the_same(tmp_path):
     script = tmp_path / "guarded.py"
     script.write_text(

@@ -311,6 +311,7 @@ def test_the_vocabulary_is_learnt_from_both_sides_of_the_training_pairs(folder):
     assert validation.tokenizer is train.tokenizer
 
 
+@pytest.mark.slow
 def test_padding_of_real_sentences_is_little(folder):
     """Multi30k with GPT-2's vocabulary: unsorted batches of 64 would be half padding."""
     names = [str(shared(f"multi30k/train.{language}.gz")) for language in ("en", "de")]

@@ -257,6 +257,7 @@ def both(minilm):
 LINES = [line for pair in PARAPHRASES for line in pair] + UNRELATED
 
 
+@pytest.mark.slow
 def test_minilms_tokens_are_theirs(both):
     _, tokenizer, _, reader = both
     assert reader.is_fast and tokenizer.vocab_size == 30522
