@@ -43,6 +43,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
@@ -286,11 +287,31 @@ class Tokenizer:
             ids += [self.special_tokens[part]] if i % 2 else ordinary(part)
         return ids
 
+    def encode_batch(
+        self, texts: Iterable[str], allowed_special: Collection[str] = ()
+    ) -> list[list[int]]:
+        """encode() of each text, in threads: the Rust core works outside Python's lock."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda text: self.encode(text, allowed_special), texts))
+
     def encode_numpy(self, text: str) -> np.ndarray:
         """Ids of `text` without special tokens, as a uint32 array that may be read-only."""
         if self._rust_can_split(text):
             return self._rust.encode_to_numpy(text, disallowed_special=())
         return np.array(self._encode_chunks(text), dtype=np.uint32)
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any bytes. decode_bytes(encode_bytes(data)) == data.
+
+        What is valid UTF-8 is encoded as text; each run of bytes that is not makes one chunk.
+        """
+        ids = []
+        # surrogateescape turns each invalid byte, and nothing else, into one of U+DC80..U+DCFF.
+        text = data.decode("utf-8", "surrogateescape")
+        for i, part in enumerate(re.split("([\udc80-\udcff]+)", text)):
+            invalid = part.encode("utf-8", "surrogateescape") if i % 2 else b""
+            ids += self._merge(invalid) if invalid else self.encode(part)
+        return ids
 
     def _encode_rust(self, text: str) -> list[int]:
         can = self._rust_can_split(text)
@@ -481,6 +502,12 @@ class Tokenizer:
             mergeable_ranks=self.ranks,
             special_tokens=self.special_tokens,
         )
+
+    @classmethod
+    def from_tiktoken(cls, encoding: tiktoken.Encoding) -> Tokenizer:
+        # tiktoken has no public names for these three.
+        ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
+        return cls(dict(ranks), encoding._pat_str, dict(special_tokens))
 
 
 def count_merges(vocab_size: int, n_special: int) -> int:

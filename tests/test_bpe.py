@@ -205,20 +205,20 @@ def test_every_code_point(tok, pattern):
     )
 )
 def test_raw_bytes_round_trip(tok, data):
-    """As one chunk, and byte by byte."""
-    for ids in (tok._merge(data), bytes_as_ids(tok, data)):
-        assert tok.decode_bytes(ids) == data
-        assert isinstance(tok.decode(ids), str)
+    ids = tok.encode_bytes(data)
+    assert tok.decode_bytes(ids) == data
+    assert isinstance(tok.decode(ids), str)
 
 
-def bytes_as_ids(tok: Tokenizer, data: bytes) -> list[int]:
-    return [tok.ranks[bytes([byte])] for byte in data]
+def test_encode_bytes_is_encode_where_the_bytes_are_text(tok):
+    assert tok.encode_bytes(ENGLISH.encode()) == tok.encode(ENGLISH)
 
 
 def test_decode_replaces_what_is_not_utf8(tok):
-    assert tok.decode(bytes_as_ids(tok, b"a\xff\xe2\x82 b")) == "a\ufffd\ufffd b"
+    ids = tok.encode_bytes(b"a\xff\xe2\x82 b")
+    assert tok.decode(ids) == "a\ufffd\ufffd b"
     assert tok.decode(tok.encode("\ud800 é \ude00")) == "\ud800 é \ude00"
-    assert tok.decode(bytes_as_ids(tok, b"\xe2\xed\xa0\x80\x80")) == "\ufffd\ud800\ufffd"
+    assert tok.decode(tok.encode_bytes(b"\xe2\xed\xa0\x80\x80")) == "\ufffd\ud800\ufffd"
 
 
 MILLION = 1_000_000
@@ -262,6 +262,12 @@ def test_a_run_can_be_made_to_use_the_readable_path(tok, monkeypatch):
     monkeypatch.undo()
     assert readable.encode(ENGLISH) == readable.encode_python(ENGLISH)
     assert "_rust" in vars(readable)
+
+
+def test_batch(tok):
+    texts = [ENGLISH, "", "\ud800", "<|pad|>"] * 3
+    assert tok.encode_batch(texts) == [tok.encode_python(t) for t in texts]
+    assert tok.encode_batch(["<|pad|>"], {"<|pad|>"}) == [[tok.special_tokens["<|pad|>"]]]
 
 
 def test_the_cache_is_bounded(tok, monkeypatch):
@@ -421,10 +427,8 @@ def test_corrupt_files_are_refused_in_one_sentence(tmp_path, name):
 
 
 def test_there_and_back_through_tiktoken(tok):
-    theirs = tok.to_tiktoken()
-    state = theirs._mergeable_ranks, theirs._pat_str, theirs._special_tokens
-    assert Tokenizer(*state).to_json() == tok.to_json()
-    assert theirs.n_vocab == tok.vocab_size
+    assert Tokenizer.from_tiktoken(tok.to_tiktoken()).to_json() == tok.to_json()
+    assert tok.to_tiktoken().n_vocab == tok.vocab_size
 
 
 @settings(deadline=None, max_examples=300)
