@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import ROOT
 from finetuning import FILLERS, flags, write_files
-from test_train import ALONE, losses, weights
+from test_train import losses, weights
 
 import train
+from engine import processes
 from engine.config import resolve
 from engine.evaluation import count_targets
 from engine.processes import Processes
@@ -56,7 +57,7 @@ def computed(tmp_path_factory) -> dict[int, dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        ranks.compute(ALONE)
+        ranks.compute(processes.start("cpu"))  # with the kernels that the others have
         for world in (2, 4):
             done = subprocess.run(
                 [*command, f"--nproc_per_node={world}", ranks.__file__],
@@ -84,7 +85,7 @@ def assert_same_gradients(found: dict, want: dict) -> None:
 
 
 @EACH_TASK
-def test_gradients_are_those_of_all_targets_weighed_alike(computed, task):
+def test_gradients_are_those_of_all_targets_weighed_alike(computed, installed, task):
     """Σ losses / counts by plain autograd, over the four micro-batches at once."""
     run = ranks.alone(task, batch_size=4, tokens_per_step=ranks.MICRO * 4 * ranks.T)
     run.model.train()
