@@ -17,6 +17,7 @@ Worked example: learn three merges from the text "banana bandana", chunks "banan
 
 The file begins with the slow and obvious form of all this (the three `naive` functions). The fast
 learning and the Tokenizer follow; tests compare them with it. `python bpe.py` shows an example.
+The file needs numpy, regex, tiktoken and tqdm.
 
 A training run does not execute everything here. encode() lets tiktoken's core, in Rust, do what
 encode_python() spells out with the same result: to make a run use the readable path, let

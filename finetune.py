@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-HEADS = ("pooler.", "head.", "mlm_", "nsp_head.")  # how the names of heads begin
+HEADS = ("pooler.", "head.", "mlm_", "nsp_head.")  # how the names of heads begin; put yours here
 
 
 def take_weights(model: nn.Module, state: dict[str, Tensor]) -> list[str]:

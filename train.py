@@ -64,11 +64,11 @@ def gradients(
     targets are counted first, by all processes together. DDP averages gradients over processes
     instead of adding them: the factor `world` makes up for that.
 
-    The wish to stop travels with the counts: one small message, all agree, and None is returned.
-    Dropout is a function of `seed` and the number of the micro-batch, so it is the same however
-    many processes share the step, and whether the run was interrupted before it or not.
+    Whether any process is asked to stop is sent with the counts, in one small message: then all of
+    them return None. Dropout is a function of `seed` and the number of the micro-batch, so it is
+    the same however many processes share the step, and whether the run was interrupted or not.
     """
-    group.at("counting targets")
+    group.at("counting targets")  # for the watchdog: where this process is, if the others wait
     names = sorted(count_targets(batches[0]))
     local = [sum(count_targets(batch)[name] for batch in batches) for name in names]
     *total, stops = group.all_reduce([*local, int(stop)], torch.int64)
@@ -79,6 +79,7 @@ def gradients(
     group.at("gradients")
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
+        # Distinct for each micro-batch: a step has fewer of them than this prime.
         torch.manual_seed((seed * 65_537 + i * group.world + group.rank) % 2**63)
         # Gradients are exchanged once, after the last micro-batch. The switch must cover forward.
         with nullcontext() if last else sharding.no_sync(forward):
@@ -103,12 +104,16 @@ class Run:
         self.begin, self.log = time.perf_counter(), None
         self.config, self.group, self.out = config, group, Path(config.out)
         self.dtype = precision(config.dtype, group.device)
+        setup.check_sizes(config, sizes)
         # The batch is given in tokens per optimizer step. How many micro-batches that makes, and in
         # which process, follows: so one command is the same training on any number of processes.
         config.batch_size, self.accumulate = divide_step(config, sizes["block_size"], group.world)
-        start = config, sizes, checkpoint
-        self.data, self.validation = setup.open_data(*start, group, self.dtype, self.say)
-        self.model = setup.make_network(*start, self.data, group, self.dtype, self.say)
+        self.data, self.validation = setup.open_data(
+            config, sizes, checkpoint, group, self.dtype, self.say
+        )
+        self.model = setup.make_network(
+            config, sizes, checkpoint, self.data, group, self.dtype, self.say
+        )
         self.steps_of_epoch = max(1, round(self.data.tokens_per_epoch / config.tokens_per_step))
         if config.epochs and not config.resume:
             config.steps = max(1, round(config.epochs * self.steps_of_epoch))
@@ -126,7 +131,8 @@ class Run:
         self.prepare_forward()
 
     def prepare_forward(self) -> None:
-        """`network`, compiled or not, evaluates; `forward`, the same behind DDP, trains."""
+        """`network`, compiled or not, is what an evaluation calls. `forward`, which training calls,
+        is the same behind DDP, which exchanges gradients between processes."""
         device = self.group.device
         self.autocast = setup.autocast_for(device, self.dtype)
         self.network = self.model
@@ -168,10 +174,10 @@ class Run:
         micro = (step * self.accumulate + m for m in range(self.accumulate))
         batches = [self.batch(m * group.world + group.rank) for m in micro]
         seed = config.seed * 1_000_003 + step
-        found = gradients(self.forward, batches, group, self.autocast, stop, seed)
-        if found is None:
+        summed = gradients(self.forward, batches, group, self.autocast, stop, seed)
+        if summed is None:
             return None
-        sums, counts = found
+        sums, counts = summed
         group.at("update")
         # One long gradient, from an odd batch, could undo a thousand steps: it is shortened. One
         # that is not finite is no gradient at all: `update` leaves everything as it is then.
@@ -222,12 +228,12 @@ def fit(run: Run) -> bool:
 
 def loop(run: Run, interruption: Interruption) -> bool:
     """Steps, and every eval_interval of them an evaluation and a checkpoint."""
-    config, group, first, saved = run.config, run.group, run.step, True
+    config, group, start, saved = run.config, run.group, run.step, True
     go_on = run.command("train.py", "--resume", "--out", str(run.out))
     if run.step >= config.steps:
         run.say(f"this run has done all of its {config.steps:,} steps")
     while run.step < config.steps:
-        enough = bool(config.stop_after) and run.step - first >= config.stop_after
+        enough = bool(config.stop_after) and run.step - start >= config.stop_after
         step = run.train_step(run.rate_factor(), interruption.asked or enough)
         if step is None:
             run.steps.read(run.log)
@@ -250,7 +256,8 @@ def loop(run: Run, interruption: Interruption) -> bool:
         run.best = min(best, found)
         if group.main:
             run.log.evaluation(run.step, report, better)
-        # latest.pt comes last: a run that is killed before it does all of this once more.
+        # best.pt is written where the evaluation is the best so far, latest.pt always: a run goes
+        # on from it. It comes last: a run that is killed before does all of this once more.
         if better and not saving.save_run(run, "best.pt"):
             run.best = best
         if config.keep:

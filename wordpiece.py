@@ -18,7 +18,7 @@ steps for "pit pits spit bat bats", min_frequency 1:
                 p ##i -> pi, and sp ##i, now 1/(1·1), -> spi
 
 naive_learn() is the slow and obvious form; tests compare the fast learn() with it.
-`python wordpiece.py` shows both, and how words are cut.
+`python wordpiece.py` shows both, and how words are cut. The file needs numpy and tqdm alone.
 
 Left out: restoring the original text (decode() cannot know its spaces and accents), dropout, and
 lower case that keeps accents (strip_accents as a setting of its own).

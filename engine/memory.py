@@ -266,7 +266,7 @@ def plan_memory(
         weights, gradients = share * bytes_of(known), share * bytes_of(learns)
         rest = ledger.peak - state - gradients
         if shard == "model":
-            block, item = max(map(bytes_of, blocks)), dtype.itemsize / 4
+            block, item = max(map(bytes_of, blocks), default=0), dtype.itemsize / 4
             weights += bytes_of(known) - sum(map(bytes_of, blocks)) + 2 * item * block
             gradients += (item + 1) * block
         elif world > 1:

@@ -304,5 +304,5 @@ def first_hour(task: str, device: str, data: str) -> str:
     if task == "bert":
         return "pydocs"
     if task != "gpt":
-        return ""  # fine-tuning, whose recipe are the defaults
+        return ""  # fine-tuning: its recipe is the defaults
     return "toy-gpu" if device == "cuda" else "toy"

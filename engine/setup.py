@@ -34,6 +34,13 @@ def origin(config: TrainConfig) -> Path | None:
     return Path(config.init) if config.init else None
 
 
+def check_sizes(config: TrainConfig, sizes: dict) -> None:
+    """Raises ValueError for sizes that no network can have, before hours of tokenizing."""
+    Model = tasks.network(config.model)
+    with torch.device("meta"):
+        Model(Model.Config(**sizes))
+
+
 # ---- data ----------------------------------------------------------------------------------------
 
 
@@ -47,12 +54,16 @@ def open_data(
 ) -> tuple:
     """(training data, validation data) of the task, with the checkpoint's tokenizer if there is
     one. Raises ValueError if the data differs from what the checkpoint or another machine has."""
-    Model, Data = tasks.network(config.model), tasks.task(config.model).Data
-    with torch.device("meta"):
-        Model(Model.Config(**sizes))  # impossible sizes are refused before hours of tokenizing
-    tokenizer = None
+    Data, tokenizer = tasks.task(config.model).Data, None
     if checkpoint:
-        tokenizer = checkpoints.restore_tokenizer(origin(config), checkpoint)
+        path = origin(config)
+        tokenizer = checkpoints.restore_tokenizer(path, checkpoint)
+        lacking = [name for name in Data.special_tokens if name not in tokenizer.special_tokens]
+        if lacking:
+            raise ValueError(
+                f"the tokenizer of {path} lacks the special token {', '.join(lacking)} that "
+                f"--model {config.model} needs: begin from another checkpoint"
+            )
     elif config.tokenizer.endswith(".pt"):
         path = Path(config.tokenizer)
         tokenizer = checkpoints.restore_tokenizer(path, checkpoints.load(path))
@@ -140,9 +151,14 @@ def digest(model: nn.Module) -> str:
 
 def recompute_blocks(model: nn.Module) -> None:
     """Lets every Block free its activations, and compute them once more in the backward pass."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if not blocks:
+        raise ValueError(
+            "--recompute computes the Blocks of model.py again, and this network has none: leave "
+            "it out"
+        )
+    for block in blocks:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
 # ---- optimizer, forward --------------------------------------------------------------------------

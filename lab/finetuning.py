@@ -27,10 +27,10 @@ import optim
 import tasks
 from data.encoding import PAD
 from engine import checkpoint as checkpoints
-from engine import cli
+from engine import cli, kernels
 from engine.config import divide_step, from_data, sizes_of
 from engine.evaluation import score
-from engine.hub.families import HEADS
+from engine.hub.families import WITH_HEAD
 from engine.hub.peers import hugging_face_encoder, peer
 from engine.processes import Processes
 from finetune import take_weights
@@ -41,7 +41,7 @@ from train import gradients
 
 @dataclass
 class ComparisonConfig:
-    model: str = HEADS[0]  # classify, tag or answer
+    model: str = WITH_HEAD[0]  # classify, tag or answer
     init: str = ""  # the pretrained encoder, from convert.py
     data: str = ""  # as for train.py
     valid: str = ""  # as for train.py
@@ -215,12 +215,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser("Fine-tuning beside the same encoder in Hugging Face's class.")
     cli.add_flags(parser, ComparisonConfig, "comparison")
     config = ComparisonConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
-    if config.model not in HEADS:
-        raise ValueError(f"--model {config.model} is not known: choose {', '.join(HEADS)}")
+    if config.model not in WITH_HEAD:
+        raise ValueError(f"--model {config.model} is not known: choose {', '.join(WITH_HEAD)}")
     limits = {"minutes": (0, 1e6), "rows": (1, 2**20), "lr": (0, 1e3), "row_length": (0, None)}
     cli.check_ranges(config, {**limits, "repeats": (2, 1000), "seed": (0, None)})
     if config.dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
+    kernels.install(torch.device("cpu"))
     ours, theirs, train, valid, pad = load_both(config)
     rows = single_rows(train)
     batches = random_batches(rows, config.rows, pad)

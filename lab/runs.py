@@ -37,7 +37,7 @@ class RunsConfig:
 
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=300"]
-# The size with which the README compares the speed of training.
+# The size with which docs/speed.md compares the speed of training.
 MIDDLE = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=256", "--batch_size=8"]
 GPT2 = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=64", "--vocab_size=50257"]
 

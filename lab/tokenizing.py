@@ -1,4 +1,4 @@
-"""Tokenizers beside Hugging Face's and OpenAI's, both in Rust: three comparisons of bench.py.
+"""Tokenizers beside Hugging Face's and OpenAI's, both in Rust: three comparisons of lab/bench.py.
 
 The text is Python source that every machine has: the standard library with its tests, then the
 installed packages, no file twice. If that is not enough, the rest is generated from its lines.

@@ -6,13 +6,20 @@ and a row here; a new task is a file in tasks/ and a row here; see docs/your-own
 
 A network's class has
 
-    Config       the dataclass of its sizes. A field with the metadata flag=False is no flag of
-                 train.py; with from_data=True the run takes it from the attribute of the same name
-                 of its training data (the labels of a classifier)
+    Config       the dataclass of its sizes, vocab_size and block_size among them; the network keeps
+                 it as .config. A field with the metadata flag=False is no flag of train.py; with
+                 from_data=True the run takes it from the attribute of the same name of its training
+                 data (the labels of a classifier)
     forward      **batch -> {name: summed loss} for each "…targets" of the batch ("mlm_targets" has
                  the loss "mlm", plain "targets" the loss "loss"), and perhaps other sums, which are
                  reported. In evaluation it may also return "predicted", for Data.measure
     flops_per_token()  floating-point operations that training takes, for the plan
+
+and, where it is to do more:
+
+    features, head, make_caches      as GPT has them: tasks/text.py and complete.py write with them
+    model.Block inside               for --recompute, and for the blocks of --shard model
+    names as in finetune.py          (blocks, …embedding, HEADS) to be fine-tuned
 
 A task's module has
 
@@ -36,7 +43,7 @@ Data has
 
     special_tokens                      the special tokens that its tokenizer needs
     splits(flags, sizes, tokenizer)     (training data, validation data). sizes are the network's
-                                        settings as a dict; tokenizer None: see get_tokenizer
+                                        settings as a dict; tokenizer None: see data/tokens.py
     batch(i)     a pure function of (seed, split, i) -> {argument of the network's forward: tensor};
                  a tensor whose name ends in "targets" marks "no target" with -100
     tokens_per_batch, tokens_per_epoch, n_batches       the last of an evaluation

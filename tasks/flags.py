@@ -43,12 +43,14 @@ def check(config: object) -> None:
         high = value < math.inf and (most is None or value <= most)
         if low and high and (below is None or value < below):
             continue
-        if above is not None:
-            wanted = f"more than {above}" + (f", {most:g} at most" if most else "")
-            wanted += f", but less than {below}" if below else ""
+        if above is not None and below is not None:
+            wanted = f"more than {above}, but less than {below}"
+        elif above is not None:
+            wanted = f"{most:g} or less" if low else f"more than {above}"
         elif below is not None:
             wanted = f"{least} or more, but less than {below}"
         elif most is not None:
+            most = f"{most:g}" if isinstance(most, float) else most
             wanted = f"between {least} and {most}"
         else:
             wanted = f"{least} or more"
@@ -57,7 +59,7 @@ def check(config: object) -> None:
 
 @dataclass
 class TrainConfig:
-    model: str = "gpt"  # gpt, bert, seq2seq; classify, tag, answer, similar, complete
+    model: str = "gpt"  # what to train: one of the names above
     # a named size and recipe of engine/presets.py; empty: a first run for this machine
     preset: str = ""
     data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .gz, .jsonl or a folder of them

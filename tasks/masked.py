@@ -39,7 +39,7 @@ from data.lines import answer_stdin
 from data.sentence_pairs import NEXT, PackedText, SentencePairs, truncate_pair
 from data.sentences import NAMES, SentenceCorpus, open_sentences
 from data.tokens import AnyTokenizer, TokenFile, both_splits, settings, tokenize
-from tasks.flags import TrainConfig, check, choice, ranged
+from tasks.flags import DEVICES, TrainConfig, check, choice, ranged
 from tasks.similar import framed, print_similar, row_features, write_embeddings
 from wordpiece import WordPiece
 
@@ -250,7 +250,7 @@ class SampleFlags:
     nsp: bool | None = None  # score pairs of sentences; false: packed text; auto: as in training
     cache_dir: str = "data/cache"  # where --eval keeps downloads and token files
     batch_size: int = ranged(64, 1, 2**20)  # texts at a time
-    device: str = "auto"  # auto, cpu, cuda or mps
+    device: str = choice("auto", *DEVICES)  # auto, cpu, cuda or mps
 
     def __post_init__(self):
         check(self)

@@ -43,7 +43,7 @@ from data.lines import lines_of, new_file
 from data.tables import Row, TableCorpus, open_tables
 from data.tokens import SPLITS, AnyTokenizer, get_tokenizer, settings
 from tasks.encoders import pad_batch
-from tasks.flags import FinetuneConfig, check, ranged
+from tasks.flags import DEVICES, FinetuneConfig, check, choice, ranged
 from tasks.whole import whole_file
 
 FORMS = [("a", "b"), ("text", "text_b"), ("sentence1", "sentence2")]
@@ -404,7 +404,7 @@ class SampleFlags:
     top: int = ranged(5, 1)  # similar lines for each query
     eval: str = ""  # score a file of pairs instead, of the kind that --data of train.py takes
     batch_size: int = ranged(32, 1, 2**20)  # texts at a time
-    device: str = "auto"  # auto, cpu, cuda or mps
+    device: str = choice("auto", *DEVICES)  # auto, cpu, cuda or mps
 
     def __post_init__(self):
         check(self)

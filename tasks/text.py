@@ -32,6 +32,7 @@ from data.shuffle import Feistel, shuffled
 from data.text import NAMES, Corpus, open_corpus, whole
 from data.tokens import TokenFile, both_splits, tokenize
 from decoding import choose, distribution, generate
+from model import GPT
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
 GOAL, LOWER_IS_BETTER = "loss", True
@@ -329,7 +330,7 @@ def complete(
     streams = [TextStream(tokenizer, flags.stop) for _ in encoded]
     rows, leads = [ids for ids, _ in encoded], [lead for _, lead in encoded]
     pick, steps = Pick(tokenizer, flags, leads), None
-    if decoding.text_steps:
+    if decoding.text_steps and isinstance(model, GPT):  # whose steps they are
         longest = max(map(len, rows)) + flags.max_new_tokens
         steps = decoding.text_steps(model, len(rows), longest, pick.choose)
     # A space that was removed from the prompt comes back with the first token: it is shown once.

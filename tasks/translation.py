@@ -368,7 +368,8 @@ def cross_attention(model: nn.Module, source: Tensor, tokens: Tensor) -> Tensor:
     def watch(attention: Attention, inputs: tuple, output: Tensor) -> None:
         x, memory = inputs[:2]
         q, k = attention.split(attention.q(x)), attention.split(attention.k(memory))
-        weights.append((q @ k.transpose(-2, -1) * q.size(-1) ** -0.5).softmax(-1)[0])
+        scores = q.float() @ k.float().transpose(-2, -1) * q.size(-1) ** -0.5
+        weights.append(scores.softmax(-1)[0])
 
     hooks = [block.cross.register_forward_hook(watch) for block in model.decoder]
     try:

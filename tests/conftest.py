@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bpe
 import decoding
 import model
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
@@ -85,6 +86,7 @@ def seeded():
 PLACES = {
     model: ("attention_kernel", "dropout_kernel", "cross_entropy"),
     decoding: ("text_steps", "pair_steps"),
+    bpe: ("make_splitter", "count_chunks"),
 }
 
 

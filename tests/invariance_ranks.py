@@ -1,4 +1,4 @@
-"""What tests/test_invariance.py has computed by 1, 2 and 4 processes: gradients, evaluations, runs.
+"""What engine/test_invariance.py has 1, 2 and 4 processes compute: gradients, evaluations, runs.
 
     torchrun --standalone --nproc_per_node=2 invariance_ranks.py    in a folder with the toy files
 

@@ -227,7 +227,7 @@ def test_the_readme_has_the_two_commands_of_the_first_hour():
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 160
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_first_table_of_the_readme_has_a_line_for_each_entry_at_the_root():

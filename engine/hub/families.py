@@ -322,7 +322,7 @@ FAMILIES = {
     "similar": with_head("BertModel", "feature-extraction"),
     "complete": GPT2,
 }
-HEADS = ("classify", "tag", "answer")  # tasks for which their BERT has a class with a head
+WITH_HEAD = ("classify", "tag", "answer")  # tasks for which their BERT has a class with a head
 # model_type -> the pretraining task, which is also that of a file without one of the other heads.
 BASES = {"gpt2": "gpt", "bert": "bert", "marian": "seq2seq"}
 

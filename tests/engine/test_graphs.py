@@ -454,6 +454,7 @@ def test_gpu_a_replayed_step_of_the_translator_never_waits(no_waiting):
 @on_gpu
 def test_gpu_bf16_texts_and_prompts_with_spaces():
     """Through `complete`, as users call it: equal seeds, equal texts, and no padding among them."""
+    kernels.install(torch.device("cuda"))
     model = gpt(device="cuda").bfloat16()
     config = SampleFlags(max_new_tokens=30, num_samples=3)
     texts = text.complete(model, WORDS, ["to be ", "or", ""], config)

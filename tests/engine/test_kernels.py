@@ -12,6 +12,7 @@ import decoding
 import model
 import train
 from bert import BERT, BERTConfig
+from bpe import Tokenizer
 from engine import checkpoint as checkpoints
 from engine import cpu, graphs, kernels, losses
 from engine.processes import pick_device
@@ -80,6 +81,29 @@ def test_writing_takes_the_steps_that_are_installed(toy, monkeypatch):
     monkeypatch.setattr(decoding, "text_steps", steps)
     assert text.complete(net, tokenizer, ["1 times"], config) == want
     assert len(made) == 1
+
+
+def test_the_steps_of_gpt_are_for_gpt_alone(monkeypatch):
+    """A network of another kind, trained by the same task, would end in an error on a GPU."""
+
+    class Constant(torch.nn.Module):
+        config = GPTConfig(vocab_size=320, block_size=16, n_layer=1, n_head=1, n_embd=4)
+
+        def features(self, tokens, caches=None):
+            return tokens[..., None].float()
+
+        def head(self, features):
+            return torch.nn.functional.one_hot(torch.full(features.shape[:-1], 65), 320).float()
+
+        def make_caches(self):
+            return [model.KVCache(16)]
+
+    tokenizer = Tokenizer.train(["a"], 257)
+    monkeypatch.setattr(decoding, "text_steps", lambda *args: pytest.fail("they were asked for"))
+    flags = text.SampleFlags(max_new_tokens=3, temperature=0.0)
+    net = Constant()
+    net.register_parameter("weight", torch.nn.Parameter(torch.zeros(())))
+    assert text.complete(net, tokenizer, ["x"], flags) == ["AAA"]
 
 
 MODELS = {

@@ -451,6 +451,7 @@ def test_gpu_needs_what_was_planned(flags, dtype, recompute):
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     got = plan_memory(config, sizes, "cuda", kind)
 
+    kernels.install(torch.device("cuda"))
     before = torch.cuda.memory_allocated()
     model = make_model(config, sizes).to_empty(device="cuda")
     with torch.no_grad():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine import kernels
 from lab import growth
 from lab.growth import Cost, Size
 from model import GPT, GPTConfig, count_parameters
@@ -285,6 +286,7 @@ def test_a_device_without_sizes_is_refused(tiny, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_memory_grows_as_the_formula_says():
     device = torch.device("cuda")
+    kernels.install(device)
     small, large = Size(256, 512, 4, 4, 4096), Size(256, 512, 8, 8, 4096)
     found = growth.measure({small, large}, 1, device)
     want = [sum(growth.stored(s, "cuda").values()) for s in (small, large)]

@@ -341,7 +341,7 @@ def test_no_gradient_comes_through_what_is_not_asked_for():
         assert torch.equal(reached, batch["targets"] != -100) and not reached.all()
 
 
-# ---- tables, the tokenizer, what is told ---------------------------------------------------------
+# ---- tables, the tokenizer, messages -------------------------------------------------------------
 
 
 def test_the_tokenizer_is_learnt_from_the_training_rows():

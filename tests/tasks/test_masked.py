@@ -433,7 +433,7 @@ def test_a_limit_of_tokens_is_one_of_rows(n, limit, least):
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(0, 100))
-def test_evenly_and_pad_rows(lengths, more):  # cut: see tests/test_pairs.py
+def test_evenly_and_pad_rows(lengths, more):  # cut: see test_translation_data.py
     n, chosen = len(lengths), evenly(len(lengths) + more, len(lengths))
     gaps = np.diff([*chosen, n + more])
     assert len(gaps) == n and chosen[0] == 0 < max(gaps) <= min(gaps) + 1

@@ -283,9 +283,10 @@ def test_prompts_and_lines_and_eval(trained, toy_pairs, capsys, monkeypatch):
     assert "BLEU" in scores and "sentences/s" in scores
 
 
-def test_a_picture_of_where_the_decoder_looked(trained, toy_pairs, capsys):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_picture_of_where_the_decoder_looked(trained, toy_pairs, capsys, dtype):
     peer("matplotlib")
-    flags = ["--device=cpu", "--max_new_tokens=5", "--prompt=3 plus 4"]
+    flags = ["--device=cpu", f"--dtype={dtype}", "--max_new_tokens=5", "--prompt=3 plus 4"]
     sample.main([*flags, "--attention=look.png"])
     assert (toy_pairs / "look.png").read_bytes().startswith(b"\x89PNG")
 
