@@ -11,7 +11,6 @@ file, of a choice) has no control characters; a text may have them, and every `l
 import argparse
 import difflib
 import inspect
-import math
 import os
 import re
 import shlex
@@ -42,8 +41,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    @property
+    def how(self) -> str:
+        """The command that shows all flags."""
+        return f"python {self.prog.removeprefix('python ')} --help"
+
     def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(f"{message}: see python {self.prog} --help")
+        raise ValueError(f"{message}: see {self.how}")
 
     def parse_known_args(self, args: list[str], namespace=None):
         for argument in args:
@@ -61,12 +65,12 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args([underscored(a) for a in argv])
         for flag in unknown:
             if not flag.startswith("-"):
-                raise ValueError(f"{flag!r} belongs to no flag: see python {self.prog} --help")
+                raise ValueError(f"{flag!r} belongs to no flag: see {self.how}")
             name = flag.partition("=")[0]
             if purpose := elsewhere().get(name):
                 raise ValueError(f"{name} is for {purpose}: leave it out here")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"see python {self.prog} --help"
+            hint = f"did you mean {near[0]}?" if near else f"see {self.how}"
             raise ValueError(f"there is no flag {name}: {hint}")
         return vars(given)
 
@@ -74,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 def program() -> str:
     """How this script was started, after "python": train.py, or -m lab.bench."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"-m {spec.name}" if spec else Path(sys.argv[0]).name
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def underscored(argument: str) -> str:
@@ -180,15 +184,6 @@ def owners(classes: dict[str, tuple[type, ...]], said: str) -> dict[str, str]:
             if field.metadata.get("flag", True):
                 found.setdefault(f"--{field.name}", []).append(name)
     return {flag: f"{said} {', '.join(names)}" for flag, names in found.items()}
-
-
-def check_ranges(config: object, limits: dict[str, tuple[float, float | None]]) -> None:
-    """Raises ValueError for a value out of range. limits: {field: (lowest, highest or None)}."""
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
-        if not low <= value < math.inf or (high is not None and value > high):
-            wanted = f"{low} or more" if high is None else f"between {low} and {high}"
-            raise ValueError(f"--{name} {value} is out of range: choose {wanted}")
 
 
 def command_line(*words: str) -> str:

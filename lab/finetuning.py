@@ -36,22 +36,27 @@ from engine.processes import Processes
 from finetune import take_weights
 from tasks.answer import span_sums
 from tasks.encoders import label_sums
+from tasks.flags import check, choice, ranged
 from train import gradients
 
 
 @dataclass
 class ComparisonConfig:
-    model: str = WITH_HEAD[0]  # classify, tag or answer
+    model: str = choice(WITH_HEAD[0], *WITH_HEAD)  # classify, tag or answer
     init: str = ""  # the pretrained encoder, from convert.py
     data: str = ""  # as for train.py
     valid: str = ""  # as for train.py
-    minutes: float = 0.0  # train theirs for so long, evaluations not counted; 0: speed alone
-    rows: int = 32  # of theirs in a batch
-    lr: float = 5e-5  # peak learning rate of theirs
-    row_length: int = 0  # most tokens of a row; 0: as many as the encoder reads
-    repeats: int = 7  # turns of each
-    dtype: str = "fp32"  # fp32 or bf16 (autocast), of both
-    seed: int = 1337  # of the head's weights and the order of rows
+    # train theirs for so long, evaluations not counted; 0: speed alone
+    minutes: float = ranged(0.0, 0, 1e6)
+    rows: int = ranged(32, 1, 2**20)  # of theirs in a batch
+    lr: float = ranged(5e-5, 0, 1e3)  # peak learning rate of theirs
+    row_length: int = ranged(0, 0)  # most tokens of a row; 0: as many as the encoder reads
+    repeats: int = ranged(7, 2, 1000)  # turns of each
+    dtype: str = choice("fp32", "fp32", "bf16")  # fp32 or bf16 (autocast), of both
+    seed: int = ranged(1337, 0)  # of the head's weights and the order of rows
+
+    def __post_init__(self):
+        check(self)
 
 
 class Theirs(nn.Module):
@@ -215,12 +220,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser("Fine-tuning beside the same encoder in Hugging Face's class.")
     cli.add_flags(parser, ComparisonConfig, "comparison")
     config = ComparisonConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
-    if config.model not in WITH_HEAD:
-        raise ValueError(f"--model {config.model} is not known: choose {', '.join(WITH_HEAD)}")
-    limits = {"minutes": (0, 1e6), "rows": (1, 2**20), "lr": (0, 1e3), "row_length": (0, None)}
-    cli.check_ranges(config, {**limits, "repeats": (2, 1000), "seed": (0, None)})
-    if config.dtype not in ("fp32", "bf16"):
-        raise ValueError(f"--dtype {config.dtype} is not known: choose fp32 or bf16")
     kernels.install(torch.device("cpu"))
     ours, theirs, train, valid, pad = load_both(config)
     rows = single_rows(train)

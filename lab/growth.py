@@ -36,17 +36,18 @@ from engine.memory import Ledger, bytes_of
 from engine.processes import Processes, pick_device
 from lab.turns import take_turns
 from model import GPT, GPTConfig
+from tasks.flags import check, ranged
 from train import gradients
 
 
 @dataclass
 class GrowthConfig:
     device: str = "cpu"  # cpu or cuda
-    repeats: int = 5  # turns of each size, of which the median counts
+    repeats: int = ranged(5, 1, 1000)  # turns of each size, of which the median counts
     out: str = "out/growth.png"  # the picture; the table is written beside it, as .md
 
     def __post_init__(self):
-        cli.check_ranges(self, {"repeats": (1, 1000)})
+        check(self)
 
 
 HEAD = 64  # the width of a head: more width is more heads, as in GPT-2 and GPT-3

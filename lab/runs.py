@@ -21,6 +21,7 @@ from pathlib import Path
 import train
 from engine import cli, saving
 from engine.logs import read_log
+from tasks.flags import check, ranged
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,12 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclass
 class RunsConfig:
     only: str = ""  # scaling, saving or resuming; empty: all of them
-    repeats: int = 3  # turns of each contestant
-    steps: int = 14  # of a turn of scaling, of which the first four do not count
+    repeats: int = ranged(3, 1)  # turns of each contestant
+    steps: int = ranged(14, 6)  # of a turn of scaling, of which the first four do not count
     small: bool = False  # models of no size at all, to see whether everything works
 
     def __post_init__(self):
-        cli.check_ranges(self, {"repeats": (1, None), "steps": (6, None)})
+        check(self)
 
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=300"]

@@ -13,18 +13,23 @@ from dataclasses import dataclass
 import torch
 
 from engine import cpu
+from tasks.flags import check, choice, ranged
 
 
 @dataclass
 class BenchConfig:
     only: str = ""  # one of the comparisons (a wrong name lists them); empty: all
     checkpoint: str = ""  # a trained seq2seq for translate; empty: random weights
-    repeats: int = 5  # turns of each contestant
+    repeats: int = ranged(5, 2, 1000)  # turns of each contestant
     device: str = "cpu"  # cpu, cuda or mps
-    dtype: str = ""  # fp32 or bf16; empty: bf16 on CUDA, else fp32, and for sampling both
+    # fp32 or bf16; empty: bf16 on CUDA, else fp32, and for sampling both
+    dtype: str = choice("", "fp32", "bf16", "")
     compile: bool | None = None  # torch.compile ours and the peer's training step; auto: on CUDA
     out: str = "out/bench.json"  # where the figures go, beside the table
     cache_dir: str = "data/cache"  # where downloads are kept, and the text of the standard library
+
+    def __post_init__(self):
+        check(self)
 
 
 def take_turns(
