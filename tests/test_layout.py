@@ -3,12 +3,14 @@
 import ast
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import tasks
+from engine import cli
 
 # What copies alone; and what copies with model.py beside it.
 ALONE = ("bpe", "wordpiece", "model", "optim", "decoding", "finetune")
@@ -95,6 +97,16 @@ def test_every_row_of_the_table_leads_to_a_network_and_a_whole_task():
             assert callable(getattr(task, part)), f"{name} lacks {part}"
         for part in ("special_tokens", "splits", "batch", "report", "describe"):
             assert hasattr(task.Data, part), f"{name}: Data lacks {part}"
+
+
+def test_every_flag_has_its_help():
+    """The comment behind a field, which a formatter that breaks the line would take away."""
+    for name in tasks.TABLE:
+        task = tasks.task(name)
+        for cls in (task.Flags, task.SampleFlags, tasks.network(name).Config):
+            helps = cli.comments(cls)
+            shown = {f.name for f in fields(cls) if f.metadata.get("flag", True)}
+            assert shown <= helps.keys(), (cls, shown - helps.keys())
 
 
 def loaded(code: str) -> set[str]:
