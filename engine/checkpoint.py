@@ -193,7 +193,9 @@ def load(path: Path, whole: bool = True) -> dict:
     """The checked dict of a checkpoint. Raises ValueError for a missing, truncated, damaged,
     foreign or newer file. whole=False: the tensors of a checkpoint in parts are not read yet."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a checkpoint in it, {path / 'best.pt'} for one")
+        # Before its first evaluation a run has no best.pt.
+        name = next((n for n in ("best.pt", LATEST) if (path / n).is_file()), "best.pt")
+        raise ValueError(f"{path} is a folder: name a checkpoint in it, {path / name} for one")
     if not path.is_file():
         raise Unreadable(f"there is no checkpoint {path}: train first, or name one that exists")
     check_sums(path)

@@ -242,6 +242,13 @@ def test_any_text_is_scored_whole(run, capsys):
     assert [float(x) for x in figures[1::2]] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 
+def test_a_folder_is_answered_with_a_checkpoint_that_is_there(run):
+    for name in ("best.pt", "latest.pt"):
+        with pytest.raises(ValueError, match=rf"is a folder: name a checkpoint in it, .*{name}"):
+            sample.main(["--checkpoint=out/gpt"])
+        Path("out/gpt", name).unlink()
+
+
 def test_without_any_run_the_remedy_is_named(toy):
     done = subprocess.run(
         [sys.executable, str(ROOT / "sample.py")], capture_output=True, encoding="utf-8", cwd=toy
