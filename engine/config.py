@@ -67,9 +67,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         if given.get("epochs"):
             raise ValueError(f"--epochs and --{lengths[0]} both say how long: give one of them")
         wanted["epochs"] = 0.0
-    sizes = sizes_of(Config, name, checkpoint)
+    sizes, flags = sizes_of(Config, name, checkpoint), {field.name for field in fields(Flags)}
     if checkpoint:
-        flags = {field.name for field in fields(Flags)}
         refuse_changes(given, sizes, {*RATES, *flags}, path)
         sizes |= {rate: given[rate] for rate in RATES & given.keys()}
     else:
@@ -80,8 +79,7 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         cli.add_flags(parser, Config, f"sizes of the model ({name})", sizes)
         parser.print_help()
         sys.exit()
-    names = {field.name for field in fields(Flags)}
-    config = Flags(**{k: v for k, v in wanted.items() if k in names})
+    config = Flags(**{k: v for k, v in wanted.items() if k in flags})
     if is_restarted() and getattr(config, "seeds", 1) > 1:
         raise ValueError(
             f"--seeds {config.seeds} makes several runs, which a command that torchrun or Slurm "

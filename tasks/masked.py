@@ -35,10 +35,10 @@ from tqdm import tqdm
 from bert import BERTConfig
 from data.buckets import InBuckets, evenly_within, pad_rows
 from data.encoding import CLS, MASK, PAD, SEP, SPECIAL, assemble, encode_text
-from data.lines import answer_stdin
 from data.sentence_pairs import NEXT, PackedText, SentencePairs, truncate_pair
 from data.sentences import NAMES, SentenceCorpus, open_sentences
 from data.tokens import AnyTokenizer, TokenFile, both_splits, settings, tokenize
+from tasks.encoders import answer_texts, answered
 from tasks.flags import DEVICES, TrainConfig, check, choice, ranged
 from tasks.similar import framed, print_similar, row_features, write_embeddings
 from wordpiece import WordPiece
@@ -280,14 +280,8 @@ def sample(
         )
     elif len(flags.prompt) == 2 and not any(MASK in prompt for prompt in flags.prompt):
         print(f"the second follows the first: {follows(model, tokenizer, *flags.prompt):.1%}")
-    elif flags.prompt:
-        print("\n".join(fill_mask(model, tokenizer, flags.prompt, flags)))
     else:
-
-        def answer(lines: list[str], bar: tqdm, first_line: int) -> list[str]:
-            return fill_mask(model, tokenizer, lines, flags, bar, first_line)
-
-        answer_stdin(answer, 16 * flags.batch_size, "line")
+        answer_texts(fill_mask, model, tokenizer, flags)
 
 
 def eval_data(
@@ -401,8 +395,7 @@ def follows(model: nn.Module, tokenizer: AnyTokenizer, first: str, second: str) 
 
 def show(model: nn.Module, tokenizer: AnyTokenizer, data: Data, folder: Path) -> list[str]:
     """Each of the data's prompts with its likeliest words."""
-    answers = fill_mask(model, tokenizer, data.prompts, SampleFlags())
-    return [f"{prompt}\n-> {text}" for prompt, text in zip(data.prompts, answers, strict=True)]
+    return answered(fill_mask, model, tokenizer, data.prompts, SampleFlags())
 
 
 def ask(prompts: Sequence[str]) -> tuple[str, ...]:
