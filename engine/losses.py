@@ -22,6 +22,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as model.plain_cross_entropy, a chunk of logits at a time."""
     rows = max(1, CHUNK.get(features.device.type, 2**24) // weight.size(0))
+    rows = 1 << rows.bit_length() - 1  # so that the chunks of most batches are of equal size
     features, targets = features.flatten(0, -2), targets.flatten()
     how = smoothing, accuracy, rows, torch.is_grad_enabled()
     return in_chunks(features, weight, bias, targets, *how)

@@ -73,6 +73,8 @@ class Step:
         }
         record = {"step": self.step + 1, "split": "train", **mean}
         record["loss"] = sum(mean[n] for n in counts)
+        if group.device.type == "cuda":  # the most that tensors have had, in this process
+            record["peak_gb"] = torch.cuda.max_memory_allocated(group.device) / 1e9
         return {**record, "lr": self.lr, "grad_norm": float(self.norm)}
 
 

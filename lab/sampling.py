@@ -38,6 +38,9 @@ BYTES = Tokenizer({bytes([i]): i for i in range(256)}, "(?s:.)", {END_OF_TEXT: 5
 
 def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
     """GPT-2 124M; on a GPU also GPT-2 xl, each with 1 and 64 rows."""
+    if config.small:
+        sizes = GPTConfig(50257, 64, 2, 2, 32)
+        return bench_decoding(config, device, sizes, config.dtype or "fp32", [1, 2])
     if device.type != "cuda":
         dtypes = [config.dtype] if config.dtype else ["fp32", "bf16"]
         return [r for d in dtypes for r in bench_decoding(config, device, GPTConfig(), d, [1])]
@@ -52,7 +55,7 @@ def bench_decoding(
 ) -> list[dict]:
     cuda, results = device.type == "cuda", []
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    length, count = (512, 256) if cuda else (128, 24)
+    length, count = (8, 4) if config.small else (512, 256) if cuda else (128, 24)
     with device:
         ours = GPT(sizes).to(kind).eval()
         theirs = None
@@ -75,7 +78,7 @@ def bench_decoding(
         results.append(
             print_table(f"prefill, {name}, {B} x {length} tokens", times, B * length, "tokens")
         )
-        found = our_decoders(ours, prompt, count)
+        found = our_decoders(ours, prompt, count, steps=cuda or config.small)
         if B == 1:
             found["the bare products"] = bare
         if theirs:
@@ -119,9 +122,11 @@ def more(write: Callable[[int], None], count: int, device: torch.device) -> Call
     return lambda: seconds(1 + count) - seconds(1)
 
 
-def our_decoders(model: GPT, prompt: Tensor, count: int) -> dict[str, Callable[[], float]]:
-    """Decoding by `generate`, as sample.py does it; on a GPU with captured steps, compiled or not,
-    and without them."""
+def our_decoders(
+    model: GPT, prompt: Tensor, count: int, steps: bool
+) -> dict[str, Callable[[], float]]:
+    """Decoding by `generate`, as sample.py does it; with `steps` also by those that a GPU captures,
+    compiled or not."""
     device, rows = prompt.device, prompt.tolist()
 
     def writer(compiled: bool | None) -> Callable[[int], None]:
@@ -136,7 +141,7 @@ def our_decoders(model: GPT, prompt: Tensor, count: int) -> dict[str, Callable[[
 
         return write
 
-    if device.type != "cuda":
+    if not steps:
         return {"ours": more(writer(None), count, device)}
     ways = {"ours": False, "ours, compiled too": True, "ours, kernel by kernel": None}
     return {name: more(writer(way), count, device) for name, way in ways.items()}
@@ -185,7 +190,9 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
         texts = [t for t, _ in open_corpus("stdlib", Path(config.cache_dir)).pieces("train")]
         tokenizer = Tokenizer.train(texts[:300], 6000, special_tokens=(END_OF_TEXT,))
         sizes = Seq2SeqConfig(6016, 128, 4, 4, 128, 256)
-        if device.type == "cuda":
+        if config.small:
+            sizes, batch_size = Seq2SeqConfig(6016, 64, 2, 2, 32), 2
+        elif device.type == "cuda":
             sizes = Seq2SeqConfig(vocab_size=6016)
         model = Seq2Seq(sizes).to(device).eval()
         settings = translation.SampleFlags(max_new_tokens=limit, batch_size=batch_size)

@@ -27,9 +27,26 @@ from train import gradients
 THEIRS = "Hugging Face"
 
 
+def bench_ceilings(config: BenchConfig, device: torch.device) -> list[dict]:
+    """What this device does at most: a large product, and a copy of its memory, which reads and
+    writes. Every other figure is to be seen beside these two."""
+    n = 256 if config.small else 8192 if device.type == "cuda" else 2048
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = torch.randn(2, n, n, device=device, dtype=kind)
+    name = str(kind).removeprefix("torch.")
+    times = take_turns({"one of torch's": lambda: a @ b}, 3 * config.repeats, device)
+    product = print_table(f"product of {n} x {n} matrices, {name}", times, 2e-12 * n**3, "TFLOP")
+    source = torch.randn(16 * n * n, device=device)
+    target = torch.empty_like(source)
+    times = take_turns({"torch's copy": lambda: target.copy_(source)}, 3 * config.repeats, device)
+    size = 2 * source.nbytes / 1e9
+    return [product, print_table(f"copy of {size / 2:.2f} GB", times, size, "GB")]
+
+
 def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
     """The readable AdamW of optim.py beside torch's kernels; the loop uses the fused one."""
     shapes = [(384, 384)] * 24 + [(1536, 384), (384, 1536)] * 6 + [(8192, 384)]
+    shapes = shapes[:2] if config.small else shapes
     contestants = {}
     for name, make in (
         ("ours, written out", optim.AdamW),
@@ -150,7 +167,9 @@ def bench_train(config: BenchConfig, device: torch.device) -> list[dict]:
 
 
 def bench_gpt(config: BenchConfig, device: torch.device, dropout: float) -> list[dict]:
-    if device.type == "cuda":
+    if config.small:
+        sizes, B = GPTConfig(320, 16, 2, 2, 32, dropout=dropout), 2
+    elif device.type == "cuda":
         sizes, B = GPTConfig(vocab_size=50304, dropout=dropout), 64
     else:
         sizes, B = GPTConfig(8192, 256, 6, 6, 384, dropout=dropout), 8
@@ -174,11 +193,13 @@ def bench_gpt(config: BenchConfig, device: torch.device, dropout: float) -> list
 def bench_bert(config: BenchConfig, device: torch.device) -> list[dict]:
     """BERT's pretraining: 15% of the tokens masked, pairs of sentences. BERT base on a GPU."""
     shapes = [(128, 256), (512, 64)] if device.type == "cuda" else [(128, 16)]
+    shapes = [(16, 4)] if config.small else shapes
     return [result for T, B in shapes for result in bench_bert_shape(config, device, T, B)]
 
 
 def bench_bert_shape(config: BenchConfig, device: torch.device, T: int, B: int) -> list[dict]:
     sizes = BERTConfig(30528, T) if device.type == "cuda" else BERTConfig(8192, T, 4, 4, 256)
+    sizes = BERTConfig(320, T, 2, 2, 32) if config.small else sizes
     ours = BERT(sizes).to(device)
     tokens = torch.randint(sizes.vocab_size, (B, T), device=device)
     segments = (torch.arange(T, device=device) > T // 2).long().repeat(B, 1)
@@ -207,7 +228,9 @@ def bench_bert_shape(config: BenchConfig, device: torch.device, T: int, B: int) 
 def bench_seq2seq(config: BenchConfig, device: torch.device) -> list[dict]:
     """transformer-tiny, or on a GPU transformer-base with 24,576 target tokens in a step; both with
     label smoothing and padding."""
-    if device.type == "cuda":
+    if config.small:
+        sizes, (B, S) = Seq2SeqConfig(320, 64, 2, 2, 32), (4, 8)
+    elif device.type == "cuda":
         sizes, (B, S) = Seq2SeqConfig(vocab_size=37056), (768, 32)
     else:
         sizes, (B, S) = Seq2SeqConfig(6016, 128, 4, 4, 128, 256, dropout=0.3), (240, 17)

@@ -25,6 +25,7 @@ class BenchConfig:
     # fp32 or bf16; empty: bf16 on CUDA, else fp32, and for sampling both
     dtype: str = choice("", "fp32", "bf16", "")
     compile: bool | None = None  # torch.compile ours and the peer's training step; auto: on CUDA
+    small: bool = False  # models of no size at all, to see whether everything works
     out: str = "out/bench.json"  # where the figures go, beside the table
     cache_dir: str = "data/cache"  # where downloads are kept, and the text of the standard library
 
@@ -76,11 +77,11 @@ def as_it_comes() -> None:
 
 
 def print_table(
-    title: str, times: dict[str, list[float]], work: float, unit: str, least=0.0
+    title: str, times: dict[str, list[float]], work: float, unit: str, least=0.0, share="MFU"
 ) -> dict:
     """Prints the table and returns its figures. A turn does `work` units (`unit` is their name).
-    `least` is the seconds that it would take at the GPU's peak rate; the share of that rate which
-    is reached is the MFU."""
+    `least` is the seconds that no device of this kind can do without, 0 where that is not known,
+    and `share` the name of least / seconds: MFU where they are those of its peak rate."""
     print(f"\n{title}")
     names = list(times)
     base = statistics.median(times[names[-1]])
@@ -90,10 +91,10 @@ def print_table(
         low, _, high = statistics.quantiles(times[name], n=4)
         figures[name] = {"seconds": middle, "middle_half": [low, high]}
         figures[name] |= {"rate": work / middle, "ratio": base / middle}
-        figures[name] |= {"mfu": least / middle} if least else {}
+        figures[name] |= {share: least / middle} if least else {}
         print(
             f"  {name:<{width}}{middle:>9.4f} s  ({low:.4f} to {high:.4f}){work / middle:>14,.1f} "
-            f"{unit}/s{base / middle:>8.2f} x" + f"{least / middle:>8.1%} MFU" * (least > 0),
+            f"{unit}/s{base / middle:>8.2f} x" + f"{least / middle:>8.1%} {share}" * (least > 0),
             flush=True,
         )
     return {"title": title, "unit": unit, "contestants": figures}

@@ -1,0 +1,381 @@
+"""Everything that only a GPU can show, in one command of at most eight minutes.
+
+    bash lab/gpu.sh                            all parts
+    bash lab/gpu.sh --rehearse                 the same at toy size on a CPU, so that no typing
+                                               error wastes a card: CI does it
+    bash lab/gpu.sh --only tests,train         some of them
+    bash lab/gpu.sh --fill out/gpu/gpu.json    writes what was measured into docs/gpu.md
+
+Each part is a few commands of the project, in processes of their own that are stopped when the
+part's time is over, so that none takes the others with it. Parts that prove something run together,
+and may disturb each other; those that measure run alone. What the commands say is in gpu.log, what
+was found in gpu.json, both written as it comes: a machine that is taken away leaves what it has
+told. docs/gpu.md has the figures.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine import cli
+from engine.logs import read_log
+from engine.plan import least_seconds
+from lab.bench import versions
+from tasks.flags import check, ranged
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "gpu.md"
+
+
+@dataclass
+class GPUConfig:
+    rehearse: bool = False  # toy sizes on a CPU
+    only: str = ""  # names of parts, with commas between; a wrong name lists them; empty: all
+    # a folder with shakespeare.txt and multi30k/; empty: Python's own source, and generated dates
+    data: str = ""
+    minutes: float = ranged(8.0, 0.1)  # the time for all parts; what does not fit is left out
+    out: str = "out/gpu"  # the folder of gpu.log and gpu.json, and of the runs
+    fill: str = ""  # a gpu.json whose figures go into docs/gpu.md, instead of measuring
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass
+class Part:
+    """commands: arguments of Python. read(folder, what the commands said) -> rows of the table,
+    each {"what", "measured", "bound", "beside"}."""
+
+    name: str
+    seconds: int
+    commands: list[list[str]]
+    read: Callable[[Path, str], list[dict]]
+    alone: bool = True
+
+
+def row(what: str, measured: str, bound: str = "", beside: str = "") -> dict[str, str]:
+    return {"what": what, "measured": measured, "bound": bound, "beside": beside}
+
+
+# ---- the parts -----------------------------------------------------------------------------------
+
+# GPT-2's sizes and batch on Python's own source, with a vocabulary of GPT-2's size learnt from it.
+GPT2 = ["--preset=gpt2", "--tokenizer=", "--data=stdlib", "--batch_size=64", "--eval_tokens=65536"]
+GPT2 += ["--log_interval=1", "--warmup=5"]
+SMALLER = [*GPT2, "--n_layer=4", "--tokens_per_step=65536", "--steps=12"]
+TOY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=320"]
+TOY += ["--batch_size=4", "--tokens_per_step=128", "--steps=6", "--log_interval=1", "--device=cpu"]
+
+
+def write_toys(folder: Path) -> tuple[str, str]:
+    """(a text, pairs): files in the folder that a toy learns from."""
+    times = (f"{n} times {m} is {n * m}.\n" for n in range(60) for m in range(20))
+    plus = (f"{n} plus {m}\t{n + m}\n" for n in range(40) for m in range(20))
+    for name, lines in (("toy.txt", times), ("toy.tsv", plus)):
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    return str(folder / "toy.txt"), str(folder / "toy.tsv")
+
+
+def parts_of(config: GPUConfig, folder: Path) -> list[Part]:
+    """All parts, in the order in which they tell most."""
+    toy, text, pairs = config.rehearse, "stdlib", "dates"
+    if toy:
+        text, pairs = write_toys(folder)
+    elif config.data:
+        text, pairs = f"{config.data}/shakespeare.txt", f"{config.data}/multi30k"
+    small = [*TOY, f"--data={text}"]
+
+    def train(name: str, full: list[str], *more: str, tiny: list[str] = small) -> list[str]:
+        return ["train.py", f"--out={folder / name}", *(tiny if toy else full), *more]
+
+    def sample(name: str, *flags: str) -> list[str]:
+        return ["sample.py", f"--checkpoint={folder / name / 'best.pt'}", *flags]
+
+    def bench(name: str) -> list[str]:
+        size = ["--small", "--repeats=2", "--compile"] if toy else ["--device=cuda"]
+        return ["-m", "lab.bench", f"--only={name}", f"--out={folder / name}.json", *size]
+
+    spread = ["-n8"] if importlib.util.find_spec("xdist") and not toy else []
+    one = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    loop = [*GPT2, "--steps=24"]
+    recipe = ["--preset=shakespeare-10min", f"--data={text}", "--minutes=0.7"]
+    translate = ["--preset=multi30k-gpu", f"--data={pairs}", "--minutes=1"]
+    tiny_pairs = [*TOY, "--model=seq2seq", f"--data={pairs}"]
+    return [
+        Part(
+            "tests",
+            150,
+            [["-m", "pytest", "-m", "gpu", "-q", "-rfs", "--tb=short", *spread]],
+            read_tests,
+            alone=False,
+        ),
+        Part(
+            "first",
+            100,
+            [train("first", ["--minutes=0.5"], "--compile"), sample("first", "--prompt=def ")],
+            read_run("first", "the first run, half a minute"),
+            alone=False,
+        ),
+        Part(
+            "shard",
+            150,
+            [
+                train("plain", SMALLER, "--no-compile"),
+                one + train("divided", SMALLER, "--shard=model", "--compile"),
+                one + train("owned", SMALLER, "--shard=optimizer", "--no-compile"),
+            ],
+            read_shard,
+            alone=False,
+        ),
+        Part("ceilings", 30, [bench("ceilings")], read_bench("ceilings")),
+        Part("train", 120, [bench("train")], read_bench("train")),
+        Part("sample", 120, [bench("sample")], read_bench("sample")),
+        Part(
+            "loop",
+            110,
+            [
+                train("loop", loop, "--compile", "--stop_after=3"),
+                ["train.py", f"--out={folder / 'loop'}", "--resume"],
+                ["train.py", *(small if toy else loop), "--tokens_per_step=65536", "--dry_run"],
+            ],
+            read_loop,
+        ),
+        Part("bert", 90, [bench("bert")], read_bench("bert")),
+        Part("seq2seq", 60, [bench("seq2seq")], read_bench("seq2seq")),
+        Part("translate", 60, [bench("translate")], read_bench("translate")),
+        Part(
+            "shakespeare",
+            80,
+            [train("shakespeare", recipe)],
+            read_run("shakespeare", f"shakespeare-10min for 42 seconds, {Path(text).name}"),
+        ),
+        Part(
+            "pairs",
+            120,
+            [train("pairs", translate, tiny=tiny_pairs), sample("pairs", f"--eval={pairs}")],
+            read_run("pairs", f"multi30k-gpu for a minute, {Path(pairs).name}"),
+        ),
+    ]
+
+
+# ---- what the parts have found -------------------------------------------------------------------
+
+
+def read_tests(folder: Path, said: str) -> list[dict]:
+    counts = re.findall(r"(\d+ (?:passed|failed|skipped|errors?))", said.splitlines()[-1])
+    return [row("python -m pytest -m gpu", ", ".join(counts))]
+
+
+def read_bench(name: str) -> Callable[[Path, str], list[dict]]:
+    """The tables of lab/bench.py: what is ours, beside the fastest of the others."""
+
+    def read(folder: Path, said: str) -> list[dict]:
+        results = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["results"]
+        return [row_of(result) for result in results]
+
+    return read
+
+
+def row_of(result: dict) -> dict[str, str]:
+    found = result["contestants"]
+    ours = {name: figures for name, figures in found.items() if name.startswith("ours")}
+    others = {name: figures for name, figures in found.items() if name not in ours}
+    name, best = max((ours or found).items(), key=lambda item: item[1]["rate"])
+    share = [key for key in best if key not in ("seconds", "middle_half", "rate", "ratio")]
+    measured = f"{best['rate']:,.0f} {result['unit']}/s"
+    measured += f" ({name})" if len(ours) > 1 or not ours else ""
+    bound = "".join(f"{best[key]:.1%} {key}" for key in share)
+    beside = ""
+    if ours and others:
+        other, figures = max(others.items(), key=lambda item: item[1]["rate"])
+        beside = f"{best['rate'] / figures['rate']:.2f} x {other} ({figures['rate']:,.0f})"
+    return row(result["title"], measured, bound, beside)
+
+
+def rates(records: list[dict]) -> float:
+    """The median of tokens per second, without the first steps, in which much is made ready."""
+    found = [r["tokens_per_s"] for r in records if r["split"] == "train"]
+    return statistics.median(found[2:] or found)
+
+
+def read_run(name: str, what: str) -> Callable[[Path, str], list[dict]]:
+    """A run of train.py: its speed, its last validation, and what sample.py --eval says of it."""
+
+    def read(folder: Path, said: str) -> list[dict]:
+        records = read_log(folder / name / "log.jsonl")
+        last = [r for r in records if r["split"] == "validation"][-1]
+        figures = [f"{k} {v:.4f}" for k, v in last.items() if isinstance(v, float)]
+        if scores := re.findall(r"^.*\bbleu .*$", said, re.M):
+            figures += [scores[-1].strip()]
+        measured = f"{last['step']:,} steps, {rates(records):,.0f} tokens/s"
+        return [row(what, measured, beside="; ".join(figures))]
+
+    return read
+
+
+def read_shard(folder: Path, said: str) -> list[dict]:
+    """How far the losses of divided runs are from those of a plain one."""
+    rows = []
+    plain = [r["loss"] for r in read_log(folder / "plain" / "log.jsonl")]
+    for name, flags in (("divided", "--shard model, compiled"), ("owned", "--shard optimizer")):
+        losses = [r["loss"] for r in read_log(folder / name / "log.jsonl")]
+        apart = max(abs(a - b) for a, b in zip(plain, losses, strict=True))
+        rows.append(row(f"{flags}, one rank", f"losses differ by {apart:.1e} at most"))
+    return rows
+
+
+def read_loop(folder: Path, said: str) -> list[dict]:
+    """train.py itself, interrupted and resumed: its speed, and its memory beside the plan's."""
+    records = read_log(folder / "loop" / "log.jsonl")
+    flops = float(re.search(r"takes ([\d.e+]+) floating", said)[1])
+    planned = float(re.search(r"total +([\d.,]+) GB", said)[1].replace(",", ""))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    share = least_seconds(flops * rates(records), device)
+    steps = [r["step"] for r in records if r["split"] == "train"]
+    done = "each step once" if steps == list(range(1, len(steps) + 1)) else f"steps {steps}"
+    used = max((r.get("peak_gb", 0) for r in records), default=0)
+    return [
+        row(
+            "train.py, GPT-2 124M, T 1024, interrupted and resumed",
+            f"{rates(records):,.0f} tokens/s",
+            f"{share:.1%} MFU" if share else "",
+            f"{done}; {used:.1f} GB at its peak, planned {planned:.1f} GB",
+        )
+    ]
+
+
+# ---- running them --------------------------------------------------------------------------------
+
+
+class Session:
+    """The parts under way, and what they have told so far."""
+
+    def __init__(self, folder: Path, minutes: float):
+        self.folder, self.end = folder, time.monotonic() + 60 * minutes
+        self.found: dict[str, dict] = {}
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        self.record = {"card": name, "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+
+    def run(self, parts: list[Part]) -> None:
+        """Runs the parts at the same time; each as long as it may."""
+        begin = time.monotonic()
+        waiting = [(part, self.commands_of(part, begin)) for part in parts]
+        while waiting:
+            for part, steps in list(waiting):
+                try:
+                    next(steps)
+                except StopIteration:
+                    waiting.remove((part, steps))
+            time.sleep(0.05)
+
+    def commands_of(self, part: Part, begin: float):
+        """Yields while a command of the part runs; then notes what was found."""
+        limit = min(begin + part.seconds, self.end) - begin
+        log, status = self.folder / f"{part.name}.log", "ran"
+        with log.open("w", encoding="utf-8") as file:
+            for command in part.commands if limit > 5 else ():
+                file.write(f"$ python {' '.join(command)}\n")
+                file.flush()
+                process = subprocess.Popen(
+                    [sys.executable, *command],
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                while process.poll() is None and time.monotonic() - begin < limit:
+                    yield
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    status = f"stopped after {limit:.0f} s"
+                elif process.returncode:
+                    status = f"failed with status {process.returncode}: {' '.join(command)}"
+                process.wait()
+                if status != "ran":
+                    break
+            else:
+                status = status if limit > 5 else "no time was left"
+        said = log.read_text(encoding="utf-8", errors="replace")
+        self.note(part, status, said, time.monotonic() - begin)
+
+    def note(self, part: Part, status: str, said: str, seconds: float) -> None:
+        try:
+            rows = part.read(self.folder, said)
+        except (OSError, ValueError, LookupError, TypeError) as error:  # it has not come so far
+            rows, reason = [], f"{type(error).__name__}: {error}"
+            status += f"; nothing to read ({reason})" if status == "ran" else ""
+        self.found[part.name] = {"status": status, "seconds": round(seconds, 1), "rows": rows}
+        with (self.folder / "gpu.log").open("a", encoding="utf-8") as file:
+            file.write(f"{'=' * 100}\n{part.name}: {status}, {seconds:.0f} s\n{said}\n")
+        found = json.dumps({**self.record, "parts": self.found}, indent=1)
+        (self.folder / "gpu.json").write_text(found, encoding="utf-8")
+        print(f"{part.name}: {status}, {seconds:.0f} s", flush=True)
+        for each in rows:
+            print("   ", "  |  ".join(value for value in each.values() if value), flush=True)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def fill(found: dict, page: str) -> str:
+    """The page with the figures of a gpu.json: a row that begins with the same words gets the new
+    ones, others are added below."""
+    lines = page.splitlines()
+    for each in (row for part in found["parts"].values() for row in part["rows"]):
+        cells = [*each.values(), f"{found['card']}, torch {found['versions']['torch']}"]
+        new = f"| {' | '.join([*cells, found['date']])} |"
+        old = [i for i, line in enumerate(lines) if line.startswith(f"| {each['what']} |")]
+        at = old[0] if old else max(i for i, line in enumerate(lines) if line.startswith("|")) + 1
+        lines[at : at + len(old[:1])] = [new]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser("Run everything that only a GPU can show.")
+    cli.add_flags(parser, GPUConfig, "gpu")
+    config = GPUConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
+    if config.fill:
+        found = json.loads(Path(config.fill).read_text(encoding="utf-8"))
+        PAGE.write_text(fill(found, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    if not config.rehearse and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU here: add --rehearse for toy sizes on a CPU")
+    folder = Path(config.out).absolute()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty, and nothing is written over: choose another --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    patience = 4 if config.rehearse else 1  # a CPU compiles slowly
+    parts = [replace(part, seconds=patience * part.seconds) for part in parts_of(config, folder)]
+    names = [part.name for part in parts]
+    if unknown := [name for name in config.only.split(",") if name and name not in names]:
+        raise ValueError(f"--only {unknown[0]} is not known: choose from {', '.join(names)}")
+    chosen = [part for part in parts if part.name in (config.only or ",".join(names)).split(",")]
+    session = Session(folder, patience * config.minutes)
+    session.run([part for part in chosen if not part.alone])
+    for part in (part for part in chosen if part.alone):
+        session.run([part])
+    failed = {n: f["status"] for n, f in session.found.items() if f["status"] != "ran"}
+    for name, status in failed.items():
+        print(f"{name} is not whole: {status}")
+    left_out = [name for name in names if name not in session.found]
+    print(f"left out: {', '.join(left_out) or 'nothing'}; all of it: {folder / 'gpu.log'}")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(chosen)} parts are not whole: see above")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in at most eight minutes: lab/gpu.py says what.
+#   bash lab/gpu.sh               on a machine with a GPU
+#   bash lab/gpu.sh --rehearse    the same at toy size on a CPU
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec python3 -m lab.gpu "$@"
