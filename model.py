@@ -224,6 +224,10 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> queries, keys and values of self-attention, each (B, T, C)"""
+        return self.q(x), self.k(x), self.v(x)
+
     def split(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, H, T, D)"""
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
@@ -244,16 +248,20 @@ class Attention(nn.Module):
         that no memory is copied.
         """
         shape = x.shape
-        if memory is not None and len(x) != len(memory):
-            x = x.reshape(len(memory), -1, x.size(-1))
-        q = self.split(self.q(x))
-        if memory is not None and cache is not None and cache.length:
-            k, v = cache.filled()
-        else:
-            source = x if memory is None else memory
-            k, v = self.split(self.k(source)), self.split(self.v(source))
+        if memory is None:
+            q, k, v = map(self.split, self.project(x))
             if cache is not None:
                 k, v = cache.append(k, v)
+        else:
+            if len(x) != len(memory):
+                x = x.reshape(len(memory), -1, x.size(-1))
+            q = self.split(self.q(x))
+            if cache is not None and cache.length:
+                k, v = cache.filled()
+            else:
+                k, v = self.split(self.k(memory)), self.split(self.v(memory))
+                if cache is not None:
+                    k, v = cache.append(k, v)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).flatten(2)).view(shape)  # (B, H, T, D) -> (B, T, C)
 

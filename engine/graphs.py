@@ -17,21 +17,26 @@ CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.cuda import CUDAGraph
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_file
 from decoding import Advance, context_start
-from model import KVCache, Mask
+from model import Attention, Block, KVCache, Mask
 
 # Steps that are launched before the token of an earlier one is read, so that the GPU does not wait
 # for the printing. When the text has ended, as many were computed in vain.
 AHEAD = 4
+# Of torch's attention, and with the order of preference that torch has on this GPU.
+ANY_KERNEL = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+ANY_KERNEL += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # ---- what both families need ---------------------------------------------------------------------
 
@@ -46,24 +51,35 @@ def warm_up(step: Callable[[], Tensor], changed: list[Tensor]) -> None:
             x.copy_(old)
 
 
-def captured(step: Callable[[], Tensor], changed: list[Tensor], pool) -> Callable[[], Tensor]:
+class Place:
+    """Where the graphs of one object are captured: they share memory if they have one pool and one
+    stream. The tensor that a step returns is overwritten when any graph of the place is launched.
+    """
+
+    def __init__(self, device: torch.device):
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+
+def captured(
+    step: Callable[[], Tensor], changed: list[Tensor], place: Place | None
+) -> Callable[[], Tensor]:
     """A function that does the same as `step`, launched as one graph; on a CPU, step itself.
 
     step() must read and write the same tensors each time and never wait for the device. `changed`
-    are the tensors whose values the next step depends on; capturing leaves them as they are. The
-    tensor that step returns is overwritten when any graph of the pool is launched.
+    are the tensors whose values the next step depends on; capturing leaves them as they are.
     """
-    device = changed[0].device
-    if device.type != "cuda":
+    if place is None:
         return step
-    here, side, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), CUDAGraph()
-    side.wait_stream(here)
-    with torch.cuda.stream(side):
-        warm_up(step, changed)
-    here.wait_stream(side)
-    # "thread_local": other threads, such as NCCL's watchdog, may go on calling CUDA.
-    with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
-        result = step()
+    here, graph = torch.cuda.current_stream(place.stream.device), CUDAGraph()
+    place.stream.wait_stream(here)
+    with sdpa_kernel(ANY_KERNEL):  # cuDNN's, too: its plan is made once
+        with torch.cuda.stream(place.stream):
+            warm_up(step, changed)
+        here.wait_stream(place.stream)
+        # "thread_local": other threads, such as NCCL's watchdog, may go on calling CUDA.
+        how = {"stream": place.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, place.pool, **how):
+            result = step()
 
     def replay() -> Tensor:
         graph.replay()
@@ -98,6 +114,22 @@ def empty_cache(rows: int, heads: int, length: int, weight: Tensor) -> KVCache:
     return cache
 
 
+@torch.no_grad()
+def join_projections(attention: Attention) -> None:
+    """Lets self-attention make queries, keys and values in one product, for a model that learns no
+    more. They are views of one matrix then, so that it takes no more memory."""
+    linears = attention.q, attention.k, attention.v
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return  # with adapters, say
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias for linear in linears])
+    for linear, part in zip(linears, weight.chunk(3), strict=True):
+        linear.weight.data = part
+    attention.project = lambda x: F.linear(x, weight, bias).chunk(3, -1)
+
+
 class StaticCache:
     """The first `limit` positions of a KVCache that has its memory already.
 
@@ -124,11 +156,12 @@ class StaticCache:
 
 class CapturedSteps:
     """What a step of either family reads and changes: a token for each row, the position of these
-    tokens, which is the same for all rows, and caches of `size` positions."""
+    tokens, which is the same for all rows, and caches of `size` positions. `blocks` are those of
+    the model that write."""
 
     least = 128  # a step sees this many positions at least, if the caches have so many
 
-    def __init__(self, model: nn.Module, rows: int, size: int):
+    def __init__(self, model: nn.Module, blocks: Iterable[Block], rows: int, size: int):
         # Attention is fastest where the number of positions is a multiple of 16.
         size = min(power_of_two(size, self.least), model.config.block_size)
         self.model, self.size, self.length = model, size, 0
@@ -138,15 +171,17 @@ class CapturedSteps:
         self.places = torch.arange(size, device=weight.device)
         c = model.config
         self.caches = [empty_cache(rows, c.n_head, size, weight) for _ in range(c.n_layer)]
-        self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
+        self.place = Place(weight.device) if weight.is_cuda else None
         self.captured: dict[int, Callable[[], Tensor]] = {}
+        for block in blocks:
+            join_projections(block.attention)
 
     def next(self, step: Callable[[int], Tensor]) -> Callable[[], Tensor]:
         """step(limit), captured; `limit` is the number of positions that the next step sees."""
         limit = self.limit()
         if limit not in self.captured:
             changed = [self.tokens, self.position]
-            self.captured[limit] = captured(partial(step, limit), changed, self.pool)
+            self.captured[limit] = captured(partial(step, limit), changed, self.place)
         self.length += 1
         return self.captured[limit]
 
@@ -207,7 +242,7 @@ class GPTSteps(CapturedSteps):
         choose: Callable[[Tensor, Tensor], Tensor],
         compiled: bool = False,
     ):
-        super().__init__(model, rows, size)
+        super().__init__(model, model.blocks, rows, size)
         self.choose = choose
         # For the step at each position: the random number that decides a row's draw, and the next
         # token of the row's prompt, or -1 where the prompt has ended.
@@ -320,7 +355,7 @@ class Seq2SeqSteps(CapturedSteps):
     least = 32
 
     def __init__(self, model, N: int, K: int, source_len: int, size: int, vocab_size: int):
-        super().__init__(model, N * K, size)
+        super().__init__(model, model.decoder, N * K, size)
         self.N, self.K, self.vocab_size = N, K, vocab_size
         self.rows = torch.arange(N * K, device=self.tokens.device)
         self.memory = self.weight.new_zeros(N, source_len, self.weight.size(1))

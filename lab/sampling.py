@@ -2,10 +2,12 @@
 
 Two times are measured: that of the prefill, which reads the prompt at once, and that of decoding,
 token by token. The time of decoding is what `count` more tokens take. At batch 1 memory limits it,
-because every weight is read for every token; so the bare products of all matrices with one row are
-measured beside it.
+because every weight is read for every token: so on a CPU the bare products of all matrices with one
+row are measured beside it, on a GPU how fast its memory is copied.
 """
 
+import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,22 +33,19 @@ from tasks.text import Pick, SampleFlags
 from tasks.translation import eval_pairs, pad, start_and_end, translate_ids
 
 GENERATE = "Hugging Face generate"
-XL = {"n_layer": 48, "n_head": 25, "n_embd": 1600}
 # Every id below 256 is a byte, so that a model of GPT-2's size can be asked for words.
 BYTES = Tokenizer({bytes([i]): i for i in range(256)}, "(?s:.)", {END_OF_TEXT: 50256})
 
 
 def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
-    """GPT-2 124M; on a GPU also GPT-2 xl, each with 1 and 64 rows."""
+    """GPT-2 124M; on a GPU in bf16, with 1 and with 64 rows."""
     if config.small:
         sizes = GPTConfig(50257, 64, 2, 2, 32)
         return bench_decoding(config, device, sizes, config.dtype or "fp32", [1, 2])
     if device.type != "cuda":
         dtypes = [config.dtype] if config.dtype else ["fp32", "bf16"]
         return [r for d in dtypes for r in bench_decoding(config, device, GPTConfig(), d, [1])]
-    dtype = config.dtype or "bf16"
-    small = bench_decoding(config, device, GPTConfig(), dtype, [1, 64])
-    return small + bench_decoding(config, device, GPTConfig(**XL), dtype, [1, 64])
+    return bench_decoding(config, device, GPTConfig(), config.dtype or "bf16", [1, 64])
 
 
 @torch.no_grad()
@@ -54,6 +53,7 @@ def bench_decoding(
     config: BenchConfig, device: torch.device, sizes: GPTConfig, dtype: str, rows: list[int]
 ) -> list[dict]:
     cuda, results = device.type == "cuda", []
+    rate = copy_rate(device) if cuda else math.inf
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     length, count = (8, 4) if config.small else (512, 256) if cuda else (128, 24)
     with device:
@@ -78,15 +78,34 @@ def bench_decoding(
         results.append(
             print_table(f"prefill, {name}, {B} x {length} tokens", times, B * length, "tokens")
         )
+        torch._dynamo.reset()  # each compiled step counts for its limit
         found = our_decoders(ours, prompt, count, steps=cuda or config.small)
-        if B == 1:
+        if B == 1 and not cuda:
             found["the bare products"] = bare
         if theirs:
             found |= their_decoders(theirs, prompt, count)
         times = take_turns(found, config.repeats, device)
         title = f"decoding, {name}, {B} row{'s' * (B > 1)}, behind {length} tokens, greedy"
-        results.append(print_table(title, times, B * count, "tokens"))
+        least = count * bytes_read(ours, B, length + count // 2) / rate
+        results.append(
+            print_table(title, times, B * count, "tokens", least, "of what memory allows")
+        )
     return results
+
+
+def bytes_read(model: GPT, rows: int, positions: int) -> int:
+    """What a step must read at least: every weight, and the keys and values of all rows."""
+    weights = sum(m.weight.nbytes for m in matrices(model))
+    c, item = model.config, model.token_embedding.weight.element_size()
+    return weights + 2 * c.n_layer * c.n_embd * item * rows * positions
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes that a copy within the device's memory reads and writes per second."""
+    source = torch.randn(2**28, device=device)
+    target = torch.empty_like(source)
+    times = take_turns({"": lambda: target.copy_(source)}, 9, device)[""]
+    return 2 * source.nbytes / statistics.median(times)
 
 
 def matrices(model: nn.Module) -> list[nn.Module]:
@@ -126,11 +145,12 @@ def our_decoders(
     model: GPT, prompt: Tensor, count: int, steps: bool
 ) -> dict[str, Callable[[], float]]:
     """Decoding by `generate`, as sample.py does it; with `steps` also by those that a GPU captures,
-    compiled or not."""
+    compiled or not, and with tokens drawn by sample.py's defaults."""
     device, rows = prompt.device, prompt.tolist()
 
-    def writer(compiled: bool | None) -> Callable[[int], None]:
-        pick, steps = Pick(BYTES, SampleFlags(temperature=0), [b""] * len(rows)), None
+    def writer(compiled: bool | None, greedy: bool = True) -> Callable[[int], None]:
+        flags = SampleFlags(temperature=0) if greedy else SampleFlags()
+        pick, steps = Pick(BYTES, flags, [b""] * len(rows)), None
         if compiled is not None:
             size = prompt.size(1) + count + 1
             steps = GPTSteps(model, len(rows), size, pick.choose, compiled)
@@ -144,7 +164,8 @@ def our_decoders(
     if not steps:
         return {"ours": more(writer(None), count, device)}
     ways = {"ours": False, "ours, compiled too": True, "ours, kernel by kernel": None}
-    return {name: more(writer(way), count, device) for name, way in ways.items()}
+    found = {name: more(writer(way), count, device) for name, way in ways.items()}
+    return found | {"ours, drawn": more(writer(False, greedy=False), count, device)}
 
 
 def their_decoders(model: nn.Module, prompt: Tensor, count: int) -> dict[str, Callable[[], float]]:

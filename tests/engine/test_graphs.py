@@ -49,7 +49,7 @@ def recorded(monkeypatch):
     """As on a GPU: a step is recorded once, and what runs from then on are the operations of that
     time, on the same tensors and with the same Python numbers, into the same result."""
 
-    def record(step, changed, pool):
+    def record(step, changed, place):
         graphs.warm_up(step, changed)
         before = [x.clone() for x in changed]
         graph = make_fx(step)()
