@@ -19,6 +19,8 @@ network's forward, and a network that returns one summed loss for each "…targe
 Left out: fp16 with loss scaling (bf16 needs none), learning-rate search.
 """
 
+import gc
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -191,6 +193,16 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         return evaluate(self.network, self.validation, self.group, self.autocast)
 
+    def release(self) -> None:
+        """Lets go of the network and of all that training needs: two networks might not fit on the
+        GPU when the best one is loaded to be shown. The data and the figures stay."""
+        if self.network is not self.model:
+            torch.compiler.reset()  # its graphs, and their count: after a few networks torch stops
+        self.model = self.network = self.forward = self.optimizer = self.batch = None
+        gc.collect()  # hooks and wrappers refer to each other
+        if self.group.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def say(self, line: str) -> None:
         if self.log:
             self.log.say(line)
@@ -229,6 +241,7 @@ def fit(run: Run) -> bool:
 def loop(run: Run, interruption: Interruption) -> bool:
     """Steps, and every eval_interval of them an evaluation and a checkpoint."""
     config, group, start, saved = run.config, run.group, run.step, True
+    finite = math.isfinite(run.best)  # whether any evaluation was
     go_on = run.command("train.py", "--resume", "--out", str(run.out))
     if run.step >= config.steps:
         run.say(f"this run has done all of its {config.steps:,} steps")
@@ -251,9 +264,10 @@ def loop(run: Run, interruption: Interruption) -> bool:
         run.steps.read(run.log)
         report = run.evaluate()
         found, best = to_minimise(tasks.task(config.model), report), run.best
+        finite |= math.isfinite(found)
         # Of two equally good ones the later is kept. All processes save, or none.
-        better = bool(group.broadcast(found <= best))
-        run.best = min(best, found)
+        better = bool(group.broadcast(math.isfinite(found) and found <= best))
+        run.best = found if better else best
         if group.main:
             run.log.evaluation(run.step, report, better)
         # best.pt is written where the evaluation is the best so far, latest.pt always: a run goes
@@ -268,6 +282,8 @@ def loop(run: Run, interruption: Interruption) -> bool:
             f"all {run.step:,} steps are done, but the last ones not saved: make room, and "
             f"repeat them with: {go_on}"
         )
+    if not finite:
+        raise ValueError(closing.no_figure(run))
     return True
 
 
@@ -275,7 +291,8 @@ def loop(run: Run, interruption: Interruption) -> bool:
 
 
 def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes) -> Run:
-    """One run, to its end or its interruption."""
+    """One run, to its end or its interruption. One that has ended has shown its results, and let go
+    of its network and its optimizer; what it reached stays (step, best, …)."""
     folder = None
     try:
         if group.main:
@@ -288,8 +305,10 @@ def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Proc
             plan.fit_steps(run)
         if group.main:
             run.say(plan.describe_run(run))
-        if fit(run) and group.main:
-            closing.show_results(run)
+        if fit(run):
+            run.release()
+            if group.main:
+                closing.show_results(run)
         return run
     finally:
         if folder and not any(folder.iterdir()):
