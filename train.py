@@ -110,12 +110,15 @@ class Run:
         # The batch is given in tokens per optimizer step. How many micro-batches that makes, and in
         # which process, follows: so one command is the same training on any number of processes.
         config.batch_size, self.accumulate = divide_step(config, sizes["block_size"], group.world)
-        self.data, self.validation = setup.open_data(
-            config, sizes, checkpoint, group, self.dtype, self.say
-        )
-        self.model = setup.make_network(
-            config, sizes, checkpoint, self.data, group, self.dtype, self.say
-        )
+        # One process of each machine tokenizes while the others wait: hours, for a large text.
+        with group.busy("preparing data", hours=12):
+            self.data, self.validation = setup.open_data(
+                config, sizes, checkpoint, group, self.dtype, self.say
+            )
+        with group.busy("making the network"):
+            self.model = setup.make_network(
+                config, sizes, checkpoint, self.data, group, self.dtype, self.say
+            )
         self.steps_of_epoch = max(1, round(self.data.tokens_per_epoch / config.tokens_per_step))
         if config.epochs and not config.resume:
             config.steps = max(1, round(config.epochs * self.steps_of_epoch))
@@ -142,7 +145,9 @@ class Run:
             self.say("compiling the model; that takes a minute")
             # If they have unlike shapes, with padding or without, the compiler allows for any.
             batches = [to_device(self.data.batch(i), device) for i in range(8)]
-            self.network = setup.compiled(self.model, batches, self.autocast)
+            with self.group.busy("compiling the model"):
+                self.network = setup.compiled(self.model, batches, self.autocast)
+        self.group.at("joining the networks")
         self.forward = sharding.parallel(self.network, self.group)
 
     def new_optimizer(self):
@@ -225,7 +230,7 @@ def fit(run: Run) -> bool:
         saving.write_settings(run)
         run.log = RunLog(run.out, run.step, config.steps, config.tokens_per_step)
     try:
-        with Interruption() as interruption, group.watched(config.timeout):
+        with Interruption() as interruption:
             return loop(run, interruption)
     except RuntimeError as error:
         if not processes.lost_another(error):
@@ -306,9 +311,10 @@ def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Proc
         if group.main:
             run.say(plan.describe_run(run))
         if fit(run):
-            run.release()
-            if group.main:
-                closing.show_results(run)
+            with group.busy("showing results"):
+                run.release()
+                if group.main:
+                    closing.show_results(run)
         return run
     finally:
         if folder and not any(folder.iterdir()):
@@ -321,18 +327,14 @@ def main(argv: list[str] | None = None) -> None:
         plan.dry_run(config, sizes)
         return
     group = processes.start(config.device, config.timeout)
-    try:
+    with processes.failing(group):
         if getattr(config, "seeds", 1) > 1:
             seeds.repeat(train, config, sizes, checkpoint, group)
         else:
             train(config, sizes, checkpoint, group)
-    except RuntimeError as error:
-        if not processes.lost_another(error):
-            raise
-        raise ValueError(processes.OTHER_ENDED) from error
-    finally:
-        processes.stop()
+        processes.stop(group)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    with processes.leaving_at_once():
+        cli.run(main)

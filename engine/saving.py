@@ -51,7 +51,8 @@ def save_run(run, name: str) -> bool:
         if run.log:
             run.log.sync()
         if run.group.main:
-            write_checkpoint(run, path, state, resumable)
+            with run.group.busy("saving"):  # flushing to a slow disk passes no other place
+                write_checkpoint(run, path, state, resumable)
     except OSError as error:
         run.say(f"{path} is not written ({error.strerror}): older ones are kept")
         saved = False
