@@ -303,19 +303,20 @@ def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Proc
         if group.main:
             folder = saving.prepare_folder(config)
             config.out = str(folder)
-        run = Run(config, sizes, checkpoint, group)
-        if checkpoint:
-            checkpoint.clear()  # a second copy of weights and optimizer state
-        if config.minutes and not config.resume:
-            plan.fit_steps(run)
-        if group.main:
-            run.say(plan.describe_run(run))
-        if fit(run):
-            with group.busy("showing results"):
-                run.release()
-                if group.main:
-                    closing.show_results(run)
-        return run
+        with saving.locked(folder):
+            run = Run(config, sizes, checkpoint, group)
+            if checkpoint:
+                checkpoint.clear()  # a second copy of weights and optimizer state
+            if config.minutes and not config.resume:
+                plan.fit_steps(run)
+            if group.main:
+                run.say(plan.describe_run(run))
+            if fit(run):
+                with group.busy("showing results"):
+                    run.release()
+                    if group.main:
+                        closing.show_results(run)
+            return run
     finally:
         if folder and not any(folder.iterdir()):
             folder.rmdir()  # the run could not even start
