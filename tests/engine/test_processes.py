@@ -26,8 +26,9 @@ from engine import cli, processes
 
 """
 END = """
-with processes.leaving_at_once():
-    cli.run(train.main)
+if __name__ == "__main__":
+    with processes.leaving_at_once():
+        cli.run(train.main)
 """
 
 
@@ -129,6 +130,30 @@ text.Data.splits = classmethod(slow)
         "--timeout=0.1",
     )
     assert [status for status, _, _ in said] == [0, 0], said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the default elsewhere is no fork")
+def test_processes_with_a_group_tokenize_in_parallel(toy):
+    """Their workers are no copies of them; see data/cores.py."""
+    said = two(
+        """
+import data.text
+from data import cores
+
+data.text.BLOCK = cores.BATCH = 50
+cores.os.cpu_count, real = lambda: 2, cores.ProcessPoolExecutor
+
+def pool(workers, context, **options):
+    print("workers by", context.get_start_method(), flush=True)
+    return real(workers, context, **options)
+
+cores.ProcessPoolExecutor = pool
+""",
+        "--steps=2",
+    )
+    assert [status for status, _, _ in said] == [0, 0], said
+    assert "workers by forkserver" in said[0][1] and "workers by" not in said[1][1]
 
 
 @pytest.mark.slow
