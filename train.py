@@ -19,6 +19,8 @@ network's forward, and a network that returns one summed loss for each "…targe
 Left out: fp16 with loss scaling (bf16 needs none), learning-rate search.
 """
 
+import gc
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -108,12 +110,15 @@ class Run:
         # The batch is given in tokens per optimizer step. How many micro-batches that makes, and in
         # which process, follows: so one command is the same training on any number of processes.
         config.batch_size, self.accumulate = divide_step(config, sizes["block_size"], group.world)
-        self.data, self.validation = setup.open_data(
-            config, sizes, checkpoint, group, self.dtype, self.say
-        )
-        self.model = setup.make_network(
-            config, sizes, checkpoint, self.data, group, self.dtype, self.say
-        )
+        # One process of each machine tokenizes while the others wait: hours, for a large text.
+        with group.busy("preparing data", hours=12):
+            self.data, self.validation = setup.open_data(
+                config, sizes, checkpoint, group, self.dtype, self.say
+            )
+        with group.busy("making the network"):
+            self.model = setup.make_network(
+                config, sizes, checkpoint, self.data, group, self.dtype, self.say
+            )
         self.steps_of_epoch = max(1, round(self.data.tokens_per_epoch / config.tokens_per_step))
         if config.epochs and not config.resume:
             config.steps = max(1, round(config.epochs * self.steps_of_epoch))
@@ -140,7 +145,9 @@ class Run:
             self.say("compiling the model; that takes a minute")
             # If they have unlike shapes, with padding or without, the compiler allows for any.
             batches = [to_device(self.data.batch(i), device) for i in range(8)]
-            self.network = setup.compiled(self.model, batches, self.autocast)
+            with self.group.busy("compiling the model"):
+                self.network = setup.compiled(self.model, batches, self.autocast)
+        self.group.at("joining the networks")
         self.forward = sharding.parallel(self.network, self.group)
 
     def new_optimizer(self):
@@ -191,6 +198,16 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         return evaluate(self.network, self.validation, self.group, self.autocast)
 
+    def release(self) -> None:
+        """Lets go of the network and of all that training needs: two networks might not fit on the
+        GPU when the best one is loaded to be shown. The data and the figures stay."""
+        if self.network is not self.model:
+            torch.compiler.reset()  # its graphs, and their count: after a few networks torch stops
+        self.model = self.network = self.forward = self.optimizer = self.batch = None
+        gc.collect()  # hooks and wrappers refer to each other
+        if self.group.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def say(self, line: str) -> None:
         if self.log:
             self.log.say(line)
@@ -213,7 +230,7 @@ def fit(run: Run) -> bool:
         saving.write_settings(run)
         run.log = RunLog(run.out, run.step, config.steps, config.tokens_per_step)
     try:
-        with Interruption() as interruption, group.watched(config.timeout):
+        with Interruption() as interruption:
             return loop(run, interruption)
     except RuntimeError as error:
         if not processes.lost_another(error):
@@ -229,6 +246,7 @@ def fit(run: Run) -> bool:
 def loop(run: Run, interruption: Interruption) -> bool:
     """Steps, and every eval_interval of them an evaluation and a checkpoint."""
     config, group, start, saved = run.config, run.group, run.step, True
+    finite = math.isfinite(run.best)  # whether any evaluation was
     go_on = run.command("train.py", "--resume", "--out", str(run.out))
     if run.step >= config.steps:
         run.say(f"this run has done all of its {config.steps:,} steps")
@@ -251,9 +269,10 @@ def loop(run: Run, interruption: Interruption) -> bool:
         run.steps.read(run.log)
         report = run.evaluate()
         found, best = to_minimise(tasks.task(config.model), report), run.best
+        finite |= math.isfinite(found)
         # Of two equally good ones the later is kept. All processes save, or none.
-        better = bool(group.broadcast(found <= best))
-        run.best = min(best, found)
+        better = bool(group.broadcast(math.isfinite(found) and found <= best))
+        run.best = found if better else best
         if group.main:
             run.log.evaluation(run.step, report, better)
         # best.pt is written where the evaluation is the best so far, latest.pt always: a run goes
@@ -268,6 +287,8 @@ def loop(run: Run, interruption: Interruption) -> bool:
             f"all {run.step:,} steps are done, but the last ones not saved: make room, and "
             f"repeat them with: {go_on}"
         )
+    if not finite:
+        raise ValueError(closing.no_figure(run))
     return True
 
 
@@ -275,22 +296,27 @@ def loop(run: Run, interruption: Interruption) -> bool:
 
 
 def train(config: TrainConfig, sizes: dict, checkpoint: dict | None, group: Processes) -> Run:
-    """One run, to its end or its interruption."""
+    """One run, to its end or its interruption. One that has ended has shown its results, and let go
+    of its network and its optimizer; what it reached stays (step, best, …)."""
     folder = None
     try:
         if group.main:
             folder = saving.prepare_folder(config)
             config.out = str(folder)
-        run = Run(config, sizes, checkpoint, group)
-        if checkpoint:
-            checkpoint.clear()  # a second copy of weights and optimizer state
-        if config.minutes and not config.resume:
-            plan.fit_steps(run)
-        if group.main:
-            run.say(plan.describe_run(run))
-        if fit(run) and group.main:
-            closing.show_results(run)
-        return run
+        with saving.locked(folder):
+            run = Run(config, sizes, checkpoint, group)
+            if checkpoint:
+                checkpoint.clear()  # a second copy of weights and optimizer state
+            if config.minutes and not config.resume:
+                plan.fit_steps(run)
+            if group.main:
+                run.say(plan.describe_run(run))
+            if fit(run):
+                with group.busy("showing results"):
+                    run.release()
+                    if group.main:
+                        closing.show_results(run)
+            return run
     finally:
         if folder and not any(folder.iterdir()):
             folder.rmdir()  # the run could not even start
@@ -302,18 +328,14 @@ def main(argv: list[str] | None = None) -> None:
         plan.dry_run(config, sizes)
         return
     group = processes.start(config.device, config.timeout)
-    try:
+    with processes.failing(group):
         if getattr(config, "seeds", 1) > 1:
             seeds.repeat(train, config, sizes, checkpoint, group)
         else:
             train(config, sizes, checkpoint, group)
-    except RuntimeError as error:
-        if not processes.lost_another(error):
-            raise
-        raise ValueError(processes.OTHER_ENDED) from error
-    finally:
-        processes.stop()
+        processes.stop(group)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    with processes.leaving_at_once():
+        cli.run(main)

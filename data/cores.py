@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -34,17 +35,31 @@ def batched(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list
         yield batch
 
 
+def start_method() -> str:
+    """How worker processes are started. "fork" is the quickest, but the copy of a process lacks its
+    threads and keeps the locks that they held. CUDA and process groups (gloo's sockets, NCCL, the
+    watchdog) have such threads: once they are there, workers are forked by a server process, which
+    has none."""
+    method, torch = multiprocessing.get_start_method(), sys.modules.get("torch")
+    if method != "fork" or not torch:
+        return method
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "forkserver" if joined or torch.cuda.is_initialized() else method
+
+
 def on_all_cores(work: Callable[[Batch], Result], batches: Iterable[Batch]) -> Iterator[Result]:
     """Yields work(batch) for each batch, in order. Few batches are under way at a time, so memory
     stays flat.
 
-    The worker pool starts when there are at least 4 batches, or 40 where processes are not forked
-    and each imports torch anew; `work` and its results must then be picklable. If no worker can be
-    started, or if the workers die because the calling script lacks `if __name__ == "__main__"`,
-    this process does the work itself. Errors of `work` and of `batches` are raised here.
+    The worker pool starts when there are at least 4 batches, or 40 where the workers are no copies
+    of this process and import torch anew; `work` and its results must then be picklable. If no
+    worker can be started, or if the workers die because the calling script lacks `if __name__ ==
+    "__main__"`, this process does the work itself. Errors of `work` and of `batches` are raised
+    here.
     """
     batches = iter(batches)
-    enough = 4 if multiprocessing.get_start_method() == "fork" else 40
+    method = start_method()
+    enough = 4 if method == "fork" else 40
     head = list(islice(batches, enough))
     batches = chain(head, batches)
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
@@ -62,7 +77,9 @@ def on_all_cores(work: Callable[[Batch], Result], batches: Iterable[Batch]) -> I
         except BrokenExecutor:
             return work(batch)
 
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(work,)) as pool:
+    options = {"initializer": start_worker, "initargs": (work,)}
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(workers, context, **options) as pool:
         for batch in batches:
             try:
                 waiting.append((batch, pool.submit(work_in_worker, batch)))

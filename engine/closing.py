@@ -1,6 +1,8 @@
 """What is printed at the end of a run."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import tasks
 from engine.checkpoint import load_model
@@ -8,19 +10,44 @@ from engine.evaluation import goal_of
 from engine.logs import clock, draw_curves
 
 
+@contextmanager
+def or_else(consequence: str) -> Iterator[None]:
+    """A context whose error is one line: a finished run does not fail for what it shows."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads any more
+        raise
+    except Exception as error:  # a full GPU, a font that is missing, a text without an example, …
+        reason = str(error).strip().partition("\n")[0][:200] or "no reason given"
+        print(f"{consequence} ({type(error).__name__}: {reason})")
+
+
 def show_results(run) -> None:
     """Draws the curves of a train.Run, prints its best figure and some output of its best model,
-    and the command that asks it for more."""
+    and the command that asks it for more. The run has ended, and its model need not be there."""
     task, rule = tasks.task(run.config.model), "-" * 80
-    seconds = time.perf_counter() - run.begin
-    picture = draw_curves(run.out)
+    seconds, picture = time.perf_counter() - run.begin, None
+    with or_else("curves.png is not drawn"):
+        picture = draw_curves(run.out)
     goal, figure = goal_of(task, run.best)
     print(f"{clock(seconds)} minutes, best validation {goal} {figure:.4f}")
     if picture:
         print(f"curves: {picture}")
-    path = run.out / "best.pt"
-    model, tokenizer, _ = load_model(path, run.group.device)
-    for block in task.show(model, tokenizer, run.validation, run.out):
-        print(f"{rule}\n{block}")
-    flags = task.ask(run.data.prompts)
+    path, flags = run.out / "best.pt", []
+    with or_else("what the best model says is not shown"):
+        model, tokenizer, _ = load_model(path, run.group.device)
+        for block in task.show(model, tokenizer, run.validation, run.out):
+            print(f"{rule}\n{block}")
+    with or_else("no input is suggested"):
+        flags = task.ask(run.data.prompts)
     print(f"{rule}\ngo on with: {run.command('sample.py', '--checkpoint', str(path), *flags)}")
+
+
+def no_figure(run) -> str:
+    """What is said where no evaluation of a train.Run was finite, so that there is no best.pt."""
+    goal = tasks.task(run.config.model).GOAL
+    return (
+        f"all {run.step:,} steps are done, but no evaluation gave a finite {goal}, so there is no "
+        f"best.pt: lower --lr (now {run.config.lr:g}), use --dtype fp32, and see what "
+        f"{run.out}/log.jsonl says of the losses before"
+    )

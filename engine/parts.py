@@ -92,7 +92,8 @@ def write_parts(path: Path, step: int, tensors: dict[str, Tensor], group: Proces
         folder = Path(bytes(group.broadcast_tensor(name, 0).tolist()).decode())
     writer = Writer(folder)
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=group.cpu_group)
+        with group.busy("saving"):
+            dcp.save(tensors, storage_writer=writer, process_group=group.cpu_group)
     except CheckpointException as error:
         if group.main:
             shutil.rmtree(folder, ignore_errors=True)

@@ -3,10 +3,12 @@
 import hashlib
 import os
 import signal
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine import cpu, kernels
-from engine.watchdog import Watchdog
+from engine.watchdog import OTHER_ENDED, Watchdog
 from tasks.flags import DEVICES, DTYPES
 
 
@@ -29,8 +31,7 @@ class Processes:
     device: torch.device
     local_rank: int = 0
     cpu_group: dist.ProcessGroup | None = None  # gloo: for the host's numbers, and long waits
-    store: dist.Store | None = None  # keys and values that all processes can see, for the watchdog
-    watchdog: Watchdog | None = None
+    watchdog: Watchdog | None = None  # from joining the others to leaving them
 
     @property
     def main(self) -> bool:
@@ -54,13 +55,13 @@ class Processes:
             self.watchdog.at(place, step)
 
     @contextmanager
-    def watched(self, minutes: float) -> Iterator[None]:
-        """A context in which no process may keep the others waiting for longer than that."""
-        if self.store:
-            self.watchdog = Watchdog(self.store, self.rank, self.world, 60 * minutes)
-        with self.watchdog or nullcontext():
+    def busy(self, place: str, hours: float = 1.0) -> Iterator[None]:
+        """A context for work at `place` that takes long and passes no other place, such as
+        compiling: for so many hours no process takes the wait for this one for a hang, unless it
+        gives no sign of life."""
+        self.at(place)
+        with self.watchdog.busy(3600 * hours) if self.watchdog else nullcontext():
             yield
-        self.watchdog = None
 
     def all_reduce(self, numbers: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
         """The sums over all processes, element by element; every process gets them. They go from
@@ -151,7 +152,8 @@ def precision(dtype: str, device: torch.device) -> torch.dtype:
 
 def start(device_name: str, minutes: float = 10.0) -> Processes:
     """Joins the group that torchrun's variables describe; without them this process is alone.
-    Raises ValueError if not all processes of the group have come within so many minutes."""
+    Raises ValueError if not all processes of the group have come within so many minutes; from then
+    on to `stop`, none may keep the others waiting for longer than that."""
     device = pick_device(device_name)
     if "RANK" not in os.environ:
         return Processes(0, 1, device)
@@ -168,18 +170,75 @@ def start(device_name: str, minutes: float = 10.0) -> Processes:
             f"not all processes have come within {minutes:g} minutes: see what was said on the "
             "other machines, or raise --timeout"
         ) from error
-    # In training the watchdog ends a wait long before these hours, and says more about it.
+    group = Processes(rank, world, device, local_rank)
+    if world > 1:
+        # A connection of its own: on that of the store, a call that waits would block the thread.
+        own = store.clone() if hasattr(store, "clone") else store
+        own = dist.PrefixStore("watchdog", own)
+        group.watchdog = Watchdog(own, rank, world, 60 * minutes)
+        group.watchdog.begin()
+        group.at("joining")
+    if device.type == "cuda":
+        # torch has a watchdog for NCCL too. It ends the process a minute after an error of the
+        # network, or when a call of CUDA has blocked it for 8 minutes, with a trace of C++ and
+        # before ours has said who is to blame. With 0 it only reports (ProcessGroupNCCL.cpp).
+        for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
+            os.environ.setdefault(name, "0")
+    # The watchdog ends a wait long before these hours, and says more about it.
     hours, backend = timedelta(hours=12), "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
     # One process of each machine tokenizes while the others wait: hours, for a large text.
-    cpu_group = dist.new_group(backend="gloo", timeout=hours)
-    watchdog_store = dist.PrefixStore("watchdog", store) if world > 1 else None
-    return Processes(rank, world, device, local_rank, cpu_group, watchdog_store)
+    group.cpu_group = dist.new_group(backend="gloo", timeout=hours)
+    return group
 
 
-def stop() -> None:
+def stop(group: Processes) -> None:
+    """Leaves the group when all processes are done: NCCL wants all of them to leave together. Not
+    after an error: then this would wait, for hours, for an operation that another process never
+    joins. See `leaving_at_once`."""
     if dist.is_initialized():
+        group.at("leaving")
+        group.barrier()
         dist.destroy_process_group()
+    if group.watchdog:
+        group.watchdog.finish()
+
+
+@contextmanager
+def failing(group: Processes) -> Iterator[None]:
+    """A context whose error the other processes are told of; one that comes from another process's
+    end is a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if group.watchdog:
+            group.watchdog.fail()
+        if isinstance(error, RuntimeError) and lost_another(error):
+            raise ValueError(OTHER_ENDED) from error
+        raise
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """A context for a whole script. After an error in a process of a group it prints what Python
+    would, and ends the process by force: Python's own way out destroys NCCL's communicators and
+    thereby waits for what is queued on the GPU."""
+    try:
+        yield
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        status = 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        elif isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        else:
+            status = error.code or 0
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
+        os._exit(status)
 
 
 def new_prefix_store(store: dist.Store, rank: int, world: int, minutes: float) -> dist.Store:
@@ -217,9 +276,6 @@ def is_restarted() -> bool:
         os.environ.get(name, "0") not in ("", "0")
         for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT")
     )
-
-
-OTHER_ENDED = "another process ended: see what it said, and go on with --resume"
 
 
 def lost_another(error: RuntimeError) -> bool:

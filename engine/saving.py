@@ -2,6 +2,8 @@
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,13 +12,21 @@ from engine import sharding
 from engine.checkpoint import LATEST, PREVIOUS
 from tasks.flags import TrainConfig
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing stops two processes from training one run
+    fcntl = None
+
+LOCK = "run.lock"  # in the folder of a run, while it trains
+
 
 def prepare_folder(config: TrainConfig) -> Path:
     """Makes the folder of the run and tries to write to it. Raises ValueError where it cannot, and
     where the folder holds another run or other files."""
     folder, number = Path(config.out or f"out/{config.model}"), 1
-    # Leftovers of a run that was killed before its first checkpoint (*.part) do not count.
-    kept = (p for p in folder.iterdir() if not p.match("*.part*")) if folder.is_dir() else ()
+    # Leftovers of a run that was killed before its first checkpoint do not count.
+    found = folder.iterdir() if folder.is_dir() else ()
+    kept = (p for p in found if not p.match("*.part*") and p.name != LOCK)
     if config.out and not config.resume and any(kept):
         if any(folder.glob("*.pt")):
             raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
@@ -39,6 +49,31 @@ def prepare_folder(config: TrainConfig) -> Path:
     return folder
 
 
+@contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """A context in which no other process can train the run in `folder`; None: this process writes
+    nothing. Raises ValueError if another one does: each would write over what the other saves. The
+    system frees the lock when the process ends, even if it is killed."""
+    if not folder or not fcntl:
+        yield
+        return
+    path = folder / LOCK
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder} holds a run that is still training: wait for it or end it, or choose "
+                "another --out"
+            ) from None
+        except OSError:  # a network disk without locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def save_run(run, name: str) -> bool:
     """Writes a checkpoint of a train.Run to its folder; every process must call it. Only latest.pt
     has the optimizer's state; best.pt and others are for use, not for resuming. Returns whether it
@@ -51,7 +86,8 @@ def save_run(run, name: str) -> bool:
         if run.log:
             run.log.sync()
         if run.group.main:
-            write_checkpoint(run, path, state, resumable)
+            with run.group.busy("saving"):  # flushing to a slow disk passes no other place
+                write_checkpoint(run, path, state, resumable)
     except OSError as error:
         run.say(f"{path} is not written ({error.strerror}): older ones are kept")
         saved = False

@@ -142,7 +142,5 @@ def compute(group: Processes) -> None:
 
 if __name__ == "__main__":
     group = processes.start("cpu")
-    try:
-        compute(group)
-    finally:
-        processes.stop()
+    compute(group)
+    processes.stop(group)

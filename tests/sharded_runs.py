@@ -84,7 +84,7 @@ def main() -> None:
         sharding.PARTS_FROM,
         train.train,
     )
-    processes.start, processes.stop = lambda *_: group, lambda: None
+    processes.start, processes.stop = lambda *_: group, lambda _: None
     runs: list[train.Run] = []
     train.train = lambda *arguments: runs.append(train_one(*arguments))
     for job in jobs().values():
@@ -104,7 +104,7 @@ def main() -> None:
         with Path(f"report-{group.rank}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(report) + "\n")
         group.barrier()
-    stop()
+    stop(group)
 
 
 if __name__ == "__main__":

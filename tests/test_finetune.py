@@ -284,7 +284,7 @@ for tensor in (*tensors, torch.randn(5, generator=torch.manual_seed(2)), torch.r
 found = {n: reports(group, n) for n in (64, 8)}
 if group.main:
     print(json.dumps(found))
-processes.stop()
+processes.stop(group)
 """
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from data import cores
@@ -56,6 +57,33 @@ def test_processes_start_with_the_fourth_batch():
         assert {process == os.getpid() for _, process in found} == {alone}
 
 
+def with_parent(n: int) -> tuple[int, int, bool]:
+    return n, os.getppid(), torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="no forked workers here")
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("there", ["cuda", "group"])
+def test_a_process_with_threads_of_torch_is_not_copied(monkeypatch, there):
+    """A thread of gloo or CUDA may hold a lock just then, which nobody in the copy would free."""
+    assert cores.start_method() == "fork"
+    if there == "cuda":
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    else:
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    try:
+        assert cores.start_method() == "forkserver"
+        found = list(on_all_cores(with_parent, range(50)))
+    finally:
+        if there == "group":
+            torch.distributed.destroy_process_group()
+    assert [n for n, *_ in found] == list(range(50))
+    assert {joined for *_, joined in found} == {False}
+    assert os.getpid() not in {parent for _, parent, _ in found}
+
+
 @pytest.mark.usefixtures("two_cores")
 def test_few_batches_are_read_ahead():
     read = []
@@ -79,17 +107,20 @@ def test_errors_of_workers_and_of_batches_come_out():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_no_worker_outlives_its_parent(tmp_path, sign):
+def test_no_worker_outlives_its_parent(tmp_path, sign, method):
     """Workers of a killed parent waited for ever; those of an interrupted one filled the screen."""
     script = tmp_path / "endless.py"
     script.write_text(
         f"import itertools, os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from data import cores\nos.cpu_count = lambda: 2\n"
+        f"cores.start_method = lambda: {method!r}\n"
         "def work(i):\n    time.sleep(0.01)\n    return os.getpid()\n"
-        "for worker in cores.on_all_cores(work, itertools.count()):\n"
-        "    print(worker, flush=True)\n    time.sleep(0.05)\n",  # meanwhile, workers wait
+        "if __name__ == '__main__':\n"
+        "    for worker in cores.on_all_cores(work, itertools.count()):\n"
+        "        print(worker, flush=True)\n        time.sleep(0.05)\n",  # meanwhile, workers wait
         encoding="utf-8",
     )
     with (tmp_path / "errors").open("w", encoding="utf-8") as errors:

@@ -79,9 +79,9 @@ def test_worker_processes_count_the_same(monkeypatch):
     started = []
 
     class Pool(cores.ProcessPoolExecutor):
-        def __init__(self, workers, **options):
+        def __init__(self, workers, *context, **options):
             started.append(workers)
-            super().__init__(workers, **options)
+            super().__init__(workers, *context, **options)
 
     monkeypatch.setattr(cores, "ProcessPoolExecutor", Pool)
     assert count_chunks(iter(texts), GPT2_PATTERN) == expected
