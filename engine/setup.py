@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -215,14 +216,50 @@ def wants_compiler(config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" and sys.platform == "linux"
 
 
-def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn.Module:
-    """The compiled model, after a trial on these batches; if that fails, a line says so, and the
-    model itself is returned."""
+def compiled(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    autocast: Callable,
+    group: Processes | None = None,
+) -> nn.Module:
+    """The compiled model, after a trial on these batches; a divided one is compiled in place, layer
+    by layer. If that fails in any process, a line says so, and all go on with the model itself.
+
+    A process whose compiler fails must not leave the others waiting: nothing that may fail sends
+    anything, and afterwards the processes tell each other how it went.
+    """
+    group = group or Processes(0, 1, next(model.parameters()).device)
+    losses.use_compiler(group.device)
+    shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
+    # The layers of all blocks share one list of graphs: in seq2seq three attentions, with and
+    # without padding, a gradient, another number of rows. At the 9th torch would give up on them.
+    torch._dynamo.config.cache_size_limit = 64
+    # Otherwise a graph for each length of a batch would be compiled, until torch gives up.
+    dynamic = True if len(shapes) > 1 else None
+    divided = any(sharding.is_divided(p) for p in model.parameters())
+    compiler = compiled_layers if divided else compiled_whole
+    fast, error = compiler(model, batches, autocast, dynamic)
+    failed = group.all_reduce([float(bool(error) and i == group.rank) for i in range(group.world)])
+    if any(failed):
+        if failed.index(1) == group.rank:
+            error = getattr(error, "inner_exception", error)  # what a backend says, torch wraps
+            what = type(error).__name__, str(error).strip().partition("\n")[0][:120]
+            print("torch.compile failed ({}: {}): going on without it".format(*what), flush=True)
+        losses.use_compiler(None)
+        for layer in chain(*sharding.layers_of_blocks(model)):
+            vars(layer).pop("forward", None)
+        fast = model
+    fast.train()
+    model.zero_grad(set_to_none=True)
+    return fast
+
+
+def compiled_whole(
+    model: nn.Module, batches: list[dict[str, Tensor]], autocast: Callable, dynamic: bool | None
+) -> tuple[nn.Module, Exception | None]:
+    """(the compiled model, what went wrong in the trial)"""
     try:
-        losses.use_compiler(next(model.parameters()).device)
-        shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
-        # Otherwise a graph for each length of a batch would be compiled, until torch gives up.
-        fast = torch.compile(model, dynamic=True if len(shapes) > 1 else None)
+        fast = torch.compile(model, dynamic=dynamic)
         for batch in batches:
             with autocast():
                 sums = fast(**batch)
@@ -230,10 +267,66 @@ def compiled(model: nn.Module, batches: list[dict[str, Tensor]], autocast) -> nn
         with torch.no_grad(), autocast():  # evaluation compiles a graph of its own
             fast.eval()(**batches[0])
     except Exception as error:  # compilers fail in ways that cannot be listed
-        reason = str(error).strip().partition("\n")[0][:120]
-        print(f"torch.compile failed ({type(error).__name__}: {reason}): going on without it")
-        losses.use_compiler(None)
-        fast = model
-    fast.train()
-    model.zero_grad(set_to_none=True)
-    return fast
+        return model, error
+    return fast, None
+
+
+# ---- the compiler and a divided model ------------------------------------------------------------
+
+
+def compiled_layers(
+    model: nn.Module, batches: list[dict[str, Tensor]], autocast: Callable, dynamic: bool | None
+) -> tuple[nn.Module, Exception | None]:
+    """(the model, its attentions and MLPs compiled; what went wrong in the trial).
+
+    No graph can hold what gathers a layer's weights, so the layers are compiled one by one and are
+    gathered in between; LayerNorms and residual sums remain eager. In the trial the model computes
+    as without a compiler, and each layer, while it is gathered, tries the compiled form too.
+    """
+    errors: list[Exception] = []
+    layers, chunk = [*chain(*sharding.layers_of_blocks(model))], losses.chunk_function
+    fast = [torch.compile(layer.forward, dynamic=dynamic) for layer in layers]
+    for layer, forward in zip(layers, fast, strict=True):
+        layer.forward = partial(try_layer, errors, layer, layer.forward, forward)
+    losses.chunk_function = partial(try_chunk, errors, losses.of_chunk, chunk)
+    with torch.no_grad():
+        for training, some in ((True, batches), (False, batches[:1])):
+            model.train(training)
+            for batch in some:
+                with autocast():
+                    model(**batch)
+    losses.chunk_function = chunk
+    for layer, forward in zip(layers, fast, strict=True):
+        layer.forward = forward
+    return model, errors[0] if errors else None
+
+
+def try_layer(errors: list[Exception], layer: nn.Module, plain, fast, *inputs) -> Tensor:
+    """plain(*inputs), after a trial of `fast` unless one has failed: in training with its gradient,
+    which is not kept."""
+    if errors:
+        return plain(*inputs)
+    try:
+        if layer.training:
+            leaves = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+            learning = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+            learning = [x.requires_grad_() for x in learning]
+            learning += [p for p in layer.parameters() if p.requires_grad]
+            with torch.enable_grad():
+                torch.autograd.grad(fast(*leaves).sum(), learning, allow_unused=True)
+        else:
+            fast(*inputs)
+    except Exception as error:  # compilers fail in ways that cannot be listed
+        errors.append(error)
+    return plain(*inputs)
+
+
+def try_chunk(errors: list[Exception], plain, fast, logits: Tensor, *others) -> tuple:
+    """plain(logits, *others), after a trial of `fast` with and without a gradient. Both may change
+    the logits in place."""
+    try:
+        for wants_gradient in (True, False):
+            fast(logits.clone(), *others[:-1], wants_gradient)
+    except Exception as error:
+        errors.append(error)
+    return plain(logits, *others)

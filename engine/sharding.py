@@ -51,16 +51,16 @@ PARTS_FROM = 32 * 2**30  # bytes of a state; a larger one is not gathered but wr
 
 
 def divide_model(shard: str, group: Processes, model: nn.Module, dtype: torch.dtype) -> None:
-    """With shard "model" and more than one process, turns the parameters into DTensors, of which
-    each process has some rows on its own device. Then all processes must take part in every
-    forward. To be called before there is an optimizer. Raises ValueError on CPUs with torch 2.6.
+    """With shard "model" and a group, turns the parameters into DTensors, of which each process has
+    some rows on its own device. Then all processes must take part in every forward. To be called
+    before there is an optimizer. Raises ValueError on CPUs with torch 2.6.
 
     In bf16, autocast turns matrices into bf16 and leaves LayerNorms and embeddings as they are. So
     attention and MLP of a block are gathered together, already in bf16: that gives the same numbers
     as without --shard, half the traffic, and no bf16 copies kept for the backward pass. Everything
     else is gathered for the whole forward pass, and once more for the whole backward pass.
     """
-    if shard != "model" or group.world == 1:
+    if shard != "model" or is_alone(group):
         return
     if group.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise ValueError(
@@ -76,11 +76,22 @@ def divide_model(shard: str, group: Processes, model: nn.Module, dtype: torch.dt
     policy = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for block in (m for m in model.modules() if isinstance(m, Block)):
-        layers = [m for m in block.children() if isinstance(m, Attention | MLP)]
+    for layers in layers_of_blocks(model):
         fully_shard(layers, mesh=mesh, mp_policy=policy)
     # FSDP2 would not do so for the root, but outside of forward all parameters are to be rows.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def layers_of_blocks(model: nn.Module) -> list[list[nn.Module]]:
+    """Attention and MLP of each block: what a divided model gathers together."""
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    return [[m for m in block.children() if isinstance(m, Attention | MLP)] for block in blocks]
+
+
+def is_alone(group: Processes) -> bool:
+    """Whether this process is in no group. In a group of one everything is done as in a larger one,
+    so that one GPU can try the code of many."""
+    return group.cpu_group is None
 
 
 def is_divided(tensor: Tensor) -> bool:
@@ -89,9 +100,9 @@ def is_divided(tensor: Tensor) -> bool:
 
 
 def parallel(model: nn.Module, group: Processes) -> nn.Module:
-    """The model for training: wrapped in DistributedDataParallel, unless it is divided or there is
-    only one process."""
-    if group.world == 1 or any(is_divided(p) for p in model.parameters()):
+    """The model for training: wrapped in DistributedDataParallel, unless it is divided or this
+    process is alone."""
+    if is_alone(group) or any(is_divided(p) for p in model.parameters()):
         return model
     ids = [group.device] if group.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids)
@@ -215,7 +226,7 @@ class DividedOptimizer:
 
 def make_sharded_optimizer(shard: str, group: Processes, model: nn.Module, name: str, **settings):
     """The optimizer of optim.make_optimizer(model, name, **settings), divided as --shard says."""
-    if group.world == 1:
+    if is_alone(group):
         return optim.make_optimizer(model, name, **settings)
     muon = DividedMuon if shard == "model" else optim.Muon
     optimizer = optim.make_optimizer(model, name, muon=muon, **settings)

@@ -354,7 +354,7 @@ def test_every_parameter_has_one_owner_and_all_own_about_the_same(name):
     model = GPT(GPTConfig(vocab_size=37, block_size=13, n_layer=3, n_head=2, n_embd=28))
     world, owned = 3, []
     for rank in range(world):
-        group = Processes(rank, world, torch.device("cpu"))
+        group = Processes(rank, world, torch.device("cpu"), cpu_group="gloo's")
         divided = sharding.make_sharded_optimizer("optimizer", group, model, name, lr=0.1)
         owned.append([p for p in model.parameters() if sharding.holds(divided, p)])
     assert sorted(id(p) for some in owned for p in some) == sorted(map(id, model.parameters()))
@@ -416,7 +416,7 @@ def test_other_things_cannot_be_divided(monkeypatch):
     with pytest.raises(ValueError, match=r"--shard data is not known: choose model, optimizer$"):
         TrainConfig(shard="data")
     monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
-    two = Processes(0, 2, torch.device("cpu"))
+    two = Processes(0, 2, torch.device("cpu"), cpu_group="gloo's")
     with pytest.raises(ValueError, match=r"on CPUs needs torch 2\.7.*choose --shard optimizer"):
         sharding.divide_model("model", two, torch.nn.Linear(2, 2), torch.float32)
 
