@@ -146,7 +146,7 @@ class Run:
             # If they have unlike shapes, with padding or without, the compiler allows for any.
             batches = [to_device(self.data.batch(i), device) for i in range(8)]
             with self.group.busy("compiling the model"):
-                self.network = setup.compiled(self.model, batches, self.autocast)
+                self.network = setup.compiled(self.model, batches, self.autocast, self.group)
         self.group.at("joining the networks")
         self.forward = sharding.parallel(self.network, self.group)
 

@@ -17,7 +17,7 @@ import tasks
 from bpe import count_merges
 from data.tokens import check_special
 from engine import checkpoint as checkpoints
-from engine import losses, sharding
+from engine import kernels, losses, sharding
 from engine.checkpoint import LATEST
 from engine.config import from_data, padded
 from engine.processes import Processes
@@ -230,6 +230,8 @@ def compiled(
     """
     group = group or Processes(0, 1, next(model.parameters()).device)
     losses.use_compiler(group.device)
+    if group.device.type == "cuda":
+        kernels.prefer_cudnn(model, batches)
     shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
     # The layers of all blocks share one list of graphs: in seq2seq three attentions, with and
     # without padding, a gradient, another number of rows. At the 9th torch would give up on them.

@@ -29,8 +29,8 @@ from lab.turns import BenchConfig
 BENCHES = {
     bench.__name__.removeprefix("bench_"): bench
     for bench in (
-        *(bench_bpe, bench_encode, bench_corpus, bench_ceilings, bench_optim, bench_train),
-        *(bench_bert, bench_seq2seq, bench_sample, bench_translate),
+        *(bench_ceilings, bench_train, bench_sample, bench_bert, bench_seq2seq, bench_translate),
+        *(bench_optim, bench_bpe, bench_encode, bench_corpus),
     )
 }
 TOKENIZERS = ("bpe", "encode", "corpus")  # a GPU makes no difference to them

@@ -32,7 +32,7 @@ import torch
 from engine import cli
 from engine.logs import read_log
 from engine.plan import least_seconds
-from lab.bench import versions
+from lab.bench import BENCHES, TOKENIZERS, versions
 from tasks.flags import check, ranged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,9 +139,6 @@ def parts_of(config: GPUConfig, folder: Path) -> list[Part]:
             read_shard,
             alone=False,
         ),
-        Part("ceilings", 30, [bench("ceilings")], read_bench("ceilings")),
-        Part("train", 120, [bench("train")], read_bench("train")),
-        Part("sample", 120, [bench("sample")], read_bench("sample")),
         Part(
             "loop",
             110,
@@ -152,9 +149,7 @@ def parts_of(config: GPUConfig, folder: Path) -> list[Part]:
             ],
             read_loop,
         ),
-        Part("bert", 90, [bench("bert")], read_bench("bert")),
-        Part("seq2seq", 60, [bench("seq2seq")], read_bench("seq2seq")),
-        Part("translate", 60, [bench("translate")], read_bench("translate")),
+        *(Part(n, 100, [bench(n)], read_bench(n)) for n in BENCHES if n not in TOKENIZERS),
         Part(
             "shakespeare",
             80,

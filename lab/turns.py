@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -61,9 +62,21 @@ AS_IT_COMES = ", as it comes"
 
 def peer_turns(name: str, run: Callable[[], object], device: torch.device) -> dict[str, Callable]:
     """{contestant: run} of a peer, which on a CPU runs both with the settings of `cpu.py` and
-    without them."""
+    without them, and on a GPU without those of `kernels.py`."""
+    if device.type == "cuda":
+        return {name: partial(with_all_attention, run)}
     cpu_names = [f"{name}, with our cpu.py", name + AS_IT_COMES]
     return dict.fromkeys(cpu_names if device.type == "cpu" else [name], run)
+
+
+def with_all_attention(run: Callable[[], object]) -> object:
+    """run(), with all the attention kernels that torch chooses from by itself."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        return run()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def as_it_comes() -> None:
