@@ -178,9 +178,9 @@ def start(device_name: str, minutes: float = 10.0) -> Processes:
     group = Processes(rank, world, device, local_rank)
     if world > 1:
         # A connection of its own: on that of the store, a call that waits would block the thread.
-        own = store.clone() if hasattr(store, "clone") else store
-        own = dist.PrefixStore("watchdog", own)
-        group.watchdog = Watchdog(own, rank, world, 60 * minutes)
+        connection = store.clone() if hasattr(store, "clone") else store  # not in older torch
+        connection = dist.PrefixStore("watchdog", connection)
+        group.watchdog = Watchdog(connection, rank, world, 60 * minutes)
         group.watchdog.begin()
         group.at("joining")
     if device.type == "cuda":
