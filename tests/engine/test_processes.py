@@ -202,3 +202,15 @@ def test_torchs_watchdog_for_nccl_is_told_to_wait_for_ours(monkeypatch):
     os.environ[names[1]] = "1"  # a user's word counts more
     processes.start("cuda")
     assert found == [["nccl", "0", "1"]]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_fp32_on_cuda_is_as_precise_as_torch_is_set(monkeypatch, precision):
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(processes, "find_device", lambda name: "cuda")
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert processes.pick_device("cuda").type == "cuda"
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
