@@ -117,7 +117,7 @@ def parts_of(config: GPUConfig, folder: Path) -> list[Part]:
         Part(
             "tests",
             150,
-            [["-m", "pytest", "-m", "gpu", "-q", "-rfs", "--tb=short", *spread]],
+            [["-m", "pytest", "-m", "gpu", "-v", "-rfs", "--tb=short", *spread]],
             read_tests,
             alone=False,
         ),
@@ -310,8 +310,11 @@ class Session:
                 while process.poll() is None and time.monotonic() - begin < limit:
                     yield
                 if process.poll() is None:
-                    kill_session(process.pid)
                     status = f"stopped after {limit:.0f} s"
+                    process.send_signal(signal.SIGINT)  # pytest tells what has failed so far
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(5)
+                    kill_session(process.pid)
                 elif process.returncode:
                     status = f"failed with status {process.returncode}: {' '.join(command)}"
                 process.wait()
