@@ -28,8 +28,7 @@ def install(device: torch.device) -> None:
     decoding.text_steps = graphs.GPTSteps if on_cuda else None
     decoding.pair_steps = graphs.StaticAdvance if on_cuda else None
     if on_cuda:
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.set_float32_matmul_precision("highest")  # fp32 is fp32: cpu.py may have changed it
+        torch.backends.cuda.enable_cudnn_sdp(False)  # until `prefer_cudnn` has seen the batches
 
 
 def prefer_cudnn(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:

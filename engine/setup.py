@@ -2,7 +2,8 @@
 
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -228,39 +229,58 @@ def compiled(
     A process whose compiler fails must not leave the others waiting: nothing that may fail sends
     anything, and afterwards the processes tell each other how it went.
     """
-    group = group or Processes(0, 1, next(model.parameters()).device)
-    losses.use_compiler(group.device)
+    group, errors = group or Processes(0, 1, next(model.parameters()).device), []
+    with noted(errors):
+        losses.use_compiler(group.device)
+        torch._dynamo.config.suppress_errors = False
+        # The layers of all blocks share one list of graphs: in seq2seq three attentions, with and
+        # without padding, a gradient, another number of rows. At the 9th torch would give them up.
+        torch._dynamo.config.cache_size_limit = 64
     if group.device.type == "cuda":
         kernels.prefer_cudnn(model, batches)
     shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
-    # The layers of all blocks share one list of graphs: in seq2seq three attentions, with and
-    # without padding, a gradient, another number of rows. At the 9th torch would give up on them.
-    torch._dynamo.config.cache_size_limit = 64
     # Otherwise a graph for each length of a batch would be compiled, until torch gives up.
     dynamic = True if len(shapes) > 1 else None
     divided = any(sharding.is_divided(p) for p in model.parameters())
     compiler = compiled_layers if divided else compiled_whole
-    fast, error = compiler(model, batches, autocast, dynamic)
-    failed = group.all_reduce([float(bool(error) and i == group.rank) for i in range(group.world)])
+    fast = compiler(model, batches, autocast, dynamic, errors)
+    failed = group.all_reduce([float(bool(errors) and i == group.rank) for i in range(group.world)])
     if any(failed):
         if failed.index(1) == group.rank:
-            error = getattr(error, "inner_exception", error)  # what a backend says, torch wraps
-            what = type(error).__name__, str(error).strip().partition("\n")[0][:120]
-            print("torch.compile failed ({}: {}): going on without it".format(*what), flush=True)
+            error = getattr(errors[0], "inner_exception", errors[0])  # a backend's own, unwrapped
+            reason = str(error).strip().partition("\n")[0][:120]
+            line = f"torch.compile failed ({type(error).__name__}: {reason}): going on without it"
+            print(line, flush=True)
         losses.use_compiler(None)
         for layer in chain(*sharding.layers_of_blocks(model)):
             vars(layer).pop("forward", None)
         fast = model
+    else:  # from now on a graph that cannot be compiled, for a batch unlike these, ends no run
+        torch._dynamo.config.suppress_errors = True
     fast.train()
     model.zero_grad(set_to_none=True)
     return fast
 
 
-def compiled_whole(
-    model: nn.Module, batches: list[dict[str, Tensor]], autocast: Callable, dynamic: bool | None
-) -> tuple[nn.Module, Exception | None]:
-    """(the compiled model, what went wrong in the trial)"""
+@contextmanager
+def noted(errors: list[Exception]) -> Iterator[None]:
+    """A context that an error ends and is noted: compilers fail in ways that cannot be listed."""
     try:
+        yield
+    except Exception as error:
+        errors.append(error)
+
+
+def compiled_whole(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    autocast: Callable,
+    dynamic: bool | None,
+    errors: list[Exception],
+) -> nn.Module:
+    """The compiled model; what goes wrong in its trial is added to the errors."""
+    fast = model
+    with noted(errors):
         fast = torch.compile(model, dynamic=dynamic)
         for batch in batches:
             with autocast():
@@ -268,28 +288,31 @@ def compiled_whole(
             sum(sums.values()).backward()
         with torch.no_grad(), autocast():  # evaluation compiles a graph of its own
             fast.eval()(**batches[0])
-    except Exception as error:  # compilers fail in ways that cannot be listed
-        return model, error
-    return fast, None
+    return fast
 
 
 # ---- the compiler and a divided model ------------------------------------------------------------
 
 
 def compiled_layers(
-    model: nn.Module, batches: list[dict[str, Tensor]], autocast: Callable, dynamic: bool | None
-) -> tuple[nn.Module, Exception | None]:
-    """(the model, its attentions and MLPs compiled; what went wrong in the trial).
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    autocast: Callable,
+    dynamic: bool | None,
+    errors: list[Exception],
+) -> nn.Module:
+    """The model, its attentions and MLPs compiled; what goes wrong is added to the errors.
 
     No graph can hold what gathers a layer's weights, so the layers are compiled one by one and are
     gathered in between; LayerNorms and residual sums remain eager. In the trial the model computes
     as without a compiler, and each layer, while it is gathered, tries the compiled form too.
     """
-    errors: list[Exception] = []
     layers, chunk = [*chain(*sharding.layers_of_blocks(model))], losses.chunk_function
-    fast = [torch.compile(layer.forward, dynamic=dynamic) for layer in layers]
-    for layer, forward in zip(layers, fast, strict=True):
-        layer.forward = partial(try_layer, errors, layer, layer.forward, forward)
+    plain = fast = [layer.forward for layer in layers]
+    with noted(errors):
+        fast = [torch.compile(forward, dynamic=dynamic) for forward in plain]
+    for i, layer in enumerate(layers):
+        layer.forward = partial(try_layer, errors, layer, plain[i], fast[i])
     losses.chunk_function = partial(try_chunk, errors, losses.of_chunk, chunk)
     with torch.no_grad():
         for training, some in ((True, batches), (False, batches[:1])):
@@ -300,7 +323,7 @@ def compiled_layers(
     losses.chunk_function = chunk
     for layer, forward in zip(layers, fast, strict=True):
         layer.forward = forward
-    return model, errors[0] if errors else None
+    return model
 
 
 def try_layer(errors: list[Exception], layer: nn.Module, plain, fast, *inputs) -> Tensor:
@@ -308,7 +331,7 @@ def try_layer(errors: list[Exception], layer: nn.Module, plain, fast, *inputs) -
     which is not kept."""
     if errors:
         return plain(*inputs)
-    try:
+    with noted(errors):
         if layer.training:
             leaves = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
             learning = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
@@ -318,17 +341,13 @@ def try_layer(errors: list[Exception], layer: nn.Module, plain, fast, *inputs) -
                 torch.autograd.grad(fast(*leaves).sum(), learning, allow_unused=True)
         else:
             fast(*inputs)
-    except Exception as error:  # compilers fail in ways that cannot be listed
-        errors.append(error)
     return plain(*inputs)
 
 
 def try_chunk(errors: list[Exception], plain, fast, logits: Tensor, *others) -> tuple:
     """plain(logits, *others), after a trial of `fast` with and without a gradient. Both may change
     the logits in place."""
-    try:
+    with noted(errors):
         for wants_gradient in (True, False):
             fast(logits.clone(), *others[:-1], wants_gradient)
-    except Exception as error:
-        errors.append(error)
     return plain(logits, *others)

@@ -99,6 +99,7 @@ def plain_kernels():
     whole file, has installed is gone."""
     for (file, name), plain in PLAIN.items():
         setattr(file, name, plain)
+    torch.set_float32_matmul_precision("highest")  # on CUDA, `cpu.prepare` would have meant TF32
 
 
 @pytest.fixture

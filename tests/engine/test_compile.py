@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ divides = pytest.mark.skipif(not DIVIDES_ON_CPU, reason="--shard model needs tor
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """torch's own attention and dropout, and a loss in several chunks, the work on which is
-    compiled: what a run on a GPU compiles, for a CPU. A graph too many is an error."""
+    compiled: what a run on a GPU compiles, for a CPU."""
     pick, use = processes.pick_device, losses_file.use_compiler
 
     def pick_device(name: str) -> torch.device:
@@ -53,15 +54,15 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setitem(losses_file.CHUNK, "cpu", 28 * 320)
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
+    yield
     use(None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TOYS)
-def test_every_task_trains_compiled(toy_pairs, capsys, as_on_a_gpu, task):
-    """A last batch of other size, evaluations and a resumed run included."""
+def test_every_task_trains_compiled(toy_pairs, capsys, monkeypatch, as_on_a_gpu, task):
+    """A last batch of other size, evaluations and a resumed run included. With dropout in bf16 the
+    graphs are made, but not turned into C++, which takes most of the time."""
     write_labelled(toy_pairs)
     flags = [*TOYS[task], "--dropout=0", "--n_layer=1", "--steps=6", "--dtype=fp32"]
     if task in ("classify", "tag", "answer", "similar"):
@@ -71,12 +72,15 @@ def test_every_task_trains_compiled(toy_pairs, capsys, as_on_a_gpu, task):
     train.main(["--resume", "--out=fast"])
     for split in ("train", "validation"):
         assert losses("fast", split)[-3:] == pytest.approx(losses("eager", split)[-3:], abs=1e-5)
-    flags += ["--dtype=bf16", "--dropout=0.1", "--compile", "--out=bf16"]
-    train.main(flags)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    train.main([*flags, "--dtype=bf16", "--dropout=0.1", "--compile", "--out=bf16"])
     assert losses("bf16") == pytest.approx(losses("eager"), rel=0.2)
     out = capsys.readouterr().out
     assert "going on without it" not in out and out.count(", compiled\n") == 3
-    # One gap in the graph is meant: the loop over the chunks of the loss.
+    # Nothing was too much for the compiler, later on either. One gap in the graph is meant: the
+    # loop over the chunks of the loss.
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
     assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
 
 
@@ -104,6 +108,30 @@ def test_processes_agree_whether_they_compile(capsys, monkeypatch, failing):
     assert model.training and all(p.grad is None for p in model.parameters())
     line = "torch.compile failed (RuntimeError: no compiler here): going on without it\n"
     assert capsys.readouterr().out == (line if failing == 0 else "")  # one process says it
+
+
+def test_a_later_graph_that_fails_ends_no_run(monkeypatch):
+    """A batch of another length, hours after the trial."""
+    seen = []
+
+    def backend(graph, inputs):
+        if seen and seen[-1] == "late":
+            raise RuntimeError("no compiler here")
+        seen.append("early")
+        return graph
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: real(model, backend=backend))
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    tokens = torch.randint(0, 20, (2, 8))
+    fast = compiled(model, [{"tokens": tokens, "targets": tokens}], no_autocast)
+    assert fast is not model and seen
+    seen.append("late")
+    found = fast(tokens[:, :5], targets=tokens[:, 1:6])["loss"]
+    assert torch.equal(found, model(tokens[:, :5], targets=tokens[:, 1:6])["loss"])
+    broken = {"tokens": tokens, "targets": tokens}
+    assert compiled(model, [broken], no_autocast) is not fast
 
 
 # ---- a group -------------------------------------------------------------------------------------
@@ -159,7 +187,7 @@ def test_the_layers_of_a_divided_model_are_compiled(runs, plain, graphs):
     assert_same_losses(plain, f"{plain}-divided", 1e-3 if plain == "bf16" else 1e-5)
     for report in runs.reports[f"{plain}-divided"]:
         assert not report["whole"] and report["layers"] and all(report["layers"])
-        assert not report["breaks"] and report["graphs"] <= graphs
+        assert not report["breaks"] and not report["failed"] and report["graphs"] <= graphs
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optim
 import train
 from engine import checkpoint as checkpoints
-from engine import plan, sharding, steps
+from engine import kernels, plan, sharding, steps
 from engine.config import resolve
 from engine.logs import read_log
 from engine.processes import Processes
@@ -338,6 +338,7 @@ def test_no_step_waits_for_the_gpu(toy_pairs, no_waiting, task, compiled):
     flags = [f for f in TOYS[task] if f != "--device=cpu"]
     flags += ["--optimizer=adamw", "--dropout=0.1", "--out=run", "--dtype=bf16"]
     config, sizes, _ = resolve([*flags, "--device=cuda", f"--compile={bool(compiled)}"])
+    kernels.install(torch.device("cuda"))
     run = train.Run(config, sizes, None, Processes(0, 1, torch.device("cuda")))
     queued = [run.train_step(0.1) for run.step in range(6)]
     torch.cuda.synchronize()
@@ -358,6 +359,7 @@ def test_a_gpu_logs_what_a_cpu_does(toy_pairs, monkeypatch, task):
         with monkeypatch.context() as patch:
             poisoned(patch, {2, 7})
             train.main([*flags, f"--device={device}", "--no-compile", f"--out={device}"])
+            torch.set_float32_matmul_precision("highest")  # which `cpu.prepare` has changed
     one, two = records("cpu"), records("cuda")
     assert [(r["step"], r["split"], r.get("skipped")) for r in one] == [
         (r["step"], r["split"], r.get("skipped")) for r in two
