@@ -107,7 +107,7 @@ def parts_of(config: GPUConfig, folder: Path) -> list[Part]:
         size = ["--small", "--repeats=2", "--compile"] if toy else ["--device=cuda"]
         return ["-m", "lab.bench", f"--only={name}", f"--out={folder / name}.json", *size]
 
-    spread = ["-n8"] if importlib.util.find_spec("xdist") and not toy else []
+    spread = ["-n12", "--dist=worksteal"] if importlib.util.find_spec("xdist") and not toy else []
     one = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     first, loop = ["--steps=200", "--eval_interval=100"], [*GPT2, "--steps=24"]
     recipe = ["--preset=shakespeare-10min", f"--data={text}", "--minutes=0.7"]
