@@ -326,6 +326,11 @@ def compiled_layers(
     return model
 
 
+def layers_are_compiled(model: nn.Module) -> bool:
+    """Whether compiled_layers has compiled the layers of this model."""
+    return any("forward" in vars(layer) for layer in chain(*sharding.layers_of_blocks(model)))
+
+
 def try_layer(errors: list[Exception], layer: nn.Module, plain, fast, *inputs) -> Tensor:
     """plain(*inputs), after a trial of `fast` unless one has failed: in training with its gradient,
     which is not kept."""

@@ -10,7 +10,6 @@ report-RANK.jsonl in the working folder what it found.
 import json
 import sys
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +22,7 @@ from torch._dynamo.utils import counters as counters_of_dynamo
 from torch._functorch.aot_autograd import make_boxed_func
 
 import train
-from engine import processes, setup, sharding
+from engine import processes, setup
 
 PAIRS_RUN, DIVIDED = [*TOY_PAIRS, *RUN, "--n_layer=1"], ["--shard=model", "--compile"]
 JOBS = {
@@ -53,12 +52,12 @@ def forward_only(graph, inputs):
 
 def about(run: train.Run) -> dict:
     """What the model of a run became, and what the compiler did."""
-    counters, layers = counters_of_dynamo, chain(*sharding.layers_of_blocks(run.model))
+    counters = counters_of_dynamo
     return {
         "forward": type(run.forward).__name__,
         "optimizer": type(run.optimizer).__name__,
         "whole": run.network is not run.model,
-        "layers": [hasattr(layer.forward, "_torchdynamo_orig_callable") for layer in layers],
+        "layers": setup.layers_are_compiled(run.model),
         "graphs": counters["stats"]["unique_graphs"],
         "failed": counters["frames"]["total"] - counters["frames"]["ok"],
         "breaks": sum(counters["graph_break"].values()),
