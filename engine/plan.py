@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 import tasks
+from engine import setup
 from engine.config import divide_step
 from engine.memory import Memory, bytes_of, full_batch_shape, make_model, plan_memory
 from engine.processes import precision
@@ -47,7 +48,8 @@ def describe_run(run) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    how = "eager" if run.network is run.model else "compiled"
+    whole, layers = run.network is not run.model, setup.layers_are_compiled(run.model)
+    how = "compiled" if whole or layers else "eager"
     if config.shard and group.world > 1:
         how += f", {config.shard} divided into {group.world} parts"
     plan = {

@@ -66,10 +66,9 @@ def about(run: train.Run) -> dict:
 
 def main() -> None:
     group = processes.start("cpu")
-    stop, make, compiled, train_one = processes.stop, torch.compile, setup.compiled, train.train
-    processes.start, processes.stop = lambda *_: group, lambda: None
-    # Until train.py passes its group.
-    setup.compiled = lambda model, batches, autocast, *_: compiled(model, batches, autocast, group)
+    stop, make, train_one = processes.stop, torch.compile, train.train
+    processes.start, processes.stop = lambda *_: group, lambda *_: None
+    train.Run.release = lambda run: None  # its network is looked at
     runs: list[train.Run] = []
     train.train = lambda *arguments: runs.append(train_one(*arguments))
     for job in sys.argv[1:]:
@@ -83,7 +82,7 @@ def main() -> None:
         with Path(f"report-{group.rank}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(about(runs.pop())) + "\n")
         group.barrier()
-    stop()
+    stop(group)
 
 
 if __name__ == "__main__":

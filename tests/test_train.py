@@ -415,8 +415,9 @@ def poisoned(monkeypatch, bad_steps) -> None:
         found = real(model, *args, **kwargs)
         if found and next(numbers) in bad_steps:
             sums, _ = found
-            next(model.parameters()).grad[0, 0] = math.nan
-            sums["loss"] = sums["loss"] * math.nan
+            next(model.parameters()).grad.view(-1)[0] = math.nan
+            for name in sums:
+                sums[name] = sums[name] * math.nan
         return found
 
     numbers = iter(range(10_000))
