@@ -21,6 +21,7 @@ from engine.graphs import (
     adds,
     empty_cache,
 )
+from finetune import add_adapters
 from model import GPT, GPTConfig, KVCache, attend, padding_mask
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks import text, translation
@@ -405,6 +406,37 @@ def test_a_step_of_the_translator_asks_for_no_value():
         for across in steps.across:
             across.length = 8
         assert steps.decode(8).shape == (6, 257)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_queries_keys_and_values_are_joined_without_a_second_copy(bias):
+    model = GPT(GPTConfig(40, 8, 1, 2, 12, bias=bias)).eval()
+    attention, x = model.blocks[0].attention, torch.randn(2, 3, 12)
+    if bias:
+        for each in (attention.q, attention.k, attention.v):
+            nn.init.normal_(each.bias)
+    wanted, logits = attention.project(x), model(torch.arange(6)[None])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
+    for got, want in zip(attention.project(x), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(model(torch.arange(6)[None]), logits)
+    storages = {each.weight.untyped_storage().data_ptr() for each in attention.children()}
+    assert len(storages) == 2  # q, k and v are one matrix, the projection of the output another
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@torch.no_grad()
+def test_projections_with_adapters_are_left_alone():
+    model = GPT(GPTConfig(40, 8, 1, 2, 12)).eval()
+    add_adapters(model, 2)
+    for name, p in model.named_parameters():
+        if "q." in name:
+            nn.init.normal_(p)
+    logits = model(torch.arange(6)[None])
+    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
+    torch.testing.assert_close(model(torch.arange(6)[None]), logits)
 
 
 # ---- only on a GPU -------------------------------------------------------------------------------

@@ -83,6 +83,33 @@ def test_writing_takes_the_steps_that_are_installed(toy, monkeypatch):
     assert len(made) == 1
 
 
+@pytest.fixture
+def cudnn_as_before():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_cudnns_attention_is_for_one_shape_without_mask_and_dropout(cudnn_as_before):
+    def allowed(network, *batches) -> bool:
+        kernels.install(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        kernels.prefer_cudnn(network, [*batches])
+        return torch.backends.cuda.cudnn_sdp_enabled()
+
+    def windows(T: int, **more) -> dict:
+        return {"tokens": torch.zeros(2, T, dtype=torch.long), **more}
+
+    gpt = GPT(GPTConfig(20, 8, 1, 2, 8))
+    assert allowed(gpt, windows(8), windows(8))
+    assert not allowed(gpt, windows(8), windows(7))
+    assert not allowed(gpt, windows(8), windows(8, keep=torch.ones(2, 8, dtype=torch.bool)))
+    assert not allowed(GPT(GPTConfig(20, 8, 1, 2, 8, dropout=0.1)), windows(8))
+    sizes = {"vocab_size": 20, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    bert = BERT(BERTConfig(**sizes, dropout=0.1, attention_dropout=0.0))
+    assert allowed(bert, windows(8, mlm_positions=torch.zeros(3)), windows(8))
+
+
 def test_the_steps_of_gpt_are_for_gpt_alone(monkeypatch):
     """A network of another kind, trained by the same task, would end in an error on a GPU."""
 
