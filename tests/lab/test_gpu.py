@@ -50,6 +50,7 @@ def runs(pid: str) -> bool:
     return state.rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow  # it takes eleven seconds
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc: not Linux")
 def test_a_part_is_stopped_with_all_that_it_started_and_the_others_go_on(tmp_path):
     def read(folder, said):
