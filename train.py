@@ -32,7 +32,7 @@ from torch import Tensor
 
 import optim
 import tasks
-from engine import cli, closing, plan, processes, saving, seeds, setup, sharding, steps
+from engine import cli, closing, kernels, plan, processes, saving, seeds, setup, sharding, steps
 from engine.checkpoint import LATEST
 from engine.config import divide_step, resolve
 from engine.evaluation import count_targets, evaluate, to_device, to_minimise
@@ -128,9 +128,10 @@ class Run:
         self.optimizer = self.new_optimizer()
         self.step, self.best = 0, float("inf")
         if config.resume:
-            setup.restore_training(
-                config, checkpoint, self.model, self.optimizer, group, say=self.say
-            )
+            with group.busy("reading the optimizer's state"):
+                setup.restore_training(
+                    config, checkpoint, self.model, self.optimizer, group, say=self.say
+                )
             self.step, self.best = checkpoint["step"], checkpoint["best"]
         self.steps = StepQueue(config, group, checkpoint["skipped"] if config.resume else 0)
         self.prepare_forward()
@@ -140,11 +141,14 @@ class Run:
         is the same behind DDP, which exchanges gradients between processes."""
         device = self.group.device
         self.autocast = setup.autocast_for(device, self.dtype)
-        self.network = self.model
+        self.network, batches = self.model, []
+        if device.type == "cuda" or setup.wants_compiler(self.config, device):
+            batches = [to_device(self.data.batch(i), device) for i in range(8)]
+        if device.type == "cuda":
+            kernels.prefer_cudnn(self.model, batches)
         if setup.wants_compiler(self.config, device):
             self.say("compiling the model; that takes a minute")
             # If they have unlike shapes, with padding or without, the compiler allows for any.
-            batches = [to_device(self.data.batch(i), device) for i in range(8)]
             with self.group.busy("compiling the model"):
                 self.network = setup.compiled(self.model, batches, self.autocast, self.group)
         self.group.at("joining the networks")
@@ -201,12 +205,13 @@ class Run:
     def release(self) -> None:
         """Lets go of the network and of all that training needs: two networks might not fit on the
         GPU when the best one is loaded to be shown. The data and the figures stay."""
-        if self.network is not self.model:
+        if self.network is not self.model or setup.layers_are_compiled(self.model):
             torch.compiler.reset()  # its graphs, and their count: after a few networks torch stops
         self.model = self.network = self.forward = self.optimizer = self.batch = None
         gc.collect()  # hooks and wrappers refer to each other
         if self.group.device.type == "cuda":
             torch.cuda.empty_cache()
+            kernels.install(self.group.device)  # without what suited the batches
 
     def say(self, line: str) -> None:
         if self.log:
@@ -287,8 +292,8 @@ def loop(run: Run, interruption: Interruption) -> bool:
             f"all {run.step:,} steps are done, but the last ones not saved: make room, and "
             f"repeat them with: {go_on}"
         )
-    if not finite:
-        raise ValueError(closing.no_figure(run))
+    if not math.isfinite(run.best):
+        raise ValueError(closing.no_figure(run, finite))
     return True
 
 

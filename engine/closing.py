@@ -43,9 +43,14 @@ def show_results(run) -> None:
     print(f"{rule}\ngo on with: {run.command('sample.py', '--checkpoint', str(path), *flags)}")
 
 
-def no_figure(run) -> str:
-    """What is said where no evaluation of a train.Run was finite, so that there is no best.pt."""
+def no_figure(run, finite: bool) -> str:
+    """What is said where a train.Run has no best.pt, `finite` or not one of its evaluations was."""
     goal = tasks.task(run.config.model).GOAL
+    if finite:
+        return (
+            f"all {run.step:,} steps are done, but best.pt could not be written to {run.out}: make "
+            f"room; {run.out}/latest.pt has the weights of the last step"
+        )
     return (
         f"all {run.step:,} steps are done, but no evaluation gave a finite {goal}, so there is no "
         f"best.pt: lower --lr (now {run.config.lr:g}), use --dtype fp32, and see what "

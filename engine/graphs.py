@@ -17,7 +17,7 @@ CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_file
 from decoding import Advance, context_start
-from model import Attention, Block, KVCache, Mask
+from model import Attention, KVCache, Mask
 
 # Steps that are launched before the token of an earlier one is read, so that the GPU does not wait
 # for the printing. When the text has ended, as many were computed in vain.
@@ -51,34 +51,34 @@ def warm_up(step: Callable[[], Tensor], changed: list[Tensor]) -> None:
             x.copy_(old)
 
 
-class Place:
-    """Where the graphs of one object are captured: they share memory if they have one pool and one
-    stream. The tensor that a step returns is overwritten when any graph of the place is launched.
+class GraphPool:
+    """What the graphs of one object share: the memory of one pool, as they are captured in one
+    stream. The tensor that a step returns is overwritten when any graph of the pool is launched.
     """
 
     def __init__(self, device: torch.device):
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self.handle, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
 def captured(
-    step: Callable[[], Tensor], changed: list[Tensor], place: Place | None
+    step: Callable[[], Tensor], changed: list[Tensor], pool: GraphPool | None
 ) -> Callable[[], Tensor]:
     """A function that does the same as `step`, launched as one graph; on a CPU, step itself.
 
     step() must read and write the same tensors each time and never wait for the device. `changed`
     are the tensors whose values the next step depends on; capturing leaves them as they are.
     """
-    if place is None:
+    if pool is None:
         return step
-    here, graph = torch.cuda.current_stream(place.stream.device), CUDAGraph()
-    place.stream.wait_stream(here)
+    here, graph = torch.cuda.current_stream(pool.stream.device), CUDAGraph()
+    pool.stream.wait_stream(here)
     with sdpa_kernel(ANY_KERNEL):  # cuDNN's, too: its plan is made once
-        with torch.cuda.stream(place.stream):
+        with torch.cuda.stream(pool.stream):
             warm_up(step, changed)
-        here.wait_stream(place.stream)
+        here.wait_stream(pool.stream)
         # "thread_local": other threads, such as NCCL's watchdog, may go on calling CUDA.
-        how = {"stream": place.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, place.pool, **how):
+        how = {"stream": pool.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, pool.handle, **how):
             result = step()
 
     def replay() -> Tensor:
@@ -115,19 +115,23 @@ def empty_cache(rows: int, heads: int, length: int, weight: Tensor) -> KVCache:
 
 
 @torch.no_grad()
-def join_projections(attention: Attention) -> None:
-    """Lets self-attention make queries, keys and values in one product, for a model that learns no
-    more. They are views of one matrix then, so that it takes no more memory."""
+def join_projections(attention: nn.Module) -> None:
+    """Lets an Attention of model.py make queries, keys and values in one product. Its weights
+    become views of one matrix, so that it takes no more memory. Anything else is left as it is, and
+    so are linear layers that have been changed, by adapters for example."""
+    if type(attention) is not Attention or "project" in vars(attention):
+        return
     linears = attention.q, attention.k, attention.v
     if any(type(linear) is not nn.Linear for linear in linears):
-        return  # with adapters, say
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = None
-    if linears[0].bias is not None:
-        bias = torch.cat([linear.bias for linear in linears])
-    for linear, part in zip(linears, weight.chunk(3), strict=True):
-        linear.weight.data = part
-    attention.project = lambda x: F.linear(x, weight, bias).chunk(3, -1)
+        return
+    joined = {}
+    for name in ("weight", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        if parts[0] is not None:
+            joined[name] = torch.cat(parts)
+            for part, view in zip(parts, joined[name].chunk(3), strict=True):
+                part.data = view
+    attention.project = lambda x: F.linear(x, **joined).chunk(3, -1)
 
 
 class StaticCache:
@@ -156,12 +160,12 @@ class StaticCache:
 
 class CapturedSteps:
     """What a step of either family reads and changes: a token for each row, the position of these
-    tokens, which is the same for all rows, and caches of `size` positions. `blocks` are those of
-    the model that write."""
+    tokens, which is the same for all rows, and caches of `size` positions. The model must not learn
+    any more: its projections are joined."""
 
     least = 128  # a step sees this many positions at least, if the caches have so many
 
-    def __init__(self, model: nn.Module, blocks: Iterable[Block], rows: int, size: int):
+    def __init__(self, model: nn.Module, rows: int, size: int):
         # Attention is fastest where the number of positions is a multiple of 16.
         size = min(power_of_two(size, self.least), model.config.block_size)
         self.model, self.size, self.length = model, size, 0
@@ -171,17 +175,17 @@ class CapturedSteps:
         self.places = torch.arange(size, device=weight.device)
         c = model.config
         self.caches = [empty_cache(rows, c.n_head, size, weight) for _ in range(c.n_layer)]
-        self.place = Place(weight.device) if weight.is_cuda else None
+        self.pool = GraphPool(weight.device) if weight.is_cuda else None
         self.captured: dict[int, Callable[[], Tensor]] = {}
-        for block in blocks:
-            join_projections(block.attention)
+        for attention in model.modules():
+            join_projections(attention)
 
     def next(self, step: Callable[[int], Tensor]) -> Callable[[], Tensor]:
         """step(limit), captured; `limit` is the number of positions that the next step sees."""
         limit = self.limit()
         if limit not in self.captured:
             changed = [self.tokens, self.position]
-            self.captured[limit] = captured(partial(step, limit), changed, self.place)
+            self.captured[limit] = captured(partial(step, limit), changed, self.pool)
         self.length += 1
         return self.captured[limit]
 
@@ -242,7 +246,7 @@ class GPTSteps(CapturedSteps):
         choose: Callable[[Tensor, Tensor], Tensor],
         compiled: bool = False,
     ):
-        super().__init__(model, model.blocks, rows, size)
+        super().__init__(model, rows, size)
         self.choose = choose
         # For the step at each position: the random number that decides a row's draw, and the next
         # token of the row's prompt, or -1 where the prompt has ended.
@@ -355,7 +359,7 @@ class Seq2SeqSteps(CapturedSteps):
     least = 32
 
     def __init__(self, model, N: int, K: int, source_len: int, size: int, vocab_size: int):
-        super().__init__(model, model.decoder, N * K, size)
+        super().__init__(model, N * K, size)
         self.N, self.K, self.vocab_size = N, K, vocab_size
         self.rows = torch.arange(N * K, device=self.tokens.device)
         self.memory = self.weight.new_zeros(N, source_len, self.weight.size(1))

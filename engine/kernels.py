@@ -31,12 +31,13 @@ def install(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)  # until `prefer_cudnn` has seen the batches
 
 
-def prefer_cudnn(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+def prefer_cudnn(network: nn.Module, batches: list[dict[str, Tensor]]) -> None:
     """Lets torch choose cuDNN's attention for training, in bf16 on Hopper a quarter faster than the
-    others, where these batches allow it. It plans for half a second for each new shape, so all must
-    have one; it may round the probability of dropout to sixteenths (pytorch issue 174245), and its
-    gradient may be NaN with a mask (196678), so there must be neither."""
+    others, where these batches allow it. It plans for up to a second for each new shape, so all
+    must have one; it may round the probability of dropout to sixteenths (pytorch issue 174245), and
+    its gradient may be NaN with a mask (196678), so there must be neither."""
     shapes = {next(iter(batch.values())).shape for batch in batches}
     masked = any(tensor.dtype == torch.bool for batch in batches for tensor in batch.values())
-    plain = len(shapes) == 1 and not masked and model.config.attention_dropout == 0
+    plain = len(shapes) == 1 and not masked
+    plain &= getattr(network.config, "attention_dropout", 1.0) == 0
     torch.backends.cuda.enable_cudnn_sdp(plain)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine import cpu, kernels
-from engine.watchdog import OTHER_ENDED, Watchdog
+from engine.watchdog import LOOK, OTHER_ENDED, Watchdog
 from tasks.flags import DEVICES, DTYPES
 
 
@@ -158,7 +158,7 @@ def precision(dtype: str, device: torch.device) -> torch.dtype:
 def start(device_name: str, minutes: float = 10.0) -> Processes:
     """Joins the group that torchrun's variables describe; without them this process is alone.
     Raises ValueError if not all processes of the group have come within so many minutes; from then
-    on to `stop`, none may keep the others waiting for longer than that."""
+    on to `stop`, none may keep the others waiting for longer than that, unless it is `busy`."""
     device = pick_device(device_name)
     if "RANK" not in os.environ:
         return Processes(0, 1, device)
@@ -187,12 +187,12 @@ def start(device_name: str, minutes: float = 10.0) -> Processes:
         # torch has a watchdog for NCCL too. It ends the process a minute after an error of the
         # network, or when a call of CUDA has blocked it for 8 minutes, with a trace of C++ and
         # before ours has said who is to blame. With 0 it only reports (ProcessGroupNCCL.cpp).
-        for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
-            os.environ.setdefault(name, "0")
-    # The watchdog ends a wait long before these hours, and says more about it.
-    hours, backend = timedelta(hours=12), "nccl" if device.type == "cuda" else "gloo"
+        # torchrun sets the first to 1 in every process that it starts.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    # The watchdog ends a wait before these hours, and says more about it.
+    hours, backend = timedelta(hours=24), "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
-    # One process of each machine tokenizes while the others wait: hours, for a large text.
     group.cpu_group = dist.new_group(backend="gloo", timeout=hours)
     return group
 
@@ -243,6 +243,8 @@ def leaving_at_once() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):  # nobody reads it any more
                 stream.flush()
+        if dist.get_rank() == 0:  # it may keep the store, in which the others are yet to look
+            time.sleep(2 * LOOK)
         os._exit(status)
 
 

@@ -1,6 +1,7 @@
 """The folder of a run, and what is written there."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,13 +62,16 @@ def locked(folder: Path | None) -> Iterator[None]:
     with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino
         except BlockingIOError:
+            taken = True
+        except OSError:  # a network disk without locks
+            taken = False
+        if taken:  # or was, until a moment ago, and its file is gone
             raise ValueError(
                 f"{folder} holds a run that is still training: wait for it or end it, or choose "
                 "another --out"
-            ) from None
-        except OSError:  # a network disk without locks
-            pass
+            )
         try:
             yield
         finally:

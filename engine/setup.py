@@ -18,7 +18,7 @@ import tasks
 from bpe import count_merges
 from data.tokens import check_special
 from engine import checkpoint as checkpoints
-from engine import kernels, losses, sharding
+from engine import losses, sharding
 from engine.checkpoint import LATEST
 from engine.config import from_data, padded
 from engine.processes import Processes
@@ -236,8 +236,6 @@ def compiled(
         # The layers of all blocks share one list of graphs: in seq2seq three attentions, with and
         # without padding, a gradient, another number of rows. At the 9th torch would give them up.
         torch._dynamo.config.cache_size_limit = 64
-    if group.device.type == "cuda":
-        kernels.prefer_cudnn(model, batches)
     shapes = {tuple(tensor.shape for tensor in batch.values()) for batch in batches}
     # Otherwise a graph for each length of a batch would be compiled, until torch gives up.
     dynamic = True if len(shapes) > 1 else None
@@ -352,6 +350,8 @@ def try_layer(errors: list[Exception], layer: nn.Module, plain, fast, *inputs) -
 def try_chunk(errors: list[Exception], plain, fast, logits: Tensor, *others) -> tuple:
     """plain(logits, *others), after a trial of `fast` with and without a gradient. Both may change
     the logits in place."""
+    if errors:
+        return plain(logits, *others)
     with noted(errors):
         for wants_gradient in (True, False):
             fast(logits.clone(), *others[:-1], wants_gradient)

@@ -27,6 +27,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 OTHER_ENDED = "another process ended: see what it said, and go on with --resume"
+LOOK = 2.0  # seconds between two looks, at most
 GRACE = 5.0  # seconds in which a process may find out by itself that another has failed
 
 
@@ -42,7 +43,7 @@ class Watchdog(threading.Thread):
     def __init__(self, store: dist.Store, rank: int, world: int, patience: float):
         super().__init__(daemon=True)
         self.store, self.rank, self.world, self.patience = store, rank, world, patience
-        self.period = patience / 40  # between two looks
+        self.period = min(patience / 40, LOOK)
         self.looks, self.passed, self.step, self.place = 0, 0, 0, "starting"
         self.since, self.ended = time.monotonic(), threading.Event()
         self.busy_until, self.failed = 0.0, False

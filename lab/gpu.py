@@ -50,12 +50,15 @@ class GPUConfig:
     # a folder with shakespeare.txt and multi30k/; empty: Python's own source, and generated dates
     data: str = ""
     minutes: float = ranged(8.0, 0.1)  # the time for all parts; what does not fit is left out
-    # the folder of gpu.log, gpu.json and the runs; empty: out/gpu, or out/gpu-2, … if it exists
+    # the folder of gpu.log, gpu.json and the runs; empty: out/gpu or out/gpu-rehearsal, numbered
     out: str = ""
     fill: str = ""  # a gpu.json whose figures go into docs/gpu.md, instead of measuring
 
     def __post_init__(self):
         check(self)
+        for path in filter(None, (self.data, self.fill)):
+            if not Path(path).exists():
+                raise ValueError(f"{path} does not exist: give what is there, or leave it out")
 
 
 @dataclass
@@ -98,7 +101,8 @@ def parts_of(config: GPUConfig, folder: Path) -> list[Part]:
     if toy:
         text, pairs = str(folder / "toy.txt"), str(folder / "toy.tsv")
     elif config.data:
-        text, pairs = f"{config.data}/shakespeare.txt", f"{config.data}/multi30k"
+        data = Path(config.data).absolute()
+        text, pairs = str(data / "shakespeare.txt"), str(data / "multi30k")
     small = [*TOY, f"--data={text}"]
 
     def train(name: str, full: list[str], *more: str, tiny: list[str] = small) -> list[str]:
@@ -269,35 +273,45 @@ def read_loop(folder: Path, said: str) -> list[dict]:
 SHARED = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
 
 
-def kill_session(leader: int) -> None:
-    """Kills a process and all that it has started, in whatever group they are (Linux)."""
+def kill_all(leader: int) -> None:
+    """Kills a process and all that it has started, and that these have started: torchrun's workers
+    and pytest's are in groups and sessions of their own (Linux; elsewhere the process alone)."""
+    parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            session = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[3]
-            if int(session) == leader:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
+            fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+    found = [leader]
+    for pid in found:  # which grows
+        found += [child for child, parent in parents.items() if parent == pid]
+    for pid in found:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class Session:
     """The parts under way, and what they have told so far."""
 
-    def __init__(self, folder: Path, minutes: float):
+    def __init__(self, folder: Path, minutes: float, rehearsal: bool = False):
         self.folder, self.end = folder, time.monotonic() + 60 * minutes
         self.found: dict[str, dict] = {}
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        self.record = {"card": name, "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+        self.record = {"rehearsal": rehearsal, "card": name, "date": time.strftime("%Y-%m-%d")}
+        self.record["versions"] = versions()
 
     def run(self, parts: list[Part]) -> None:
         """Runs the parts at the same time; each as long as it may."""
         begin, together = time.monotonic(), len(parts) > 1
         waiting = [(part, self.commands_of(part, begin, together)) for part in parts]
-        while waiting:
-            for part, steps in list(waiting):
-                try:
-                    next(steps)
-                except StopIteration:
-                    waiting.remove((part, steps))
-            time.sleep(0.05)
+        try:
+            while waiting:
+                for part, steps in list(waiting):
+                    if next(steps, "done"):
+                        waiting.remove((part, steps))
+                time.sleep(0.05)
+        finally:
+            for _, steps in waiting:
+                steps.close()
 
     def commands_of(self, part: Part, begin: float, together: bool) -> Iterator[None]:
         """Yields while a command of the part runs; then notes what was found."""
@@ -315,17 +329,17 @@ class Session:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-                while process.poll() is None and time.monotonic() - begin < limit:
-                    yield
-                if process.poll() is None:
-                    status = f"stopped after {limit:.0f} s"
-                    process.send_signal(signal.SIGINT)  # pytest tells what has failed so far
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(5)
-                    kill_session(process.pid)
-                elif process.returncode:
-                    status = f"failed with status {process.returncode}: {' '.join(command)}"
-                process.wait()
+                try:
+                    while process.poll() is None and time.monotonic() - begin < limit:
+                        yield
+                    if process.poll() is None:
+                        status = f"stopped after {limit:.0f} s"
+                    elif process.returncode:
+                        status = f"failed with status {process.returncode}: {' '.join(command)}"
+                finally:  # its time is over, or that of the whole script
+                    if process.poll() is None:
+                        kill_all(process.pid)
+                        process.wait()
                 if status != "ran":
                     break
             else:
@@ -353,15 +367,17 @@ class Session:
 
 
 def fill(found: dict, page: str) -> str:
-    """The page with the figures of a gpu.json: a row that begins with the same words gets the new
-    ones, others are added below."""
+    """The page with the figures of a gpu.json in its first table: a row that begins with the same
+    words gets the new ones, others are added at its end."""
     lines = page.splitlines()
     for each in (row for part in found["parts"].values() for row in part["rows"]):
         cells = [*each.values(), f"{found['card']}, torch {found['versions']['torch']}"]
         new = f"| {' | '.join([*cells, found['date']])} |"
-        old = [i for i, line in enumerate(lines) if line.startswith(f"| {each['what']} |")]
-        at = old[0] if old else max(i for i, line in enumerate(lines) if line.startswith("|")) + 1
-        lines[at : at + len(old[:1])] = [new]
+        begin = next(i for i, line in enumerate(lines) if line.startswith("|"))
+        end = lines.index("", begin)
+        old = [i for i in range(begin, end) if lines[i].startswith(f"| {each['what']} |")][:1]
+        at = old[0] if old else end
+        lines[at : at + len(old)] = [new]
     return "\n".join(lines) + "\n"
 
 
@@ -371,11 +387,14 @@ def main(argv: list[str] | None = None) -> None:
     config = GPUConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     if config.fill:
         found = json.loads(Path(config.fill).read_text(encoding="utf-8"))
+        if found["rehearsal"]:
+            raise ValueError(f"{config.fill} is of a rehearsal: the page has figures of a card")
         PAGE.write_text(fill(found, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         return
     if not config.rehearse and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU here: add --rehearse for toy sizes on a CPU")
-    numbered = (Path("out/gpu" + f"-{n}" * (n > 1)) for n in count(1))
+    name = "out/gpu-rehearsal" if config.rehearse else "out/gpu"
+    numbered = (Path(name + f"-{n}" * (n > 1)) for n in count(1))
     folder = Path(config.out) if config.out else next(p for p in numbered if not p.exists())
     folder = folder.absolute()
     patience = 4 if config.rehearse else 1  # a CPU compiles slowly
@@ -389,7 +408,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.rehearse:
         write_toys(folder)
     chosen = [part for part in parts if part.name in (config.only or ",".join(names)).split(",")]
-    session = Session(folder, patience * config.minutes)
+    session = Session(folder, patience * config.minutes, config.rehearse)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and what is under way ends, too
     session.run([part for part in chosen if not part.alone])
     for part in (part for part in chosen if part.alone):
         session.run([part])

@@ -3,5 +3,5 @@
 #   bash lab/gpu.sh               on a machine with a GPU
 #   bash lab/gpu.sh --rehearse    the same at toy size on a CPU
 set -euo pipefail
-cd "$(dirname "$0")/.."
-exec python3 -m lab.gpu "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+PYTHONPATH=$root exec python3 -m lab.gpu "$@"

@@ -6,6 +6,7 @@ because every weight is read for every token: so on a CPU the bare products of a
 row are measured beside it, on a GPU how fast its memory is copied.
 """
 
+import copy
 import math
 import statistics
 import time
@@ -79,7 +80,7 @@ def bench_decoding(
             print_table(f"prefill, {name}, {B} x {length} tokens", times, B * length, "tokens")
         )
         torch._dynamo.reset()  # each compiled step counts for its limit
-        found = our_decoders(ours, prompt, count, steps=cuda or config.small)
+        found = our_decoders(ours, prompt, count, captured=cuda or config.small)
         if B == 1 and not cuda:
             found["the bare products"] = bare
         if theirs:
@@ -142,26 +143,27 @@ def more(write: Callable[[int], None], count: int, device: torch.device) -> Call
 
 
 def our_decoders(
-    model: GPT, prompt: Tensor, count: int, steps: bool
+    model: GPT, prompt: Tensor, count: int, captured: bool
 ) -> dict[str, Callable[[], float]]:
-    """Decoding by `generate`, as sample.py does it; with `steps` also by those that a GPU captures,
-    compiled or not, and with tokens drawn by sample.py's defaults."""
+    """Decoding by `generate`, as sample.py does it; with `captured` also by the steps that a GPU
+    captures, compiled or not, and with tokens drawn by sample.py's defaults."""
     device, rows = prompt.device, prompt.tolist()
+    joined = copy.deepcopy(model)  # its projections, by the steps
 
     def writer(compiled: bool | None, greedy: bool = True) -> Callable[[int], None]:
         flags = SampleFlags(temperature=0) if greedy else SampleFlags()
         pick, steps = Pick(BYTES, flags, [b""] * len(rows)), None
         if compiled is not None:
             size = prompt.size(1) + count + 1
-            steps = GPTSteps(model, len(rows), size, pick.choose, compiled)
+            steps = GPTSteps(joined, len(rows), size, pick.choose, compiled)
 
         def write(n: int) -> None:
-            for _ in generate(model, rows, pick, n, steps=steps):
+            for _ in generate(joined if steps else model, rows, pick, n, steps=steps):
                 pass
 
         return write
 
-    if not steps:
+    if not captured:
         return {"ours": more(writer(None), count, device)}
     ways = {"ours": False, "ours, compiled too": True, "ours, kernel by kernel": None}
     found = {name: more(writer(way), count, device) for name, way in ways.items()}
@@ -227,7 +229,7 @@ def bench_translate(config: BenchConfig, device: torch.device) -> list[dict]:
 
     found = {"ours": lambda: search(None)}
     if device.type == "cuda":
-        static = StaticAdvance(model, settings.beam, tokenizer.vocab_size)
+        static = StaticAdvance(copy.deepcopy(model), settings.beam, tokenizer.vocab_size)
         found = {"ours": lambda: search(static), "ours, kernel by kernel": found["ours"]}
     if transformers := peer("transformers"):
         start, end = start_and_end(tokenizer)

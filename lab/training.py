@@ -15,6 +15,7 @@ from torch import Tensor
 import optim
 from bert import BERT, BERTConfig
 from engine.hub.peers import hugging_face_encoder, hugging_face_gpt2, hugging_face_marian, peer
+from engine.kernels import prefer_cudnn
 from engine.plan import least_seconds
 from engine.processes import Processes
 from engine.setup import compiled
@@ -60,7 +61,7 @@ def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:
         contestants[name] = make(parameters).step
     work = sum(a * b for a, b in shapes) / 1e6
     times = take_turns(contestants, 3 * config.repeats, device)
-    return [print_table("optimizer step, 13.8 million parameters", times, work, "M parameters")]
+    return [print_table(f"optimizer step, {work:.2f}M parameters", times, work, "M parameters")]
 
 
 # ---- a step of both ------------------------------------------------------------------------------
@@ -104,6 +105,8 @@ def training_steps(
 
         return step
 
+    if device.type == "cuda":
+        prefer_cudnn(ours, [batch])
     fast = compiled(ours, [batch], autocast) if compiles(config, device) else ours
     our_step = step_of(ours, lambda: gradients(fast, [here], group, autocast))
     if theirs is None:

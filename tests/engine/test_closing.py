@@ -10,7 +10,8 @@ from conftest import TOY
 
 import train
 from engine import checkpoint as checkpoints
-from engine import closing
+from engine import closing, saving
+from engine.checkpoint import LATEST
 from engine.evaluation import evaluate
 from engine.logs import read_log
 from tasks import text
@@ -40,6 +41,14 @@ def test_one_finite_evaluation_is_enough(toy, monkeypatch, capsys):
     assert checkpoints.load(Path("out/gpt/best.pt"))["step"] == 4
     found = [r["loss"] for r in read_log(Path("out/gpt/log.jsonl")) if r["split"] == "validation"]
     assert found == [None, 5.0, None]
+
+
+def test_a_run_whose_best_cannot_be_written_says_so(toy, monkeypatch):
+    real = saving.save_run
+    monkeypatch.setattr(saving, "save_run", lambda run, name: name == LATEST and real(run, name))
+    with pytest.raises(ValueError, match=r"2 steps are done, but best\.pt could not be written"):
+        train.main([*TOY, "--steps=2", "--out=run"])
+    assert Path("run/latest.pt").is_file()
 
 
 @pytest.mark.parametrize(

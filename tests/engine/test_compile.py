@@ -130,8 +130,8 @@ def test_a_later_graph_that_fails_ends_no_run(monkeypatch):
     seen.append("late")
     found = fast(tokens[:, :5], targets=tokens[:, 1:6])["loss"]
     assert torch.equal(found, model(tokens[:, :5], targets=tokens[:, 1:6])["loss"])
-    broken = {"tokens": tokens, "targets": tokens}
-    assert compiled(model, [broken], no_autocast) is not fast
+    torch._dynamo.reset()  # in the trial of the next network errors count again
+    assert compiled(model, [{"tokens": tokens, "targets": tokens}], no_autocast) is model
 
 
 # ---- a group -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from engine.graphs import (
     empty_cache,
 )
 from finetune import add_adapters
-from model import GPT, GPTConfig, KVCache, attend, padding_mask
+from model import GPT, Attention, GPTConfig, KVCache, attend, padding_mask
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks import text, translation
 from tasks.text import Pick, SampleFlags
@@ -50,7 +50,7 @@ def recorded(monkeypatch):
     """As on a GPU: a step is recorded once, and what runs from then on are the operations of that
     time, on the same tensors and with the same Python numbers, into the same result."""
 
-    def record(step, changed, place):
+    def record(step, changed, pool):
         graphs.warm_up(step, changed)
         before = [x.clone() for x in changed]
         graph = make_fx(step)()
@@ -425,6 +425,28 @@ def test_queries_keys_and_values_are_joined_without_a_second_copy(bias):
     storages = {each.weight.untyped_storage().data_ptr() for each in attention.children()}
     assert len(storages) == 2  # q, k and v are one matrix, the projection of the output another
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    project = attention.project
+    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
+    assert attention.project is project  # one joint copy is enough
+    for p in model.parameters():  # and it is the parameters themselves
+        p.mul_(2)
+    wanted = attention.q(x), attention.k(x), attention.v(x)
+    for got, want in zip(attention.project(x), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_an_attention_of_another_kind_is_left_alone():
+    class Grouped(Attention):
+        def __init__(self, config):
+            super().__init__(config)
+            self.k = self.v = nn.Linear(config.n_embd, config.n_embd // 2)
+
+    model = GPT(GPTConfig(40, 8, 1, 2, 12)).eval()
+    model.blocks[0].attention = Grouped(model.config)
+    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
+    assert model.blocks[0].attention.k.weight.shape == (6, 12)
+    model.blocks[0].attention = nn.Identity()
+    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
 
 
 @torch.no_grad()

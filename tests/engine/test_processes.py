@@ -80,8 +80,8 @@ dist.destroy_process_group = destroy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ValueError", "TypeError"])
-def test_an_error_ends_all_processes_and_nothing_is_waited_for(toy, kind):
+@pytest.mark.parametrize("kind,rank", [("ValueError", 1), ("TypeError", 1), ("ValueError", 0)])
+def test_an_error_ends_all_processes_and_nothing_is_waited_for(toy, kind, rank):
     """Destroying NCCL's group waits for an operation that never comes, and so does the other
     process, in a call that does not notice."""
     begun = time.monotonic()
@@ -90,7 +90,7 @@ def test_an_error_ends_all_processes_and_nothing_is_waited_for(toy, kind):
 real = train.Run.train_step
 
 def train_step(self, *args):
-    if self.step == 2 and self.group.rank == 1:
+    if self.step == 2 and self.group.rank == {rank}:
         raise {kind}("too large a batch")
     if self.step == 2:
         time.sleep(1000)
@@ -102,7 +102,7 @@ dist.destroy_process_group = lambda: time.sleep(1000)
         "--steps=8",
     )
     assert time.monotonic() - begun < 90
-    (waiting, _, said_waiting), (failing, _, said_failing) = said
+    (waiting, _, said_waiting), (failing, _, said_failing) = said if rank else said[::-1]
     assert waiting == failing == 1
     assert f"error: {processes.OTHER_ENDED}" in said_waiting and "Traceback" not in said_waiting
     if kind == "ValueError":
@@ -199,7 +199,8 @@ def test_torchs_watchdog_for_nccl_is_told_to_wait_for_ours(monkeypatch):
         lambda backend, **options: found.append([backend, *(os.environ[n] for n in names)]),
     )
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    os.environ[names[1]] = "1"  # a user's word counts more
+    os.environ[names[0]] = "1"  # by torchrun
+    os.environ[names[1]] = "1"  # by the user, whose word counts
     processes.start("cuda")
     assert found == [["nccl", "0", "1"]]
 

@@ -10,7 +10,7 @@ import torch
 
 from lab import gpu
 
-CARD = {"card": "A card", "date": "2026-01-02", "versions": {"torch": "2.11"}}
+CARD = {"rehearsal": False, "card": "A card", "date": "2026-01-02", "versions": {"torch": "2.11"}}
 
 
 def found_of(*rows: dict) -> dict:
@@ -34,10 +34,9 @@ def test_a_rehearsal_runs_every_part(tmp_path, capsys):
 
 
 STUCK = """
-import os, signal, subprocess, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+import subprocess, sys, time
 sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-print(subprocess.Popen(sleep, preexec_fn=os.setpgrp).pid, flush=True)  # a group of its own
+print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)  # as torchrun does it
 time.sleep(60)
 """
 
@@ -50,7 +49,7 @@ def runs(pid: str) -> bool:
     return state.rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.slow  # it takes eleven seconds
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc: not Linux")
 def test_a_part_is_stopped_with_all_that_it_started_and_the_others_go_on(tmp_path):
     def read(folder, said):
@@ -71,6 +70,26 @@ def test_a_part_is_stopped_with_all_that_it_started_and_the_others_go_on(tmp_pat
     assert not runs(pid)
     written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert written["parts"] == session.found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc: not Linux")
+def test_what_is_under_way_ends_with_the_script(tmp_path):
+    session = gpu.Session(tmp_path, 1.0)
+    steps = session.commands_of(
+        gpu.Part("stuck", 60, [["-c", STUCK]], lambda *_: []), time.monotonic(), False
+    )
+    next(steps)
+    while not (pid := (tmp_path / "stuck.log").read_text(encoding="utf-8").split()[-1]).isdigit():
+        next(steps)
+        time.sleep(0.1)
+    assert runs(pid)
+    steps.close()
+    for _ in range(100):
+        if not runs(pid):
+            break
+        time.sleep(0.1)
+    assert not runs(pid)
 
 
 def test_without_time_a_part_does_not_begin(tmp_path):
@@ -100,7 +119,7 @@ def test_a_row_has_ours_its_bound_and_the_fastest_peer():
 
 
 def test_the_page_takes_new_figures_and_keeps_the_others():
-    page = "text\n\n| what | measured |\n|---|---|\n| a | open |\n| b | 7 |\n\nmore | text\n"
+    page = "text\n\n| what | measured |\n|---|---|\n| a | open |\n| b | 7 |\n\n| c | other |\n"
     filled = gpu.fill(found_of(gpu.row("a", "5", "", "x"), gpu.row("c", "6")), page)
     assert filled.splitlines()[4:8] == [
         "| a | 5 |  | x | A card, torch 2.11 | 2026-01-02 |",
@@ -111,11 +130,23 @@ def test_the_page_takes_new_figures_and_keeps_the_others():
     assert gpu.fill(found_of(gpu.row("a", "5", "", "x")), filled) == filled
 
 
-def test_the_page_has_a_row_for_every_part():
+def test_the_page_has_rows_of_every_part():
     page = gpu.PAGE.read_text(encoding="utf-8")
-    rows = re.findall(r"^\| .* \| open: (\w+)", page, re.M)
-    names = {"tests", "first", "shard", "loop", "shakespeare", "pairs", *gpu.BENCHES}
-    assert set(rows) <= names - set(gpu.TOKENIZERS)
+    begin = page.index("| what | measured")
+    rows = page[begin : page.index("\n\n", begin)]
+    for words in ("pytest", "first run", "--shard model", "product", "train.py, GPT", "copy of"):
+        assert f"{words}" in rows
+    for bench in ("step, GPT", "prefill", "decoding", "step, BERT", "encoder-decoder"):
+        assert bench in rows
+    for words in ("translating", "optimizer step", "shakespeare-10min", "multi30k-gpu"):
+        assert words in rows
+
+
+def test_a_rehearsal_does_not_fill_the_page(tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({**found_of(), "rehearsal": True}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is of a rehearsal: the page has figures of a card"):
+        gpu.main([f"--fill={path}"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -124,6 +155,8 @@ def test_what_cannot_run_is_refused(tmp_path):
         gpu.main([f"--out={tmp_path / 'new'}"])
     with pytest.raises(ValueError, match="--only speed is not known: choose from tests, first"):
         gpu.main(["--rehearse", "--only=tests,speed", f"--out={tmp_path / 'new'}"])
+    with pytest.raises(ValueError, match="nowhere does not exist: give what is there"):
+        gpu.main(["--rehearse", "--data=nowhere"])
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match="is not empty, and nothing is written over"):
         gpu.main(["--rehearse", f"--out={tmp_path}"])
