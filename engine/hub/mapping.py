@@ -106,6 +106,14 @@ def their_settings(task: str, config: Any) -> dict:
     """Our config -> the content of config.json, without the ids of tokens. Raises ValueError for a
     model that Hugging Face's class cannot be."""
     family = family_of(task)
+    known = {*(ours for ours, _ in family.settings.values()), *family.own, *family.others}
+    if strange := [
+        f"{name}={value!r}" for name, value in vars(config).items() if name not in known
+    ]:
+        raise ValueError(
+            f"Hugging Face has no {family.title} with {', '.join(strange)}: only what "
+            "engine/hub/families.py has in its tables can be exported"
+        )
     if any(getattr(config, name) != value for name, value in family.own.items()):
         ours = " and ".join(f"{name}={getattr(config, name)}" for name in family.own)
         raise ValueError(f"Hugging Face has no {family.title} with {ours}")
@@ -263,9 +271,13 @@ def their_shapes(table: list[TensorRow], state: Mapping[str, Tensor]) -> dict[st
 
 def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our whole state -> their tensors, without those that are tied, and of the derived ones only
-    those that must be written."""
-    found = {}
-    for row in rows(task, config):
+    those that must be written. Raises ValueError if the state is not that of the tables."""
+    found, table = {}, rows(task, config)
+    wanted = {name for row in table for name in row.ours}
+    if state.keys() != wanted:
+        wrong = {"missing": sorted(wanted - state.keys()), "surplus": sorted(state.keys() - wanted)}
+        refuse(FAMILIES[task], wrong)
+    for row in table:
         joined = torch.cat([state[name] for name in row.ours])
         found[row.theirs] = convert_tensor(joined, row.how, back=True).contiguous()
     for name, law in FAMILIES[task].derived.items():
