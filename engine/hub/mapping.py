@@ -90,12 +90,9 @@ def their_labels(settings: dict) -> tuple[str, ...]:
     """The labels of id2label, for example {"0": "no", "1": "yes"}; without it there are two. Raises
     ValueError if it does not name the labels 0, 1, 2, …, or names two of them alike."""
     names = settings.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
-    found = list(names.values()) if isinstance(names, dict) else []
-    if (
-        not found
-        or list(names) != [str(i) for i in range(len(found))]
-        or not all(isinstance(name, str) for name in found)
-    ):
+    keys = [str(i) for i in range(len(names))] if isinstance(names, dict) else []
+    found = [names.get(key) for key in keys]  # programs that sort texts write 0, 1, 10, 2
+    if not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"id2label={str(names)[:80]} does not name the labels 0, 1, 2, …")
     if len(set(found)) < len(found):
         raise ValueError(f"id2label={str(names)[:80]} has a name twice")

@@ -46,7 +46,7 @@ MOST_JSON = 100_000_000  # bytes of a file; GPT-2's tokenizer.json has 1.4 milli
 
 def parse_object(text: bytes, path: Path) -> dict:
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
+        found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: no JSON ({str(error)[:100]})") from None
     if not isinstance(found, dict):
@@ -209,7 +209,7 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         path = folder / "merges.txt"
         vocab = read_json(folder / "vocab.json")
         try:
-            lines = read_whole(path).decode("utf-8").split("\n")
+            lines = read_whole(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
         pairs = [line.split(" ") for line in lines if line]
