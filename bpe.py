@@ -488,7 +488,7 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """What save() wrote; for any other file, a ValueError that names the path."""
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
 

@@ -54,11 +54,12 @@ def import_command(source: str, out: Path) -> None:
 
 
 def export_command(source: Path, folder: Path) -> None:
-    """Writes a checkpoint into a new or empty folder as the files of transformers."""
+    """Writes a checkpoint into a new or empty folder as the files of transformers, and says whether
+    transformers, if it is installed, computes the same from them."""
     from engine.hub.exporting import export_model
 
-    export_model(source, folder)
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    compared = export_model(source, folder)
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}\n{compared}")
 
 
 def average_command(config: AverageConfig) -> None:

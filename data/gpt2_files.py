@@ -18,10 +18,10 @@ def read_gpt2_files(vocab_bpe: str | Path, encoder_json: str | Path) -> Tokenize
     """
     byte_of = byte_characters()
     try:
-        lines = Path(vocab_bpe).read_text(encoding="utf-8").split("\n")[1:]  # without the version
+        lines = Path(vocab_bpe).read_text(encoding="utf-8-sig").split("\n")[1:]  # no version
         names = [*byte_of, *(line.replace(" ", "") for line in lines if line)]
         ranks = {bytes([byte_of[c] for c in name]): i for i, name in enumerate(names)}
-        ids = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
+        ids = json.loads(Path(encoder_json).read_text(encoding="utf-8-sig"))
     except (KeyError, ValueError) as e:
         raise ValueError(f"{vocab_bpe}, {encoder_json}: not GPT-2's files ({e!r})") from None
     special_tokens = {END_OF_TEXT: len(names)}

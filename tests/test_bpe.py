@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import bpe
 from bpe import (
     CHAR_PATTERN,
+    END_OF_TEXT,
     GPT2_PATTERN,
     GPT4_PATTERN,
     PATTERNS,
@@ -30,7 +31,7 @@ from bpe import (
     naive_learn_merges,
 )
 from data.download import GPT2_MERGES, GPT2_VOCABULARY
-from data.gpt2_files import read_gpt2_files
+from data.gpt2_files import byte_characters, read_gpt2_files
 
 ALPHABETS = {
     "few": "ab",
@@ -477,6 +478,21 @@ def test_gpt2_merges_are_those_of_its_file(gpt2):
     assert len(ascii_only) > 10_000
     for (a, b), line in ascii_only:
         assert f"{a.decode()} {b.decode()}" == line
+
+
+def test_gpt2_files_may_be_written_on_windows(tmp_path):
+    characters = [*byte_characters()]
+    names = [*characters, "th", "the", END_OF_TEXT]
+    merges, ids = tmp_path / "vocab.bpe", tmp_path / "encoder.json"
+    merges.write_bytes("\ufeff#version: 0.2\r\nt h\r\nth e\r\n".encode())
+    vocabulary = json.dumps({name: i for i, name in enumerate(names)}, indent=1)
+    ids.write_bytes("\ufeff".encode() + vocabulary.replace("\n", "\r\n").encode())
+    tok = read_gpt2_files(merges, ids)
+    assert tok.encode("the") == [257] and tok.special_tokens == {END_OF_TEXT: 258}
+    tok.save(tmp_path / "tokenizer.json")
+    again = tmp_path / "again.json"
+    again.write_text("\ufeff" + tok.to_json(), encoding="utf-8")
+    assert Tokenizer.load(again).hash == Tokenizer.load(tmp_path / "tokenizer.json").hash
 
 
 def test_gpt2_files_that_do_not_belong_together_are_refused(tmp_path):

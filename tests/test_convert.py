@@ -265,6 +265,42 @@ def test_every_missing_surplus_and_misshapen_tensor_is_listed_at_once(name):
     assert f"misshapen: {third} (3, 2) instead of (" in said
 
 
+@pytest.mark.parametrize(
+    "prefix,reason",
+    [
+        ("_orig_mod.", ", which torch.compile adds"),
+        ("module.", ", which DistributedDataParallel adds"),
+        ("net.inner.", ""),
+    ],
+)
+@pytest.mark.parametrize("name", OURS)
+def test_tensors_behind_a_prefix_are_named_as_they_stand_in_the_file(name, prefix, reason):
+    """What torch.compile saved was listed as transformer._orig_mod.transformer…, which is nowhere
+    in the file, and nothing said why."""
+    config = OURS[name][1]
+    tensors = to_theirs(TASK[name], config, OURS[name][0](config).state_dict())
+    wrapped = {prefix + n: t for n, t in tensors.items()}
+    first = next(iter(wrapped))
+    for more in ({}, {"loss.weight": torch.zeros(2)}):
+        with pytest.raises(ValueError) as error:
+            to_ours(TASK[name], config, *described(wrapped | more))
+        assert f" begin with {prefix!r} here ({first}){reason}: save" in str(error.value)
+
+
+def test_names_without_the_familys_prefix_are_listed_without_it():
+    config = OURS["masked"][1]
+    tensors = to_theirs("bert", config, OURS["masked"][0](config).state_dict())
+    bare = {n.removeprefix("bert."): t for n, t in tensors.items()}
+    bare["head.weight"], bare["embeddings.LayerNorm.bias"] = torch.zeros(2), torch.zeros(3)
+    del bare["embeddings.word_embeddings.weight"]
+    with pytest.raises(ValueError) as error:
+        to_ours("bert", config, *described(bare))
+    said = str(error.value)
+    assert "missing: embeddings.word_embeddings.weight;" in said
+    assert "surplus: head.weight;" in said
+    assert "misshapen: embeddings.LayerNorm.bias (3,) instead" in said
+
+
 def test_half_a_head_is_an_error(tmp_path):
     config = OURS["bert"][1]
     tensors = to_theirs("bert", config, BERT(config).state_dict())
@@ -292,6 +328,36 @@ def test_what_a_config_does_not_say_has_hugging_faces_default(name, Config):
     needed = {"scale_embedding": True} if name == "seq2seq" else {}
     said = {"model_type": theirs["model_type"], **needed}
     assert our_config(said) == our_config({**theirs, **needed})
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_config_without_model_type_is_known_by_its_class(name):
+    said = their_settings(TASK[name], OURS[name][1])
+    want = our_config(said)
+    del said["model_type"]
+    assert our_config(said) == want
+    del said["architectures"]
+    if name == "seq2seq":
+        with pytest.raises(ValueError, match=r'no model_type: add it, .*"marian"'):
+            our_config(said)
+    else:
+        assert our_config(said) == want
+
+
+def test_berts_own_config_of_2018_is_read():
+    """As bert_config.json of Google's files has it, and SciBERT's."""
+    said = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1}
+    said |= {"hidden_size": 28, "initializer_range": 0.02, "intermediate_size": 44}
+    said |= {"max_position_embeddings": 13, "num_attention_heads": 4, "num_hidden_layers": 3}
+    said |= {"type_vocab_size": 2, "vocab_size": 307}
+    task, config = our_config(said)
+    assert task == "bert" and config == BERTConfig(*SIZES)
+
+
+@pytest.mark.parametrize("said", [{}, {"architectures": ["T5Model"]}, {"architectures": 3}])
+def test_a_config_of_no_known_family_is_told_what_to_add(said):
+    with pytest.raises(ValueError, match='no model_type: add it, for example "model_type": "gpt2"'):
+        our_config(said)
 
 
 WRONG = [

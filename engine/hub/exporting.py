@@ -15,6 +15,7 @@ from data.sentencepieces import END_PIECE, START_PIECE, UNK_PIECE, SentencePiece
 from data.tokens import END_OF_TEXT
 from engine import checkpoint as checkpoints
 from engine.evaluation import goal_of
+from engine.hub.comparing import compare, our_logits, random_inputs
 from engine.hub.families import BASES, family_of
 from engine.hub.mapping import their_settings, to_theirs
 from engine.hub.tokenizer_files import tokenizer_json
@@ -24,8 +25,9 @@ from tasks.translation import start_and_end
 from wordpiece import UNK, WordPiece
 
 
-def export_model(path: Path, folder: Path) -> None:
-    """Writes what AutoModel… and AutoTokenizer.from_pretrained(folder) load, and a card. Raises
+def export_model(path: Path, folder: Path) -> str:
+    """Writes what AutoModel… and AutoTokenizer.from_pretrained(folder) load, and a card. Returns a
+    line on how what transformers computes from the files was compared with our model. Raises
     ValueError for a model that Hugging Face has no class for, and if the folder is not empty."""
     checkpoint = checkpoints.load(path)
     family = family_of(checkpoint["task"])
@@ -81,6 +83,11 @@ def export_model(path: Path, folder: Path) -> None:
         shutil.copymode(temporary / "config.json", weights)
         text = card(folder.resolve().name, checkpoint, read_log(path.parent / "log.jsonl"))
         (temporary / "README.md").write_text(text, encoding="utf-8")
+        given = random_inputs(model)
+        ours = our_logits(model, given)
+        del model, tensors  # before theirs is loaded
+        architecture = files["config.json"]["architectures"][0]
+        return compare(task, architecture, temporary, given, ours)
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Family(NamedTuple):
     heads: tuple[str, ...]  # the beginnings of the names that do not have the prefix
     modules: tuple[tuple[str, str, str], ...]  # (theirs, ours, kind); {} is the layer's number
     derived: dict[str, Derived]
+    others: tuple[str, ...] = ()  # fields of ours that mapping.py writes, or that only train
 
 
 def stream_order(C: int) -> Tensor:
@@ -202,6 +203,7 @@ BERT_FAMILY = Family(
         "cls.predictions.decoder.weight": same_as("bert.embeddings.word_embeddings.weight"),
         "cls.predictions.decoder.bias": same_as("cls.predictions.bias"),
     },
+    others=("nsp",),
 )
 
 
@@ -269,6 +271,7 @@ MARIAN = Family(
             "one row, a number for each token", is_one_row, lambda c: torch.zeros(1, c.vocab_size)
         ),
     },
+    others=("output_bias", "label_smoothing"),
 )
 
 
@@ -294,6 +297,7 @@ def with_head(
         heads=("classifier.", "qa_outputs."),
         modules=(*ENCODER_MODULES, *own),
         derived=POSITION_IDS if POOLER in own else POSITION_IDS | unused,
+        others=("labels", "pairs", "may_abstain"),
     )
 
 

@@ -14,7 +14,7 @@ from data.tokens import AnyTokenizer
 from engine import checkpoint as checkpoints
 from engine.hub.families import BASES, FAMILIES
 from engine.hub.mapping import our_config, to_ours
-from engine.hub.tokenizer_files import read_json, read_tokenizer
+from engine.hub.tokenizer_files import note_on_case, read_json, read_tokenizer
 from engine.hub.weights import CONFIG, files_of, open_weights
 from model import count_parameters
 from tasks.translation import start_and_end
@@ -72,6 +72,8 @@ def import_model(source: str) -> tuple[dict, list[str]]:
         f"{FAMILIES[task].title}, {count_parameters(model):,} parameters, {', '.join(kinds)}",
         ", ".join(f"{name}={value}" for name, value in checkpoint["model_config"].items()),
     ]
+    if note := note_on_case(folder, tokenizer):
+        lines.append(note)
     if fresh:
         lines.append(f"not in the file, and freshly initialised: {', '.join(fresh)}")
     if task == "bert" and not config.nsp:

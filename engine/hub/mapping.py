@@ -5,7 +5,9 @@ setting names it; missing, surplus and misshapen tensors are listed in one error
 is read.
 """
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -35,11 +37,10 @@ def our_config(settings: dict) -> tuple[str, Any]:
     for a setting that we do not compute with or a size that cannot be. Only `to_ours` can find out
     BERT's nsp and Marian's output_bias.
     """
-    task = BASES.get(str(settings.get("model_type")))
+    model_type = settings.get("model_type") or model_type_of(settings)
+    task = BASES.get(str(model_type))
     if task is None:
-        raise ValueError(
-            f"model_type={settings.get('model_type')!r} is not known: only {', '.join(BASES)} are"
-        )
+        raise ValueError(f"model_type={model_type!r} is not known: only {', '.join(BASES)} are")
     if task == "bert":  # or one of its fine-tuned classes
         heads = {(FAMILIES[name].architecture,): name for name in ("classify", "tag", "answer")}
         task = heads.get(tuple(settings.get("architectures") or ()), task)
@@ -86,16 +87,35 @@ def our_config(settings: dict) -> tuple[str, Any]:
     return task, tasks.network(task).Config(**found)
 
 
+# Settings by which files from before model_type are known, BERT's own of 2018 and GPT-2's of 2019.
+KNOWN_BY = {
+    "bert": {"hidden_size", "num_hidden_layers", "intermediate_size", "type_vocab_size"},
+    "gpt2": {"n_embd", "n_layer", "n_head"},
+}
+
+
+def model_type_of(settings: dict) -> str:
+    """The model_type of a config.json that does not say it, by its architecture or its settings:
+    tensors of another family would be refused by their names. ValueError if it cannot be told."""
+    named = settings.get("architectures")
+    for model_type in BASES:
+        if isinstance(named, list) and named and str(named[0]).lower().startswith(model_type):
+            return model_type
+        if not named and settings.keys() >= KNOWN_BY.get(model_type, {""}):
+            return model_type
+    raise ValueError(
+        "there is no model_type: add it, for example "
+        + " or ".join(f'"model_type": "{name}"' for name in BASES)
+    )
+
+
 def their_labels(settings: dict) -> tuple[str, ...]:
     """The labels of id2label, for example {"0": "no", "1": "yes"}; without it there are two. Raises
     ValueError if it does not name the labels 0, 1, 2, …, or names two of them alike."""
     names = settings.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
-    found = list(names.values()) if isinstance(names, dict) else []
-    if (
-        not found
-        or list(names) != [str(i) for i in range(len(found))]
-        or not all(isinstance(name, str) for name in found)
-    ):
+    keys = [str(i) for i in range(len(names))] if isinstance(names, dict) else []
+    found = [names.get(key) for key in keys]  # programs that sort texts write 0, 1, 10, 2
+    if not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"id2label={str(names)[:80]} does not name the labels 0, 1, 2, …")
     if len(set(found)) < len(found):
         raise ValueError(f"id2label={str(names)[:80]} has a name twice")
@@ -106,6 +126,14 @@ def their_settings(task: str, config: Any) -> dict:
     """Our config -> the content of config.json, without the ids of tokens. Raises ValueError for a
     model that Hugging Face's class cannot be."""
     family = family_of(task)
+    known = {*(ours for ours, _ in family.settings.values()), *family.own, *family.others}
+    if strange := [
+        f"{name}={value!r}" for name, value in vars(config).items() if name not in known
+    ]:
+        raise ValueError(
+            f"Hugging Face has no {family.title} with {', '.join(strange)}: only what "
+            "engine/hub/families.py has in its tables can be exported"
+        )
     if any(getattr(config, name) != value for name, value in family.own.items()):
         ours = " and ".join(f"{name}={getattr(config, name)}" for name in family.own)
         raise ValueError(f"Hugging Face has no {family.title} with {ours}")
@@ -155,7 +183,7 @@ def rows(task: str, config: Any) -> list[TensorRow]:
     return found
 
 
-def canonical(family: Family, names: Mapping[str, Any]) -> dict[str, str]:
+def canonical(family: Family, names: Collection[str]) -> dict[str, str]:
     """{name in the table: name in the file}. Encoders without heads leave the prefix out, and the
     oldest files of BERT call the weight of a norm gamma and its bias beta. Raises ValueError if two
     names mean the same tensor."""
@@ -170,6 +198,29 @@ def canonical(family: Family, names: Mapping[str, Any]) -> dict[str, str]:
         found[full] = name
     refuse(family, {"double": twice})
     return found
+
+
+# What wraps a model, and the prefix that its tensors then have.
+WRAPPERS = {"_orig_mod": "torch.compile", "module": "DistributedDataParallel"}
+
+
+def refuse_wrapped(family: Family, names: Collection[str], wanted: Collection[str]) -> None:
+    """Raises ValueError if most of the wanted tensors are there, but behind a prefix."""
+    prefixes: Counter[str] = Counter()
+    for name in names:
+        for dot in re.finditer(r"\.", name):
+            prefix, rest = name[: dot.end()], name[dot.end() :]
+            prefixes[prefix] += rest in wanted or family.prefix + rest in wanted
+    del prefixes[family.prefix]
+    prefix, n = next(iter(prefixes.most_common(1)), ("", 0))
+    if 2 * n > len(wanted):
+        example = next(name for name in names if name.startswith(prefix))
+        by = WRAPPERS.get(prefix.split(".")[0])
+        raise ValueError(
+            f"the tensors of {family.title} begin with {prefix!r} here ({example})"
+            + (f", which {by} adds" if by else "")
+            + ": save the model that is inside, or take this from the names"
+        )
 
 
 def refuse(family: Family, wrong: dict[str, list[str]]) -> None:
@@ -216,13 +267,17 @@ def to_ours(
         for name in layer_names(key, config.n_layer)
     }
     shape_of = {name: tuple(shapes[there]) for name, there in names.items()}
-    refuse(
+    missing = [n for n in wanted if n not in shape_of and n not in absent]
+    if missing:
+        refuse_wrapped(family, shapes, wanted)
+    bare = not any(name.startswith(family.prefix) for name in shapes)
+    refuse(  # by the names of the file
         family,
         {
-            "missing": [n for n in wanted if n not in shape_of and n not in absent],
-            "surplus": [n for n in shape_of if n not in wanted and n not in derived],
+            "missing": [n.removeprefix(family.prefix) if bare else n for n in missing],
+            "surplus": [names[n] for n in shape_of if n not in wanted and n not in derived],
             "misshapen": [
-                f"{n} {shape_of[n]} instead of {shape}"
+                f"{names[n]} {shape_of[n]} instead of {shape}"
                 for n, shape in wanted.items()
                 if n in shape_of and shape_of[n] != shape
             ],
@@ -233,7 +288,7 @@ def to_ours(
         return get(names[name])
 
     false = [
-        f"{name} is not {law.what}"
+        f"{names[name]} is not {law.what}"
         for name, law in derived.items()
         if name in names and not law.holds(read(name), read, config)
     ]
@@ -263,9 +318,13 @@ def their_shapes(table: list[TensorRow], state: Mapping[str, Tensor]) -> dict[st
 
 def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our whole state -> their tensors, without those that are tied, and of the derived ones only
-    those that must be written."""
-    found = {}
-    for row in rows(task, config):
+    those that must be written. Raises ValueError if the state is not that of the tables."""
+    found, table = {}, rows(task, config)
+    wanted = {name for row in table for name in row.ours}
+    if state.keys() != wanted:
+        wrong = {"missing": sorted(wanted - state.keys()), "surplus": sorted(state.keys() - wanted)}
+        refuse(FAMILIES[task], wrong)
+    for row in table:
         joined = torch.cat([state[name] for name in row.ours])
         found[row.theirs] = convert_tensor(joined, row.how, back=True).contiguous()
     for name, law in FAMILIES[task].derived.items():

@@ -1,5 +1,5 @@
 """The tokenizer files of Hugging Face, in and out: tokenizer.json, or vocab.json and merges.txt,
-or vocab.txt, or vocab.json and the two *.spm of a translator.
+or vocab.txt, or vocab.json and the two *.spm of a translator; and the settings beside them.
 
 These files can describe more than we have: byte-level BPE split by one of our patterns, BERT's
 WordPiece and Marian's SentencePiece. Every field that changes ids is checked, and a value that we
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, Tokenizer, unique_keys
-from data.encoding import CLS, SEP, SPECIAL
+from data.encoding import CLS, MASK, PAD, SEP, SPECIAL
 from data.gpt2_files import byte_characters
 from data.sentencepieces import (
     END_PIECE,
@@ -25,6 +25,7 @@ from data.sentencepieces import (
     SentencePieces,
 )
 from data.tokens import END_OF_TEXT, AnyTokenizer
+from engine.hub.declared import ADDED, BY_CLASS, CONFIG, MAP, Declared, declared_tokens, new_tokens
 from engine.hub.wordpiece_json import wordpiece_from_json, wordpiece_to_json
 from wordpiece import UNK, WordPiece
 
@@ -34,7 +35,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    "tokenizer_config.json",
+    CONFIG,
+    MAP,
+    ADDED,
     "source.spm",
     "target.spm",
 )
@@ -43,7 +46,7 @@ MOST_JSON = 100_000_000  # bytes of a file; GPT-2's tokenizer.json has 1.4 milli
 
 def parse_object(text: bytes, path: Path) -> dict:
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
+        found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: no JSON ({str(error)[:100]})") from None
     if not isinstance(found, dict):
@@ -158,16 +161,40 @@ def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
     }
 
 
+# The classes of transformers' tokenizers that compute what we do, and what they call their tokens.
+# Only those of ANY use a tokenizer.json as it is: the others take its vocabulary and merges alone.
+ANY = ("PreTrainedTokenizer", "TokenizersBackend")
+CLASSES = {
+    "gpt": ("GPT2Tokenizer",),
+    "bert": ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"),
+    "seq2seq": ("MarianTokenizer",),
+}
+DEFAULTS = {
+    "gpt": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+    "bert": {"unk_token": UNK, "sep_token": SEP, "pad_token": PAD, "cls_token": CLS}
+    | {"mask_token": MASK},
+    "seq2seq": {"eos_token": END_PIECE, "unk_token": UNK_PIECE, "pad_token": START_PIECE},
+}
+# What a tokenizer of bytes must say in tokenizer_config.json, if it says it.
+BYTES_SETTINGS = dict.fromkeys(("add_prefix_space", "add_bos_token", "add_eos_token"), False)
+
+
 def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
     """The tokenizer of a folder, from the first that is there: a translator's *.spm,
-    tokenizer.json, vocab.json and merges.txt, vocab.txt. What tokenizer_config.json says about
-    WordPiece or the *.spm must be what we do. Raises ValueError for a tokenizer that ours cannot
-    equal."""
-    path, settings = folder / "tokenizer.json", {}
-    if task != "gpt" and (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
+    tokenizer.json, vocab.json and merges.txt, vocab.txt. What the settings beside it say must be
+    what we do. Raises ValueError for a tokenizer that ours cannot equal."""
+    settings, special_map, added = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in (CONFIG, MAP, ADDED)
+    )
+    if settings.get("added_tokens_decoder") is not None:  # which replaces the two older files
+        special_map, added = {}, {}
+    path, listed = folder / "tokenizer.json", []
+    as_it_is = check_class(folder, task, settings)
+    check_settings({"split_special_tokens": False}, settings, folder / CONFIG)
     if task == "seq2seq" and any((folder / name).is_file() for name in FILES[:2]):
-        return read_sentencepieces(folder, settings)
+        declared = declared_in(folder, settings, special_map, added, [], DEFAULTS[task])
+        return read_sentencepieces(folder, settings, declared)
     if path.is_file():
         state = read_json(path)
         if is_wordpiece(state):
@@ -177,11 +204,12 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
                 raise ValueError(f"{path.parent}: {error}") from None
         else:
             tokenizer = from_tokenizer_json(state, path, task)
+        listed = state.get("added_tokens") or []
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         path = folder / "merges.txt"
         vocab = read_json(folder / "vocab.json")
         try:
-            lines = read_whole(path).decode("utf-8").split("\n")
+            lines = read_whole(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
         pairs = [line.split(" ") for line in lines if line]
@@ -203,14 +231,79 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
     else:
         raise ValueError(f"{folder} holds no tokenizer.json, vocab.txt, or vocab.json, merges.txt")
     if isinstance(tokenizer, WordPiece):
+        if not as_it_is and not tokenizer.lowercase and settings.get("do_lower_case") is None:
+            raise ValueError(
+                f"{folder}: tokenizer.json keeps capitals, but transformers lower-cases where "
+                f"{CONFIG} has no do_lower_case: write it there"
+            )
         ours = {"do_lower_case": tokenizer.lowercase, "tokenize_chinese_chars": True}
         ours |= {"do_basic_tokenize": True, "strip_accents": tokenizer.lowercase}
-        ours |= {"never_split": [], "unk_token": UNK}
-        check_settings(ours, settings, folder / "tokenizer_config.json")
+        ours |= {"never_split": [], "clean_text": True, **DEFAULTS["bert"]}
+        check_settings(ours, settings, folder / CONFIG)
+        check_settings(DEFAULTS["bert"], special_map, folder / MAP)
+    else:
+        check_settings(BYTES_SETTINGS, settings, folder / CONFIG)
+        if task == "gpt" and tokenizer.pattern != GPT2_PATTERN and not as_it_is:
+            raise ValueError(
+                f"{path} splits texts otherwise than GPT2Tokenizer does: write "
+                f'"tokenizer_class": "PreTrainedTokenizerFast" in {CONFIG} if it is right'
+            )
+    defaults = {} if as_it_is else DEFAULTS[task]
+    declared = declared_in(folder, settings, special_map, added, listed, defaults)
     needed = SPECIAL if task == "bert" else (END_OF_TEXT,)
-    if missing := [name for name in needed if name not in tokenizer.special_tokens]:
+    there = {name for name, token in declared.items() if not token.where.startswith(BY_CLASS)}
+    if missing := [n for n in needed if n not in there | tokenizer.special_tokens.keys()]:
         raise ValueError(f"{path} has no token {', '.join(missing)}, which a {task} needs here")
+    try:
+        new = new_tokens(tokenizer, declared)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if new:
+        special = tokenizer.special_tokens | new
+        tokenizer = Tokenizer(tokenizer.ranks, tokenizer.pattern, special)
     return tokenizer
+
+
+def check_class(folder: Path, task: str, settings: dict) -> bool:
+    """Whether transformers uses a tokenizer.json as it is. Raises ValueError for a class of
+    tokenizers that does something else than ours."""
+    if settings.get("auto_map"):
+        raise ValueError(f"{folder / CONFIG}: auto_map: the tokenizer is code, which is not run")
+    path, name = folder / CONFIG, settings.get("tokenizer_class")
+    if name is None and (folder / "config.json").is_file():
+        path = folder / "config.json"
+        name = read_json(path).get("tokenizer_class")
+    known = str(name).removesuffix("Fast")
+    if name is not None and known not in (*CLASSES[task], *ANY):
+        raise ValueError(
+            f"{path}: tokenizer_class={str(name)[:80]} is not supported, only "
+            f"{', '.join(CLASSES[task])} and PreTrainedTokenizerFast are"
+        )
+    return known in ANY
+
+
+def declared_in(folder: Path, *contents) -> dict[str, Declared]:
+    try:
+        return declared_tokens(*contents)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def note_on_case(folder: Path, tokenizer: AnyTokenizer) -> str:
+    """What to say of a vocabulary with capitals if nothing says whether texts are lower-cased: then
+    they are, here as in transformers, and such tokens are never used. "" if all is well."""
+    if not isinstance(tokenizer, WordPiece) or not tokenizer.lowercase:
+        return ""
+    ordinary = (token for token in tokenizer.tokens if token[0] + token[-1] not in ("[]", "<>"))
+    token = next((token for token in ordinary if token != token.lower()), None)
+    path = folder / CONFIG
+    if token is None or (path.is_file() and read_json(path).get("do_lower_case") is not None):
+        return ""
+    return (
+        f"texts are lower-cased, as transformers does it, because no {CONFIG} says do_lower_case; "
+        f"but the vocabulary has capitals ({token!r}). If the model is cased, write "
+        f'{{"do_lower_case": false}} there and import it again'
+    )
 
 
 def is_wordpiece(state: dict) -> bool:
@@ -227,15 +320,14 @@ MARIAN_SETTINGS |= {"unk_token": UNK_PIECE, "pad_token": START_PIECE}
 MARIAN_SETTINGS |= {"additional_special_tokens": [], "extra_special_tokens": []}
 
 
-def read_sentencepieces(folder: Path, settings: dict) -> SentencePieces:
-    path = folder / "tokenizer_config.json"
-    check_settings(MARIAN_SETTINGS, settings, path)
-    added = settings.get("added_tokens_decoder") or {}
-    tokens = list(added.values()) if isinstance(added, dict) else [added]
-    for token in tokens:
-        if not isinstance(token, dict) or token.get("content") not in SPECIAL_PIECES:
+def read_sentencepieces(
+    folder: Path, settings: dict, declared: dict[str, Declared]
+) -> SentencePieces:
+    check_settings(MARIAN_SETTINGS, settings, folder / CONFIG)
+    for name, token in declared.items():
+        if name not in SPECIAL_PIECES:
             raise ValueError(
-                f"{path}: the added token {str(token)[:80]} is not supported, only "
+                f"{folder}: {token.where}: the added token {name[:80]!r} is not supported, only "
                 f"{', '.join(SPECIAL_PIECES)} are"
             )
     source, target = (read_whole(folder / name) for name in FILES[:2])
@@ -285,8 +377,10 @@ def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:
     if state.get("normalizer") != normalizer:
         raise ValueError(f"{path}: normalizer={str(state['normalizer'])[:100]} is not supported")
     found = state.get("post_processor")
-    found = None if isinstance(found, dict) and found.get("type") == "ByteLevel" else found
-    if found != post_processor:  # that of ByteLevel changes nothing but offsets
+    if isinstance(found, dict):  # two that do nothing to ids
+        alone = found.get("single") == [{"Sequence": {"id": "A", "type_id": 0}}]
+        found = None if alone or found.get("type") == "ByteLevel" else found
+    if found != post_processor:
         raise ValueError(f"{path}: post_processor={str(found)[:100]} is not supported")
     return from_merges(
         model.get("vocab"), model.get("merges"), split_pattern(state, path), special, path

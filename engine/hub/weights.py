@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.hub.download import snapshot
 from engine.hub.tokenizer_files import TOKENIZER_FILES, read_json
 
-CONFIG = "config.json"
+CONFIG, OLD_CONFIG = "config.json", "bert_config.json"  # the latter is Google's
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there, whole or in shards
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")
@@ -28,7 +28,9 @@ def files_of(source: str) -> Path:
         raise ValueError(f"{source} is a file: name the folder that it lies in")
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
-            raise ValueError(f"the folder {source} has no {CONFIG}: put it there")
+            old = (folder / OLD_CONFIG).is_file()
+            remedy = f"rename {OLD_CONFIG}" if old else "put it there"
+            raise ValueError(f"the folder {source} has no {CONFIG}: {remedy}")
         return folder
     folder = snapshot(source, [CONFIG, *TOKENIZER_FILES, WEIGHTS[0], *INDEXES])
     if not (folder / CONFIG).is_file():

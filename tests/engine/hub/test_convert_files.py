@@ -327,6 +327,12 @@ def test_an_imported_checkpoint_is_not_resumed(folder, toy):
         train.main(["--resume", "--out=run", "--data=toy.txt", "--device=cpu"])
 
 
+def test_a_config_of_another_name_is_named(tmp_path):
+    (tmp_path / "bert_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no config\.json: rename bert_config\.json"):
+        import_model(str(tmp_path))
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, tokenizers):
     save_ours("gpt", tmp_path / "best.pt", tokenizers["gpt"])
     there = tmp_path / "there"

@@ -14,6 +14,7 @@ import tasks
 from bert import EncoderConfig
 from engine import checkpoint as checkpoints
 from engine.hub.importing import import_model
+from engine.hub.mapping import our_config, their_settings
 from tasks.answer import AnswerConfig
 from tasks.classify import LabelConfig
 from tasks.tag import TagConfig
@@ -100,6 +101,15 @@ def test_fine_tuned_classes_come_in_again(task, tmp_path, capsys):
     capsys.readouterr()
     sample.main(flags)
     assert capsys.readouterr().out.strip()
+
+
+def test_labels_are_in_the_order_of_their_numbers(tmp_path):
+    """A program that sorts keys as texts writes "10" before "2"."""
+    names = {str(i): f"name {i}" for i in range(12)}
+    said = their_settings("classify", LabelConfig(*SIZES, labels=tuple(names.values())))
+    said["id2label"] = {key: names[key] for key in sorted(names)}
+    assert list(said["id2label"])[:3] == ["0", "1", "10"]
+    assert our_config(said)[1].labels == tuple(names.values())
 
 
 def test_a_tagger_of_an_old_version_has_a_pooler_that_nothing_uses(tmp_path):

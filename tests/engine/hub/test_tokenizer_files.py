@@ -233,6 +233,9 @@ def test_a_text_of_merges_is_refused_with_the_number(tmp_path, tokenizers):
     (folder / "merges.txt").write_text(good, encoding="utf-8")
     want = tokenizer_json(read_tokenizer(folder, "gpt"), "gpt")
     assert want["model"] == state["model"]
+    windows = "\ufeff" + good.replace("\n", "\r\n")  # as git and editors of Windows write it
+    (folder / "merges.txt").write_bytes(windows.encode("utf-8"))
+    assert tokenizer_json(read_tokenizer(folder, "gpt"), "gpt")["model"] == state["model"]
     (folder / "merges.txt").write_text(good.replace(merges[6], "q q"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"merges\.txt: merge 7"):
         read_tokenizer(folder, "gpt")
