@@ -48,7 +48,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from data.division import divide
+from data.division import copy_told, divide
 from data.lines import read_lines
 from data.text import check_text, name_of
 
@@ -125,6 +125,8 @@ def open_tagged(data: str, valid: str = "", columns: str = "") -> TaggedText:
     splits, rule = {"train": sentences}, f"the sentences of {paths['validation'].name} validate"
     if valid:
         splits["validation"], where["validation"] = read_conll(paths["validation"], asked)
+        equal = [s[:2] for s in splits["train"]] == [s[:2] for s in splits["validation"]]
+        rule += copy_told(data, valid, equal)
     # Look at the whole file: a part of it may lack the entities by which the schemes differ.
     schemes = {split: scheme_of([s.tags for s in found]) for split, found in splits.items()}
     splits = {

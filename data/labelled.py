@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.division import divide_by_label
+from data.division import copy_told, divide_by_label
 from data.tables import HELD_OUT, Row, name_them, read_table, refusal
 from data.text import name_of
 
@@ -83,15 +83,18 @@ def open_labelled(data: str, *, valid: str = "", labels: Sequence[str] = ()) -> 
                 "for a label: give both in one form"
             )
         divided = "the given files"
+        equal = [row[1:] for row in train] == [row[1:] for row in validation]
+        copy = copy_told(data, valid, equal)
     else:
         train, validation = divide_by_label(train, [example.label for example in train], HELD_OUT)
         if not validation:
             raise ValueError(f"no label of {data} comes twice, none can be held out: give --valid")
+        copy = ""
         divided = f"one in {HELD_OUT} of each label that comes twice, drawn with a fixed seed"
     splits = {"train": train, "validation": validation}
     content = [[[*x.texts, x.label] for x in examples] for examples in splits.values()]
     digest = hashlib.sha256(json.dumps(["labelled 1", list(labels), content]).encode()).hexdigest()
-    rule = f"{len(train):,} examples train, {len(validation):,} validate ({divided})"
+    rule = f"{len(train):,} examples train, {len(validation):,} validate ({divided}){copy}"
     name, prompts = name_of(Path(data)), some_of_each_label(validation)
     return LabelledCorpus(name, digest, rule, prompts, tuple(labels), splits)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.dates import COUNTS, dates, dates_hash, prompts
+from data.division import copy_told
 from data.download import MULTI30K, fetch
 from data.hashes import known_hashes
 from data.lines import read_lines
@@ -109,6 +110,8 @@ def open_pairs(
         divided = "the given files" if valid or split == "test" else ""
         name = name_of(first.paths[0])
         corpus = files_corpus(name, (source, target), files, cache, divided)
+        if valid:
+            corpus.rule += copy_told(data, valid, first.key == files["validation"][0].key)
     if split:
         corpus.pairs(split)  # raises ValueError, which lists the splits, if this one is missing
         corpus.splits = {split: corpus.splits[split]}

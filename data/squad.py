@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from data.division import divide
+from data.division import copy_told, divide
 from data.text import Part, blocks, name_of
 
 HELD_OUT = 5  # without a validation file, one paragraph in so many validates
@@ -79,7 +79,7 @@ def open_squad(data: str, *, valid: str = "") -> SquadCorpus:
         validation, also = parse(raw, valid)
         may_abstain = {"train": abstains, "validation": also}
         digest.update(b"given" + hashlib.sha256(raw).digest())
-        rule = "the given file validates"
+        rule = f"the given file validates{copy_told(data, valid, train == validation)}"
     else:
         items, held_out, rule = divide(list(train.items()), HELD_OUT, "paragraph", data)
         train, validation = dict(items), dict(held_out)

@@ -26,7 +26,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from data.division import divide
+from data.division import copy_told, divide
 from data.lines import read_lines
 from data.text import name_of
 
@@ -78,6 +78,8 @@ def open_tables(
     if valid:
         train, validation = read(data), read(valid)
         rule = f"{len(train):,} rows train, {len(validation):,} validate (the given files)"
+        equal = [row.texts for row in train] == [row.texts for row in validation]
+        rule += copy_told(data, valid, equal)
     else:
         train, validation, rule = divide(read(data), HELD_OUT, "row", data)
     content = json.dumps(["tables 1", *([row.texts for row in x] for x in (train, validation))])

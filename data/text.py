@@ -5,7 +5,9 @@ The split is by a stated rule, never by chance:
   nanoGPT; the cut is by bytes and moved to the next character;
 - one .jsonl file (or .jsonl.gz; one object a line, its text under "text"): the same cut, moved to
   the next line, so that a document is never divided;
-- a folder: whole files. Sorted by name, every tenth one validates; with fewer than ten, the last;
+- a folder: whole files. Sorted by name, every tenth one validates; with fewer than ten, the last.
+  Hidden files (._a.txt, .ipynb_checkpoints/a.txt) are left out and counted, and files that validate
+  but are copies of some that train are named;
 - stdlib, the default: the source files of Python's own standard library, as a folder.
 
 Left out: HTML, PDF and other formats that need a parser; cleaning and deduplication.
@@ -17,7 +19,7 @@ import hashlib
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -77,14 +79,12 @@ def open_corpus(data: str, cache: Path) -> Corpus:
         raise ValueError(f"--data is empty: name a file, a folder, or one of {', '.join(NAMES)}")
     path = Path(data)
     if path.is_dir():
-        endings = (*SUFFIXES, *(s + ".gz" for s in SUFFIXES))
-        found = [p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(endings)]
-        if not found:
-            raise ValueError(f"{data} holds no text: a file must end in {', '.join(endings)}")
-        files = sorted_files(path, found)
+        name, (files, hidden) = path.resolve().name, texts_below(path, SUFFIXES)
         if len(files) == 1:
-            return file_corpus(path.resolve().name, files[0], cache)
-        return folder_corpus(path.resolve().name, path, files, cache)
+            corpus = file_corpus(name, files[0], cache)
+        else:
+            corpus = folder_corpus(name, path, files, cache)
+        return replace(corpus, rule=corpus.rule + hidden)
     if not path.is_file():
         raise ValueError(f"{data} is no file or folder here, nor one of {', '.join(NAMES)}")
     return file_corpus(name_of(path), path, cache)
@@ -113,6 +113,20 @@ def stdlib_files() -> tuple[Path, list[Path]]:
     return folder, sorted_files(folder, files)
 
 
+def texts_below(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], str]:
+    """(the texts of a folder, sorted; what is said of hidden files, which are left out: editors and
+    systems keep copies and notes of their own in them). Raises ValueError if there is no text."""
+    endings = (*suffixes, *(s + ".gz" for s in suffixes))
+    found = [p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(endings)]
+    texts = [p for p in found if not any(s[0] == "." for s in p.relative_to(folder).parts)]
+    hidden, note = len(found) - len(texts), ""
+    if hidden:
+        note = f"; {hidden:,} hidden file{'s' * (hidden > 1)} left out"
+    if not texts:
+        raise ValueError(f"{folder} holds no text: a file must end in {', '.join(endings)}{note}")
+    return sorted_files(folder, texts), note
+
+
 def sorted_files(folder: Path, files: list[Path]) -> list[Path]:
     """The files sorted by relative name, with / on every system, so that every machine splits a
     folder in the same way."""
@@ -127,18 +141,51 @@ def folder_corpus(
     train = [path for path in files if path not in held_out]
     for path in files:
         check_text(path)
-    digest = hashlib.sha256(b"folder 1")
-    for path, sha256 in zip(files, known_hashes(files, cache), strict=True):
+    digest, hashes = hashlib.sha256(b"folder 1"), known_hashes(files, cache)
+    for path, sha256 in zip(files, hashes, strict=True):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256}".encode())
+    contents = dict(zip(files, content_hashes(files, hashes, cache), strict=True))
+    trains = {contents[path]: path for path in reversed(train)}
+    copies = [(path, trains[contents[path]]) for path in validation if contents[path] in trains]
     return Corpus(
         name,
         digest.hexdigest(),
         f"{len(train)} files train, {len(validation)} validate "
-        f"({'every tenth' if len(files) >= 10 else 'the last'})",
+        f"({'every tenth' if len(files) >= 10 else 'the last'}){copies_told(copies)}",
         [Part(path) for path in train],
         [Part(path) for path in validation],
         prompts or [""],
     )
+
+
+def content_hashes(files: Sequence[Path], hashes: Sequence[str], cache: Path) -> list[str]:
+    """What is equal for files of equal text, given their SHA-256: a .gz is unpacked if there are
+    others beside it. A file without text has its name, as it is nobody's copy."""
+    packed = [path for path in files if path.name.lower().endswith(".gz")]
+    inside = dict.fromkeys(packed, "")
+    if len(packed) < len(files):
+        found = remembered("sha256 of the text", text_sha256, packed, cache)
+        inside = dict(zip(packed, found, strict=True))
+    contents = [inside.get(path) or sha256 for path, sha256 in zip(files, hashes, strict=True)]
+    nothing = hashlib.sha256().hexdigest()
+    return [str(path) if x == nothing else x for path, x in zip(files, contents, strict=True)]
+
+
+def text_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in blocks(Part(path)):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def copies_told(copies: Sequence[tuple[Path, Path]]) -> str:
+    """What the plan says of validation files, each with the training file that it is a copy of."""
+    if not copies:
+        return ""
+    one, other = copies[0]
+    more = f" ({len(copies) - 1:,} more are copies, too)" * (len(copies) > 1)
+    what = "given twice" if one.resolve() == other.resolve() else f"a copy of {other}"
+    return f"; {one} is {what}{more}: remove one, or what trains also validates"
 
 
 def file_corpus(name: str, path: Path, cache: Path, prompts: list[str] | None = None) -> Corpus:

@@ -99,6 +99,38 @@ def test_a_folder_is_split_by_whole_files_in_order_of_name(toy):
     assert [begins for _, begins in corpus.pieces("validation")] == [True, True]
 
 
+def test_hidden_files_are_left_out_and_counted(toy):
+    """A folder from a Mac was refused for ._a.txt, and a notebook's copies trained as well."""
+    for name in ("a.txt", "b.txt", "c.txt", "._a.txt", ".ipynb_checkpoints/c.txt", ".git/x/y.txt"):
+        path = toy / ".books" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0\5\x16\7" if name.startswith(".") else name.encode() * 9)
+    corpus = open_corpus(".books", toy)
+    assert corpus.rule == "2 files train, 1 validate (the last); 3 hidden files left out"
+    for name in ("b.txt", "c.txt", "._a.txt"):
+        (toy / ".books" / name).unlink()
+    assert open_corpus(".books", toy).rule.endswith("; 2 hidden files left out")
+    (toy / ".books" / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"holds no text: .*; 2 hidden files left out"):
+        open_corpus(".books", toy)
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.txt.gz"])
+def test_a_copy_of_a_validation_text_among_those_that_train_is_told(toy, name):
+    (toy / "books").mkdir()
+    for file in ("a.txt", "b.txt", "c.txt"):
+        (toy / "books" / file).write_text(f"the text of {file}", encoding="utf-8")
+    text = (toy / "books" / "b.txt").read_bytes()
+    (toy / "books" / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    rule = open_corpus("books", toy).rule
+    one, other = Path("books", name), Path("books", "b.txt")
+    told = f"; {one} is a copy of {other}: remove one, or what trains also validates"
+    assert rule == f"3 files train, 1 validate (the last){told}"
+    (toy / "books" / "z.txt").write_text("", encoding="utf-8")  # empty files are no copies
+    with pytest.raises(ValueError, match=r"z\.txt is empty"):
+        open_corpus("books", toy)
+
+
 def test_the_default_is_the_standard_library_without_its_tests(toy):
     corpus = open_corpus("stdlib", toy)
     folder = Path(sysconfig.get_paths()["stdlib"])
