@@ -422,7 +422,7 @@ class WordPiece:
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise ValueError(f"more than {MAX_BYTES:,} bytes: this is no vocab.txt")
-            lines = path.read_text(encoding="utf-8").split("\n")  # "\r\n" has become "\n"
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # "\r\n" has become "\n"
             return cls(lines if lines[-1] else lines[:-1], lowercase)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None

@@ -31,6 +31,7 @@ from data.hashes import known_hashes, remembered
 BLOCK = 1 << 20  # bytes read at a time, and about the size of a piece
 TRAIN_SHARE = 0.9
 HEAD = 1 << 16  # bytes that are checked before any work is done
+CONVERT = "convert it first (for example with iconv -f cp1252 -t utf-8)"
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what a folder is searched for, also with .gz
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 NAMES = ("stdlib", "shakespeare")
@@ -143,7 +144,8 @@ def folder_corpus(
         check_text(path)
     digest, hashes = hashlib.sha256(b"folder 1"), known_hashes(files, cache)
     for path, sha256 in zip(files, hashes, strict=True):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256}".encode())
+        mark = "\0mark" * has_mark(path)
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256}{mark}".encode())
     contents = dict(zip(files, content_hashes(files, hashes, cache), strict=True))
     trains = {contents[path]: path for path in reversed(train)}
     copies = [(path, trains[contents[path]]) for path in validation if contents[path] in trains]
@@ -194,7 +196,7 @@ def file_corpus(name: str, path: Path, cache: Path, prompts: list[str] | None = 
     cut = int(found.split()[0])
     return Corpus(
         name,
-        hashlib.sha256(f"file 1 {found}".encode()).hexdigest(),
+        hashlib.sha256(f"file 1 {found}{' mark' * has_mark(path)}".encode()).hexdigest(),
         "the first 90% train, the last 10% validate",
         [Part(path, 0, cut)],
         [Part(path, cut)],
@@ -224,9 +226,22 @@ def check_text(path: Path) -> None:
     head = next(blocks(Part(path, 0, HEAD)), b"")
     if not head and path.name != "__init__.py":
         raise ValueError(f"{path} is empty: give a file with text in it")
-    if b"\0" in head:
-        raise ValueError(f"{path} is binary (it has zero bytes): give a text file in UTF-8")
+    refuse_binary(path, head)
     decode(codecs.getincrementaldecoder("utf-8")(), head, False, path, 0)
+
+
+def refuse_binary(path: Path, head: bytes) -> None:
+    if b"\0" in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(
+            f"{path} is binary, or UTF-16: give a text in UTF-8 (iconv -f utf-16 -t utf-8 converts "
+            "UTF-16)"
+        )
+
+
+def has_mark(path: Path) -> bool:
+    """Whether a text begins with a byte-order mark, which editors on Windows write: it is no part
+    of the text. (Where lines are JSON, the parser leaves it out.)"""
+    return not is_jsonl(path) and next(blocks(Part(path, 0, 3)), b"") == codecs.BOM_UTF8
 
 
 def decode(decoder, block: bytes, final: bool, path: Path, offset: int) -> str:
@@ -234,8 +249,7 @@ def decode(decoder, block: bytes, final: bool, path: Path, offset: int) -> str:
         return decoder.decode(block, final)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 near byte {offset + error.start:,}: convert it first "
-            "(for example with iconv -f latin1 -t utf-8)"
+            f"{path} is not UTF-8 near byte {offset + error.start:,}: {CONVERT}"
         ) from error
 
 
@@ -277,9 +291,10 @@ def text_pieces(part: Part) -> Iterator[str]:
     A piece ends after a line break that has no white space on either side. No split pattern joins
     what such a border separates, so the tokens are those of the undivided text. If 4 MB have no
     such place (lines that end in \r\n, for example), they are cut anywhere, which costs a token or
-    two but no text.
+    two but no text. A byte-order mark at the beginning of the file is left out.
     """
-    decoder, offset, rest = codecs.getincrementaldecoder("utf-8")(), part.start, ""
+    encoding = "utf-8" if part.start else "utf-8-sig"
+    decoder, offset, rest = codecs.getincrementaldecoder(encoding)(), part.start, ""
     for block in blocks(part):
         rest += decode(decoder, block, False, part.path, offset)
         offset += len(block)

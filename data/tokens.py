@@ -53,7 +53,7 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
     """The tokenizer in a file that save() of the byte-level one or to_json() of any one wrote.
     Raises ValueError, which names the path, for other files."""
     try:
-        return tokenizer_from_json(path.read_text(encoding="utf-8"))
+        return tokenizer_from_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

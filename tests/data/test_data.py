@@ -156,6 +156,8 @@ def test_hash_follows_content_and_not_place(toy):
         ("missing.txt", None, "is no file or folder here, nor one of stdlib, shakespeare"),
         ("empty.txt", b"", "is empty"),
         ("binary.txt", b"abc\0def", "is binary"),
+        ("wide.txt", "日本".encode("utf-16"), "or UTF-16: give a text .*iconv -f utf-16 -t utf-8"),
+        ("1252.txt", "a – b".encode("cp1252"), "near byte 2: .*iconv -f cp1252 -t utf-8"),
         ("latin.txt", "Gr\xfc\xdfe".encode("latin-1"), "is not UTF-8 near byte 2"),
         ("a.txt.gz", b"no gzip", "no intact gzip file"),
         ("cut.txt.gz", gzip.compress(POEM.encode())[:40], "no intact gzip file"),
@@ -173,6 +175,22 @@ def test_bad_text_is_refused_in_one_sentence(toy, name, content, message):
         corpus = open_corpus(name, toy)
         joined(corpus, "train"), joined(corpus, "validation")
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "folder"])
+def test_a_byte_order_mark_is_no_text(toy, name):
+    """It was a token of its own. What is known of texts without one stays known: the same hash."""
+    (toy / "folder").mkdir()
+    texts = {}
+    for mark in (b"", b"\xef\xbb\xbf"):
+        raw = mark + POEM.encode()
+        for path in (toy / "a.txt", toy / "folder" / "a.txt", toy / "folder" / "b.txt"):
+            path.write_bytes(raw)
+        (toy / "a.txt.gz").write_bytes(gzip.compress(raw))
+        corpus = open_corpus(name, toy)
+        texts[mark] = joined(corpus, "train") + joined(corpus, "validation"), corpus.hash
+    (plain, one), (marked, other) = texts.values()
+    assert plain == marked and one != other
 
 
 def test_bad_bytes_far_inside_a_file_are_named(toy, monkeypatch):
