@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.dates import COUNTS, dates, dates_hash, prompts
 from data.division import copy_told
-from data.download import MULTI30K, fetch
+from data.download import MULTI30K, fetch, prepare_cache
 from data.hashes import known_hashes
 from data.lines import read_lines
 from data.text import name_of
@@ -203,6 +203,7 @@ def known_counts(
         return {split: (int(counts[split][0]), int(counts[split][1])) for split in files}
     except (OSError, ValueError, TypeError, LookupError):
         pass
+    prepare_cache(cache)
     counts = {}
     for split, parts in files.items():
         number = full = 0
@@ -212,7 +213,6 @@ def known_counts(
             number += 1
             full += bool(source and target)
         counts[split] = full, number - full
-    cache.mkdir(parents=True, exist_ok=True)
     memo.write_text(json.dumps(counts), encoding="utf-8")
     return counts
 

@@ -184,6 +184,7 @@ def csv_cells(path: Path, skip_spaces: bool) -> Iterator[tuple[int, list[str]]]:
     """Yields (number of the row's first line, its cells). skip_spaces: spaces after a comma are
     dropped, so that a quote may follow them."""
     lines, number = (f"{line}\n" for line in read_lines(path)), 1
+    csv.field_size_limit(2**31 - 1)  # which is 131,072 characters, unless set for all readers
     reader = csv.reader(lines, strict=True, skipinitialspace=skip_spaces)
     try:
         for cells in reader:

@@ -200,6 +200,16 @@ def test_bad_bytes_far_inside_a_file_are_named(toy, monkeypatch):
         joined(open_corpus("a.txt", toy), "train")
 
 
+def test_a_cache_that_cannot_be_written_names_its_flag(toy):
+    """A current folder that is read-only, for one; here a file stands in the way."""
+    with pytest.raises(ValueError, match=r"^cannot write to toy\.txt.*with --cache_dir"):
+        fetch(SHAKESPEARE, Path("toy.txt/cache"))
+    corpus = open_corpus("toy.txt", toy)
+    with pytest.raises(ValueError, match="--cache_dir"):
+        tokenize(corpus, "train", Tokenizer.train(["a text"], 300), Path("toy.txt/cache"))
+    assert [path.name for path in toy.iterdir() if ".part" in path.name] == []
+
+
 def test_empty_folder_is_refused(toy):
     (toy / "folder").mkdir()
     with pytest.raises(ValueError, match="holds no text"):
