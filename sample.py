@@ -28,7 +28,7 @@ def find_checkpoint(argv: list[str]) -> Path | None:
     """What --checkpoint names, else the newest below out/, None where there is none. Known before
     the other flags are read, because its task decides which there are."""
     parser = cli.Parser("")
-    parser.add_argument("--checkpoint", default="")
+    parser.add_argument("--checkpoint", type=cli.name, default="")
     known, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     if known.checkpoint:
         return Path(known.checkpoint)

@@ -7,6 +7,7 @@ another's weights must not be scored on rows that these have learnt.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -41,6 +42,14 @@ def divide_by_label(
         if len(own) > 1:
             drawn += random.choice(own, max(1, len(own) // every), replace=False).tolist()
     return separate(rows, drawn)
+
+
+def copy_told(data: str, valid: str, equal: bool) -> str:
+    """What the plan says of a validation file whose rows are those of the training file. Nothing
+    where one file is given for both, to be scored whole."""
+    if not equal or Path(data).resolve() == Path(valid).resolve():
+        return ""
+    return f"; {valid} is a copy of {data}: hold out rows that do not train"
 
 
 def separate(rows: Sequence[T], drawn: Sequence[int]) -> tuple[list[T], list[T]]:

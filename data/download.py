@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -162,6 +163,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def prepare_cache(cache: Path) -> None:
+    """Makes the folder of --cache_dir. Raises ValueError where nothing can be written to it."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {cache} ({error.strerror}): choose another folder with --cache_dir"
+        ) from error
+
+
 def file_sha256(path: Path) -> str:
     return file_hash(path, hashlib.sha256())
 
@@ -195,7 +208,7 @@ def fetch(remote: Remote, folder: Path, timeout: float = 30.0) -> Path:
         with suppress(ValueError):  # it is another file, which stays until the right one is here
             check_hash(target, remote)
             return target
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_cache(folder)
     failures = []
     for url in remote.urls:
         temporary = target.with_name(f"{target.name}.{os.getpid()}.part")

@@ -3,13 +3,15 @@
 A row is a text, or two, and a label. The files are those of data/tables.py: .csv, .tsv or .jsonl,
 each also as .gz. The columns are found by their names: the texts have those of a row of TEXTS, the
 label has one of LABELS. Without names, the columns are text and label, or text, text_b and label;
-another order is not guessed, but refused where it shows (`check_order`).
+another order is not guessed, but refused where it shows (`check_order`). Labels that are one whole
+number, 1 and 1.0, are one label; other ways to write a number twice are refused.
 
 Left out: more than one label for a text, numbers to predict, a search for texts in both splits.
 """
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.division import divide_by_label
+from data.division import copy_told, divide_by_label
 from data.tables import HELD_OUT, Row, name_them, read_table, refusal
 from data.text import name_of
 
@@ -29,6 +31,8 @@ TEXTS = (
     *(("text",), ("sentence",), ("question",), ("review",)),
 )
 LABELS = ("label", "gold_label", "is_duplicate", "class", "sentiment")
+WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
+NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 FORMS = [(*texts, label) for texts in TEXTS for label in LABELS]
 
 
@@ -64,6 +68,8 @@ def open_labelled(data: str, *, valid: str = "", labels: Sequence[str] = ()) -> 
     if all are whole numbers, else sorted. Raises ValueError on bad input.
     """
     train = read_examples(Path(data), labels)
+    names = spellings(data, [*labels, *sorted({x.label for x in train}, key=len)])
+    train = spelled(train, names)
     found = sorted({example.label for example in train})
     if len(found) < 2 and not labels:
         raise ValueError(f"all examples of {data} have the label {found[0]}: give some of another")
@@ -75,7 +81,7 @@ def open_labelled(data: str, *, valid: str = "", labels: Sequence[str] = ()) -> 
             found.sort(key=int)
         labels = found
     if valid:
-        validation = read_examples(Path(valid), labels)
+        validation = spelled(read_examples(Path(valid), labels), names)
         refuse_others(valid, validation, labels, whose)
         if len(train[0].texts) != len(validation[0].texts):
             raise ValueError(
@@ -83,17 +89,47 @@ def open_labelled(data: str, *, valid: str = "", labels: Sequence[str] = ()) -> 
                 "for a label: give both in one form"
             )
         divided = "the given files"
+        equal = [row[1:] for row in train] == [row[1:] for row in validation]
+        copy = copy_told(data, valid, equal)
     else:
         train, validation = divide_by_label(train, [example.label for example in train], HELD_OUT)
         if not validation:
             raise ValueError(f"no label of {data} comes twice, none can be held out: give --valid")
+        copy = ""
         divided = f"one in {HELD_OUT} of each label that comes twice, drawn with a fixed seed"
     splits = {"train": train, "validation": validation}
     content = [[[*x.texts, x.label] for x in examples] for examples in splits.values()]
     digest = hashlib.sha256(json.dumps(["labelled 1", list(labels), content]).encode()).hexdigest()
-    rule = f"{len(train):,} examples train, {len(validation):,} validate ({divided})"
+    rule = f"{len(train):,} examples train, {len(validation):,} validate ({divided}){copy}"
     name, prompts = name_of(Path(data)), some_of_each_label(validation)
     return LabelledCorpus(name, digest, rule, prompts, tuple(labels), splits)
+
+
+def spellings(data: str, labels: Sequence[str]) -> dict[str, str]:
+    """{a whole number, written in the plain way: the first of the labels that mean it}. Raises
+    ValueError for two labels that mean another number ("1.5", "1.50"): they would be two classes.
+    """
+    names, values = {}, {}
+    for label in labels:
+        name = names.setdefault(plain(label), label)
+        if name == label and NUMBER.fullmatch(label):
+            other = values.setdefault(float(label), label)
+            if other != label:
+                raise ValueError(
+                    f"{data} has the labels {other!r} and {label!r}, which are one number: write "
+                    "them alike, or with a letter in front if they are two"
+                )
+    return names
+
+
+def spelled(examples: list[Example], names: dict[str, str]) -> list[Example]:
+    return [x._replace(label=names.get(plain(x.label), x.label)) for x in examples]
+
+
+def plain(label: str) -> str:
+    """1.0 -> 1, as spreadsheets and pandas write whole numbers in some of their columns."""
+    match = WHOLE.fullmatch(label)
+    return match[1] if match else label
 
 
 def refuse_others(data: str, examples: list[Example], known: Sequence[str], whose: str) -> None:

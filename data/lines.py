@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -9,7 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.text import Part, blocks
+from data.text import CONVERT, HEAD, Part, blocks, refuse_binary
+
+NO_TEXT = re.compile("[\0\udc80-\udcff]")  # how Python hands on bytes that are not UTF-8
+WIDE = ("\udcff\udcfe", "\udcfe\udcff")  # the byte-order marks of UTF-16
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -18,8 +22,8 @@ def read_lines(path: Path) -> Iterator[str]:
     shift all lines after it. Raises ValueError, with the line, for bytes that are not UTF-8."""
     number, offset, rest = 1, 0, b""
     for block in chain(blocks(Part(path)), [b""]):
-        if not offset and b"\0" in block[: 1 << 16]:
-            raise ValueError(f"{path} is binary (it has zero bytes): give a text file in UTF-8")
+        if not offset:
+            refuse_binary(path, block[:HEAD])
         rest += block
         end = rest.rfind(b"\n") + 1 if block else len(rest)
         whole, rest = rest[:end], rest[end:]
@@ -28,8 +32,7 @@ def read_lines(path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             number += whole.count(b"\n", 0, error.start)
             raise ValueError(
-                f"{path} is not UTF-8 in line {number:,} (byte {offset + error.start:,}): convert "
-                "it first (for example with iconv -f latin1 -t utf-8)"
+                f"{path} is not UTF-8 in line {number:,} (byte {offset + error.start:,}): {CONVERT}"
             ) from error
         if not lines[-1]:
             lines.pop()
@@ -53,16 +56,26 @@ def answer_stdin(
     answer: Callable[[list[str], tqdm, int], list[str]], batch_size: int, unit: str
 ) -> None:
     """Prints the answer to each line of standard input: at once if somebody types them, otherwise
-    in batches, with a progress bar. answer(lines, bar, number of the first line) -> texts."""
+    in batches, with a progress bar. answer(lines, bar, number of the first line) -> texts. Raises
+    ValueError at the first line that is not UTF-8, when those before it are answered."""
     interactive, done = sys.stdin.isatty(), 0
     if isinstance(sys.stdin, io.TextIOWrapper):  # lines end at \n alone, here and in training
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     quiet = True if interactive or sys.stdout.isatty() else None
     if interactive:
         print(f"type a {unit} and Enter; Ctrl-D ends", file=sys.stderr)
     with tqdm(unit=unit, disable=quiet) as bar:
         while lines := list(islice(sys.stdin, 1 if interactive else batch_size)):
-            print("\n".join(answer(lines, bar, done + 1)), flush=True)
+            if not done:
+                lines[0] = lines[0].removeprefix("\ufeff")
+            wrong = next((i for i, line in enumerate(lines) if NO_TEXT.search(line)), None)
+            if wrong != 0:
+                print("\n".join(answer(lines[:wrong], bar, done + 1)), flush=True)
+            if wrong is not None:
+                wide = "\0" in lines[wrong] or lines[wrong].startswith(WIDE)
+                how = "is UTF-16: convert it first (iconv -f utf-16 -t utf-8)"
+                how = how if wide else f"is not UTF-8: {CONVERT}"
+                raise ValueError(f"standard input, line {done + wrong + 1:,}, {how}")
             done += len(lines)
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.dates import COUNTS, dates, dates_hash, prompts
-from data.download import MULTI30K, fetch
+from data.division import copy_told
+from data.download import MULTI30K, fetch, prepare_cache
 from data.hashes import known_hashes
 from data.lines import read_lines
 from data.text import name_of
@@ -109,6 +110,8 @@ def open_pairs(
         divided = "the given files" if valid or split == "test" else ""
         name = name_of(first.paths[0])
         corpus = files_corpus(name, (source, target), files, cache, divided)
+        if valid:
+            corpus.rule += copy_told(data, valid, first.key == files["validation"][0].key)
     if split:
         corpus.pairs(split)  # raises ValueError, which lists the splits, if this one is missing
         corpus.splits = {split: corpus.splits[split]}
@@ -200,6 +203,7 @@ def known_counts(
         return {split: (int(counts[split][0]), int(counts[split][1])) for split in files}
     except (OSError, ValueError, TypeError, LookupError):
         pass
+    prepare_cache(cache)
     counts = {}
     for split, parts in files.items():
         number = full = 0
@@ -209,7 +213,6 @@ def known_counts(
             number += 1
             full += bool(source and target)
         counts[split] = full, number - full
-    cache.mkdir(parents=True, exist_ok=True)
     memo.write_text(json.dumps(counts), encoding="utf-8")
     return counts
 

@@ -32,7 +32,16 @@ from data.download import WIKITEXT2, WIKITEXT103, fetch, replacing
 from data.hashes import known_hashes
 from data.layouts import LAYOUTS, TextFile, all_sentences, layout_of, mark_beginnings
 from data.pydocs import PROMPTS, pydocs
-from data.text import BLOCK, SUFFIXES, check_text, is_jsonl, name_of, sorted_files
+from data.text import (
+    BLOCK,
+    SUFFIXES,
+    check_text,
+    content_hashes,
+    copies_told,
+    is_jsonl,
+    name_of,
+    texts_below,
+)
 
 NAMES = ("pydocs", "wikitext", "wikitext103")
 WIKITEXT = {  # name: (archive, its folder, the most bytes of a member; the largest has 540 MB)
@@ -111,10 +120,14 @@ def open_sentences(
             for split, path in wikitext_files(data, cache).items()
         }
         name, divided, prompts = data, "split as published", list(WIKITEXT_PROMPTS)
+        notes = ""
     else:
-        files = {"train": text_files("--data", data, layout, cache)}
+        parts, left_out = text_files("--data", data, layout, cache)
+        files = {"train": parts}
         if valid:
-            files["validation"] = text_files("--valid", valid, layout, cache)
+            parts, more = text_files("--valid", valid, layout, cache)
+            files["validation"], left_out = parts, left_out or more
+        notes = left_out + equal_files(files, cache)
         if by_sentence and not layout:
             files = {split: with_paragraphs(parts) for split, parts in files.items()}
         path = Path(data)
@@ -132,7 +145,7 @@ def open_sentences(
     if "validation" not in splits:
         splits, divided = held_out(data, splits["train"])
     used = sorted({file.layout for parts in files.values() for file in parts})
-    rule = f"{' or '.join(LAYOUTS[layout] for layout in used)}; {divided}"
+    rule = f"{' or '.join(LAYOUTS[layout] for layout in used)}; {divided}{notes}"
     prompts = prompts or masked_prompts(splits["validation"]())
     return SentenceCorpus(name, digest.hexdigest(), rule, prompts, splits, by_sentence)
 
@@ -212,27 +225,40 @@ def masked_prompts(sentences: Iterable[tuple[str, bool]], number: int = 4) -> li
 # ---- finding files -------------------------------------------------------------------------------
 
 
-def text_files(flag: str, data: str, layout: str, cache: Path) -> list[TextFile]:
-    """The user's own files, in order, each with its layout and hash. Raises ValueError if there is
-    no text."""
+def text_files(flag: str, data: str, layout: str, cache: Path) -> tuple[list[TextFile], str]:
+    """(the user's own files, in order, each with its layout and hash; what is said of those that
+    are left out). Raises ValueError if there is no text."""
     if not data:
         raise ValueError(f"{flag} is empty: name a file, a folder, or one of {', '.join(NAMES)}")
     path = Path(data)
-    paths = [path]
+    paths, hidden = [path], ""
     if path.is_dir():
-        plain = [suffix for suffix in SUFFIXES if suffix != ".py"]
-        endings = (*plain, *(suffix + ".gz" for suffix in plain))
-        found = [p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(endings)]
-        if not found:
-            raise ValueError(f"{data} holds no text: a file must end in {', '.join(endings)}")
-        paths = sorted_files(path, found)
+        paths, hidden = texts_below(path, [suffix for suffix in SUFFIXES if suffix != ".py"])
     elif not path.is_file():
         names = f", nor one of {', '.join(NAMES)}" if flag == "--data" else ""
         raise ValueError(f"{flag} {data} is no file or folder here{names}")
     for path in paths:
         check_text(path)
     hashes = known_hashes(paths, cache)
-    return [TextFile(p, layout or layout_of(p), h) for p, h in zip(paths, hashes, strict=True)]
+    found = zip(paths, hashes, strict=True)
+    return [TextFile(path, layout or layout_of(path), sha256) for path, sha256 in found], hidden
+
+
+def equal_files(files: dict[str, list[TextFile]], cache: Path) -> str:
+    """What is said of copies: files of both splits or, where documents are drawn from all files,
+    any two. Nothing where a text is given for both splits, to be scored whole."""
+    train, valid = files["train"], files.get("validation", [])
+    if train == valid:
+        return ""
+    every = [*train, *valid]
+    contents = content_hashes([f.path for f in every], [f.sha256 for f in every], cache)
+    found = list(zip(every, contents, strict=True))
+    first = {content: file.path for file, content in reversed(found[: len(train)])}
+    if valid:
+        copies = [(file.path, first[x]) for file, x in found[len(train) :] if x in first]
+    else:
+        copies = [(file.path, first[x]) for file, x in found if file.path != first[x]]
+    return copies_told(copies)
 
 
 def with_paragraphs(files: list[TextFile]) -> list[TextFile]:

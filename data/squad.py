@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from data.division import divide
-from data.text import Part, blocks, name_of
+from data.division import copy_told, divide
+from data.text import CONVERT, Part, blocks, check_text, name_of
 
 HELD_OUT = 5  # without a validation file, one paragraph in so many validates
 MOST_MISPLACED = 0.1  # share of the answered questions; above it, the file is refused
@@ -79,7 +79,7 @@ def open_squad(data: str, *, valid: str = "") -> SquadCorpus:
         validation, also = parse(raw, valid)
         may_abstain = {"train": abstains, "validation": also}
         digest.update(b"given" + hashlib.sha256(raw).digest())
-        rule = "the given file validates"
+        rule = f"the given file validates{copy_told(data, valid, train == validation)}"
     else:
         items, held_out, rule = divide(list(train.items()), HELD_OUT, "paragraph", data)
         train, validation = dict(items), dict(held_out)
@@ -93,6 +93,7 @@ def read_bytes(flag: str, name: str) -> bytes:
     path = Path(name)
     if not name or not path.is_file():
         raise ValueError(f"{flag} {name} is no file here: name one in SQuAD's format (.json)")
+    check_text(path)
     return b"".join(blocks(Part(path)))
 
 
@@ -101,6 +102,8 @@ def parse(raw: bytes, name: str) -> tuple[Paragraphs, bool]:
     version 2.0, where questions say if they have an answer). Raises ValueError for other files."""
     try:
         content = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 near byte {error.start:,}: {CONVERT}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is no JSON in UTF-8 ({error}): give SQuAD's format") from None
     paragraphs: Paragraphs = {}

@@ -26,7 +26,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from data.division import divide
+from data.division import copy_told, divide
 from data.lines import read_lines
 from data.text import name_of
 
@@ -78,6 +78,8 @@ def open_tables(
     if valid:
         train, validation = read(data), read(valid)
         rule = f"{len(train):,} rows train, {len(validation):,} validate (the given files)"
+        equal = [row.texts for row in train] == [row.texts for row in validation]
+        rule += copy_told(data, valid, equal)
     else:
         train, validation, rule = divide(read(data), HELD_OUT, "row", data)
     content = json.dumps(["tables 1", *([row.texts for row in x] for x in (train, validation))])
@@ -182,6 +184,7 @@ def csv_cells(path: Path, skip_spaces: bool) -> Iterator[tuple[int, list[str]]]:
     """Yields (number of the row's first line, its cells). skip_spaces: spaces after a comma are
     dropped, so that a quote may follow them."""
     lines, number = (f"{line}\n" for line in read_lines(path)), 1
+    csv.field_size_limit(2**31 - 1)  # which is 131,072 characters, unless set for all readers
     reader = csv.reader(lines, strict=True, skipinitialspace=skip_spaces)
     try:
         for cells in reader:

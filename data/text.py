@@ -5,7 +5,9 @@ The split is by a stated rule, never by chance:
   nanoGPT; the cut is by bytes and moved to the next character;
 - one .jsonl file (or .jsonl.gz; one object a line, its text under "text"): the same cut, moved to
   the next line, so that a document is never divided;
-- a folder: whole files. Sorted by name, every tenth one validates; with fewer than ten, the last;
+- a folder: whole files. Sorted by name, every tenth one validates; with fewer than ten, the last.
+  Hidden files (._a.txt, .ipynb_checkpoints/a.txt) are left out and counted, and files that validate
+  but are copies of some that train are named;
 - stdlib, the default: the source files of Python's own standard library, as a folder.
 
 Left out: HTML, PDF and other formats that need a parser; cleaning and deduplication.
@@ -17,7 +19,7 @@ import hashlib
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -29,6 +31,7 @@ from data.hashes import known_hashes, remembered
 BLOCK = 1 << 20  # bytes read at a time, and about the size of a piece
 TRAIN_SHARE = 0.9
 HEAD = 1 << 16  # bytes that are checked before any work is done
+CONVERT = "convert it first (for example with iconv -f cp1252 -t utf-8)"
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what a folder is searched for, also with .gz
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 NAMES = ("stdlib", "shakespeare")
@@ -77,14 +80,12 @@ def open_corpus(data: str, cache: Path) -> Corpus:
         raise ValueError(f"--data is empty: name a file, a folder, or one of {', '.join(NAMES)}")
     path = Path(data)
     if path.is_dir():
-        endings = (*SUFFIXES, *(s + ".gz" for s in SUFFIXES))
-        found = [p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(endings)]
-        if not found:
-            raise ValueError(f"{data} holds no text: a file must end in {', '.join(endings)}")
-        files = sorted_files(path, found)
+        name, (files, hidden) = path.resolve().name, texts_below(path, SUFFIXES)
         if len(files) == 1:
-            return file_corpus(path.resolve().name, files[0], cache)
-        return folder_corpus(path.resolve().name, path, files, cache)
+            corpus = file_corpus(name, files[0], cache)
+        else:
+            corpus = folder_corpus(name, path, files, cache)
+        return replace(corpus, rule=corpus.rule + hidden)
     if not path.is_file():
         raise ValueError(f"{data} is no file or folder here, nor one of {', '.join(NAMES)}")
     return file_corpus(name_of(path), path, cache)
@@ -113,6 +114,20 @@ def stdlib_files() -> tuple[Path, list[Path]]:
     return folder, sorted_files(folder, files)
 
 
+def texts_below(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], str]:
+    """(the texts of a folder, sorted; what is said of hidden files, which are left out: editors and
+    systems keep copies and notes of their own in them). Raises ValueError if there is no text."""
+    endings = (*suffixes, *(s + ".gz" for s in suffixes))
+    found = [p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(endings)]
+    texts = [p for p in found if not any(s[0] == "." for s in p.relative_to(folder).parts)]
+    hidden, note = len(found) - len(texts), ""
+    if hidden:
+        note = f"; {hidden:,} hidden file{'s' * (hidden > 1)} left out"
+    if not texts:
+        raise ValueError(f"{folder} holds no text: a file must end in {', '.join(endings)}{note}")
+    return sorted_files(folder, texts), note
+
+
 def sorted_files(folder: Path, files: list[Path]) -> list[Path]:
     """The files sorted by relative name, with / on every system, so that every machine splits a
     folder in the same way."""
@@ -127,18 +142,52 @@ def folder_corpus(
     train = [path for path in files if path not in held_out]
     for path in files:
         check_text(path)
-    digest = hashlib.sha256(b"folder 1")
-    for path, sha256 in zip(files, known_hashes(files, cache), strict=True):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256}".encode())
+    digest, hashes = hashlib.sha256(b"folder 1"), known_hashes(files, cache)
+    for path, sha256 in zip(files, hashes, strict=True):
+        mark = "\0mark" * has_mark(path)
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256}{mark}".encode())
+    contents = dict(zip(files, content_hashes(files, hashes, cache), strict=True))
+    trains = {contents[path]: path for path in reversed(train)}
+    copies = [(path, trains[contents[path]]) for path in validation if contents[path] in trains]
     return Corpus(
         name,
         digest.hexdigest(),
         f"{len(train)} files train, {len(validation)} validate "
-        f"({'every tenth' if len(files) >= 10 else 'the last'})",
+        f"({'every tenth' if len(files) >= 10 else 'the last'}){copies_told(copies)}",
         [Part(path) for path in train],
         [Part(path) for path in validation],
         prompts or [""],
     )
+
+
+def content_hashes(files: Sequence[Path], hashes: Sequence[str], cache: Path) -> list[str]:
+    """What is equal for files of equal text, given their SHA-256: a .gz is unpacked if there are
+    others beside it. A file without text has its name, as it is nobody's copy."""
+    packed = [path for path in files if path.name.lower().endswith(".gz")]
+    inside = dict.fromkeys(packed, "")
+    if len(packed) < len(files):
+        found = remembered("sha256 of the text", text_sha256, packed, cache)
+        inside = dict(zip(packed, found, strict=True))
+    contents = [inside.get(path) or sha256 for path, sha256 in zip(files, hashes, strict=True)]
+    nothing = hashlib.sha256().hexdigest()
+    return [str(path) if x == nothing else x for path, x in zip(files, contents, strict=True)]
+
+
+def text_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in blocks(Part(path)):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def copies_told(copies: Sequence[tuple[Path, Path]]) -> str:
+    """What the plan says of validation files, each with the training file that it is a copy of."""
+    if not copies:
+        return ""
+    one, other = copies[0]
+    more = f" ({len(copies) - 1:,} more are copies, too)" * (len(copies) > 1)
+    what = "given twice" if one.resolve() == other.resolve() else f"a copy of {other}"
+    return f"; {one} is {what}{more}: remove one, or what trains also validates"
 
 
 def file_corpus(name: str, path: Path, cache: Path, prompts: list[str] | None = None) -> Corpus:
@@ -147,7 +196,7 @@ def file_corpus(name: str, path: Path, cache: Path, prompts: list[str] | None = 
     cut = int(found.split()[0])
     return Corpus(
         name,
-        hashlib.sha256(f"file 1 {found}".encode()).hexdigest(),
+        hashlib.sha256(f"file 1 {found}{' mark' * has_mark(path)}".encode()).hexdigest(),
         "the first 90% train, the last 10% validate",
         [Part(path, 0, cut)],
         [Part(path, cut)],
@@ -177,9 +226,22 @@ def check_text(path: Path) -> None:
     head = next(blocks(Part(path, 0, HEAD)), b"")
     if not head and path.name != "__init__.py":
         raise ValueError(f"{path} is empty: give a file with text in it")
-    if b"\0" in head:
-        raise ValueError(f"{path} is binary (it has zero bytes): give a text file in UTF-8")
+    refuse_binary(path, head)
     decode(codecs.getincrementaldecoder("utf-8")(), head, False, path, 0)
+
+
+def refuse_binary(path: Path, head: bytes) -> None:
+    if b"\0" in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(
+            f"{path} is binary, or UTF-16: give a text in UTF-8 (iconv -f utf-16 -t utf-8 converts "
+            "UTF-16)"
+        )
+
+
+def has_mark(path: Path) -> bool:
+    """Whether a text begins with a byte-order mark, which editors on Windows write: it is no part
+    of the text. (Where lines are JSON, the parser leaves it out.)"""
+    return not is_jsonl(path) and next(blocks(Part(path, 0, 3)), b"") == codecs.BOM_UTF8
 
 
 def decode(decoder, block: bytes, final: bool, path: Path, offset: int) -> str:
@@ -187,8 +249,7 @@ def decode(decoder, block: bytes, final: bool, path: Path, offset: int) -> str:
         return decoder.decode(block, final)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 near byte {offset + error.start:,}: convert it first "
-            "(for example with iconv -f latin1 -t utf-8)"
+            f"{path} is not UTF-8 near byte {offset + error.start:,}: {CONVERT}"
         ) from error
 
 
@@ -230,9 +291,10 @@ def text_pieces(part: Part) -> Iterator[str]:
     A piece ends after a line break that has no white space on either side. No split pattern joins
     what such a border separates, so the tokens are those of the undivided text. If 4 MB have no
     such place (lines that end in \r\n, for example), they are cut anywhere, which costs a token or
-    two but no text.
+    two but no text. A byte-order mark at the beginning of the file is left out.
     """
-    decoder, offset, rest = codecs.getincrementaldecoder("utf-8")(), part.start, ""
+    encoding = "utf-8" if part.start else "utf-8-sig"
+    decoder, offset, rest = codecs.getincrementaldecoder(encoding)(), part.start, ""
     for block in blocks(part):
         rest += decode(decoder, block, False, part.path, offset)
         offset += len(block)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bpe import END_OF_TEXT, PATTERNS, Tokenizer
 from data.cores import batched, on_all_cores
-from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
+from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch, prepare_cache
 from data.gpt2_files import read_gpt2_files
 from data.shards import Origin, TokenFile, open_shards, write_shards
 from data.text import Corpus
@@ -53,7 +53,7 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
     """The tokenizer in a file that save() of the byte-level one or to_json() of any one wrote.
     Raises ValueError, which names the path, for other files."""
     try:
-        return tokenizer_from_json(path.read_text(encoding="utf-8"))
+        return tokenizer_from_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -70,7 +70,7 @@ def tokenize(
             return open_shards(path, origin)
         except ValueError as error:
             tqdm.write(f"making the tokens again: {error}")
-    cache.mkdir(parents=True, exist_ok=True)
+    prepare_cache(cache)
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
     with closing(encode_pieces(corpus, split, tokenizer, width, border)) as pieces:
         write_shards(path, origin, width, pieces)
@@ -175,6 +175,7 @@ def get_tokenizer(
             return Tokenizer.load(path)
         except ValueError:
             path.unlink()
+    prepare_cache(cache)
     tokenizer = Tokenizer.train(
         first_characters(corpus, TOKENIZER_CHARACTERS),
         vocab_size,
@@ -182,7 +183,6 @@ def get_tokenizer(
         special_tokens,
         progress=True,
     )
-    cache.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
     return tokenizer
 

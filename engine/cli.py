@@ -5,12 +5,14 @@ above, is the help text: nothing is written twice. `--flag=false` and `--no-flag
 bool.
 
 An error that a user can cause ends in one sentence, which `run` prints on one line. A name (of a
-file, of a choice) has no control characters; a text may have them, and every `list[str]` is texts.
+file, of a choice) has no control characters, and ~ at its beginning is the home folder, as in a
+shell (which leaves it in --flag=~/file); a text may have both, and every `list[str]` is texts.
 """
 
 import argparse
 import difflib
 import inspect
+import io
 import os
 import re
 import shlex
@@ -123,7 +125,7 @@ def name(text: str) -> str:
     if len(text) > LONGEST_NAME:
         few = f"choose a name of {LONGEST_NAME:,} at most"
         raise argparse.ArgumentTypeError(f"{short(text)} has {len(text):,} characters: {few}")
-    return text
+    return os.path.expanduser(text)  # noqa: PTH111 (Path raises an error where there is no home)
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -206,9 +208,12 @@ def run(main: Callable[[list[str] | None], None]) -> None:
 
     `python -X dev script.py …` shows the traceback nevertheless.
     """
-    if sys.platform == "win32":  # consoles there are not UTF-8 by default
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-        sys.stderr.reconfigure(encoding="utf-8", errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if sys.platform == "win32":  # consoles there are not UTF-8 by default
+                stream.reconfigure(encoding="utf-8")
+            # A locale that is not UTF-8, or a lone surrogate in a text, must not end a run.
+            stream.reconfigure(errors="replace")
     # Unfinished files are removed on the way out, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     try:

@@ -309,6 +309,7 @@ def draw_confusion(confusion: np.ndarray, labels: Sequence[str], path: Path) -> 
 
 
 def shorten(label: str, most: int) -> str:
+    label = label.encode("utf-8", "replace").decode("utf-8")  # fonts have no lone surrogates
     return label if len(label) <= most else f"{label[: most - 1]}…"
 
 

@@ -44,7 +44,13 @@ from tasks.flags import FinetuneConfig
 from tasks.whole import whole_file
 from wordpiece import UNK
 
-Flags = FinetuneConfig
+
+@dataclass
+class Flags(FinetuneConfig):
+    # of the word and of its tag, from 1, as in 2,5; empty: what the file shows
+    columns: str = ""
+
+
 GOAL, LOWER_IS_BETTER = "f1", False
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -183,6 +189,7 @@ class Data(InBuckets):
         """buckets: see InBuckets.make_buckets."""
         self.tokenizer, self.split, self.labels = tokenizer, split, tuple(labels)
         self.fingerprint, self.rule, self.prompts = text.hash, text.rule, text.prompts
+        self.columns = text.columns[split]
         self.scheme, self.sentences = text.schemes[split], text.splits[split]
         index = {label: i for i, label in enumerate(self.labels)}
         self.answers = [np.array([index[tag] for tag in s.tags]) for s in self.sentences]
@@ -201,7 +208,7 @@ class Data(InBuckets):
     def splits(cls, flags: Flags, sizes: dict, tokenizer: AnyTokenizer | None = None):
         """(train, validation). sizes["labels"] are those of a checkpoint; where empty, labels are
         made of the types in the training file. Raises ValueError for a tag that is none of them."""
-        text = open_tagged(flags.data, flags.valid)
+        text = open_tagged(flags.data, flags.valid, flags.columns)
         tokenizer = tokenizer or get_tokenizer(flags, sizes, text, cls.special_tokens)
         labels = tuple(sizes.get("labels") or text.labels)
         text.check(labels)
@@ -249,8 +256,8 @@ class Data(InBuckets):
             f"in {self.scheme}" if self.scheme else "in no single scheme, read as conlleval does"
         )
         text += f", {sum(len(s.words) for s in sentences):,} words, {len(found):,} entities of "
-        text += f"{len(set(found))} types ({scheme}), {len(self.rows):,} rows"
-        text += self.buckets.describe()
+        text += f"{len(set(found))} types ({scheme}, {self.columns}), "
+        text += f"{len(self.rows):,} rows{self.buckets.describe()}"
         return text
 
 

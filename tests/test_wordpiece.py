@@ -399,6 +399,13 @@ def test_save_and_load(tmp_path, lowercase):
     assert theirs == tok.ids
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_token(tmp_path):
+    tok = TOKENIZERS[True]
+    marked = "\ufeff" + "".join(f"{token}\r\n" for token in tok.tokens)
+    (tmp_path / "vocab.txt").write_bytes(marked.encode())
+    assert WordPiece.from_vocab(tmp_path / "vocab.txt", lowercase=True).hash == tok.hash
+
+
 def test_lines_may_end_as_on_windows_and_the_last_not_at_all(tmp_path):
     unix, windows = b"[UNK]\na\n\xc3\xa9", b"[UNK]\r\na\r\n\xc3\xa9\r\n"
     for content in (unix, windows, b"\xef\xbb\xbf" + windows):

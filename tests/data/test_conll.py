@@ -45,7 +45,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def read(path: Path, text: str) -> list[tuple[list[str], list[str]]]:
-    return [(words, tags) for words, tags, _ in read_conll(write(path, text))]
+    return [(words, tags) for words, tags, _ in read_conll(write(path, text))[0]]
 
 
 # ---- the forms of a file -------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_a_hash_is_a_word_where_it_has_a_tag(tmp_path):
 
 def test_lines_are_those_of_the_file(tmp_path):
     text = "\n# one\n-DOCSTART- O\n\na O\nb O\n\n\n# two\nc O\n-DOCSTART- O\nd O"
-    assert [s.line for s in read_conll(write(tmp_path / "a", text))] == [5, 10, 12]
+    assert [s.line for s in read_conll(write(tmp_path / "a", text))[0]] == [5, 10, 12]
 
 
 def test_odd_white_space_is_part_of_a_word(tmp_path):
@@ -130,6 +130,84 @@ def test_what_is_written_is_read(tmp_path, sentences, tabs):
         rows = [[(w, tag.split()[0]) for w, tag in row] for row in rows]
     want = [tuple(map(list, zip(*row, strict=True))) for row in rows]
     assert read(tmp_path / "a", text_of(want, "\t" if tabs else " ")) == want
+
+
+# ---- which columns ------------------------------------------------------------------------------
+
+
+def numbered_rows(sentences, count, behind=()) -> str:
+    """A file with what count(sentence, word) says in front, and more columns behind the word."""
+    blocks = []
+    for i, (words, tags) in enumerate(sentences):
+        rows = zip(words, tags, strict=True)
+        blocks.append([[count(i, k), w, *behind, t] for k, (w, t) in enumerate(rows, 1)])
+    return "\n\n".join("\n".join("\t".join(row) for row in rows) for rows in blocks) + "\n"
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda i, k: str(k),
+        lambda i, k: str(k - 1),
+        lambda i, k: str(10 * i + k),
+        lambda i, k: str(i),
+        lambda i, k: f"t{k}",
+        lambda i, k: f"{i}-{k}",
+        lambda i, k: f"Sentence: {i}",
+        lambda i, k: f"train.conll_{i}",
+        lambda i, k: f"{i}\t{k}",
+    ],
+)
+def test_a_column_that_only_counts_is_left_out(tmp_path, count):
+    """The numbers were learnt as words, and entities such as [1]PER came out."""
+    path = write(tmp_path / "a", numbered_rows(SENTENCES, count, ("NNP", "I-NP")))
+    sentences, where = read_conll(path)
+    assert [(words, tags) for words, tags, _ in sentences] == SENTENCES
+    width = 5 + count(0, 1).count("\t")
+    assert where == f"word in column {width - 3}, tag in column {width} of {width}"
+
+
+def test_germeval_has_outer_entities_in_its_third_column(tmp_path):
+    rows = ["1\tder\tO\tO", "2\tBerliner\tB-ORG\tB-LOC", "3\tBär\tI-ORG\tO", "4\t.\tO\tO"]
+    path = write(tmp_path / "a", "\n".join(["#\thttp://de.wikipedia.org/x [2009-10-17]", *rows]))
+    [(words, tags, line)], where = read_conll(path)
+    assert (words, tags) == (["der", "Berliner", "Bär", "."], ["O", "B-ORG", "I-ORG", "O"])
+    assert line == 2 and where == "word in column 2, tag in column 3 of 4"
+    assert read_conll(path, (1, 3))[0][0].tags == ["O", "B-LOC", "O", "O"]
+    path = write(tmp_path / "chunks", "1 Anna B-NP B-PER\n2 sleeps B-VP O\n")
+    assert read_conll(path)[0][0].tags == ["B-PER", "O"]
+
+
+def test_columns_are_those_that_are_asked_for(tmp_path):
+    path = str(write(tmp_path / "a", "NNP Rome B-x 7\nNNP Oslo O 8\n\nV is O 9\n"))
+    text = open_tagged(path, path, "2,3")
+    assert text.splits["train"][0][:2] == (["Rome", "Oslo"], ["B-x", "O"])
+    assert text.columns == dict.fromkeys(text.splits, "word in column 2, tag in column 3 of 4")
+    with pytest.raises(ValueError, match=r"'7' is no tag.*column 3 has tags: --columns 1,3"):
+        open_tagged(path)
+    with pytest.raises(ValueError, match="has 4 columns, not the 5 of --columns"):
+        open_tagged(path, "", "1,5")
+    for columns in ("2", "2,2", "0,1", "a,b", "1,2,3", "-1,2"):
+        with pytest.raises(ValueError, match=f"--columns {columns} are not two columns"):
+            open_tagged(path, "", columns)
+
+
+def test_numbers_alone_are_words_only_if_that_is_said(tmp_path):
+    path = write(tmp_path / "a", "1 B-x\n2 O\n")
+    with pytest.raises(ValueError, match="none of words: give one, or say with --columns 1,2"):
+        read_conll(path)
+    assert read_conll(path, (0, 1))[0][0].words == ["1", "2"]
+    assert read(tmp_path / "b", "w1 B-x\nw2 O\n") == [(["w1", "w2"], ["B-x", "O"])]
+
+
+def test_ontonotes_and_conllu_are_named(tmp_path):
+    begin = "#begin document (bc/cctv/00/cctv_0000); part 000\n"
+    row = "bc/cctv/00/cctv_0000   0   0   In   IN  (TOP(S(PP*   -   -   -   Speaker#1   *   -\n"
+    with pytest.raises(ValueError, match=r"OntoNotes.*_gold_conll.*brackets"):
+        read_conll(write(tmp_path / "a.v4_gold_conll", begin + row))
+    row = "1\tThey\tthey\tPRON\tPRP\tCase=Nom\t2\tnsubj\t2:nsubj\t_\n"
+    with pytest.raises(ValueError, match="is CoNLL-U, whose ten columns have no entities"):
+        read_conll(write(tmp_path / "b", f"# sent_id = 1\n# text = They\n{row}"))
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -99,6 +99,38 @@ def test_a_folder_is_split_by_whole_files_in_order_of_name(toy):
     assert [begins for _, begins in corpus.pieces("validation")] == [True, True]
 
 
+def test_hidden_files_are_left_out_and_counted(toy):
+    """A folder from a Mac was refused for ._a.txt, and a notebook's copies trained as well."""
+    for name in ("a.txt", "b.txt", "c.txt", "._a.txt", ".ipynb_checkpoints/c.txt", ".git/x/y.txt"):
+        path = toy / ".books" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0\5\x16\7" if name.startswith(".") else name.encode() * 9)
+    corpus = open_corpus(".books", toy)
+    assert corpus.rule == "2 files train, 1 validate (the last); 3 hidden files left out"
+    for name in ("b.txt", "c.txt", "._a.txt"):
+        (toy / ".books" / name).unlink()
+    assert open_corpus(".books", toy).rule.endswith("; 2 hidden files left out")
+    (toy / ".books" / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"holds no text: .*; 2 hidden files left out"):
+        open_corpus(".books", toy)
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.txt.gz"])
+def test_a_copy_of_a_validation_text_among_those_that_train_is_told(toy, name):
+    (toy / "books").mkdir()
+    for file in ("a.txt", "b.txt", "c.txt"):
+        (toy / "books" / file).write_text(f"the text of {file}", encoding="utf-8")
+    text = (toy / "books" / "b.txt").read_bytes()
+    (toy / "books" / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    rule = open_corpus("books", toy).rule
+    one, other = Path("books", name), Path("books", "b.txt")
+    told = f"; {one} is a copy of {other}: remove one, or what trains also validates"
+    assert rule == f"3 files train, 1 validate (the last){told}"
+    (toy / "books" / "z.txt").write_text("", encoding="utf-8")  # empty files are no copies
+    with pytest.raises(ValueError, match=r"z\.txt is empty"):
+        open_corpus("books", toy)
+
+
 def test_the_default_is_the_standard_library_without_its_tests(toy):
     corpus = open_corpus("stdlib", toy)
     folder = Path(sysconfig.get_paths()["stdlib"])
@@ -124,6 +156,8 @@ def test_hash_follows_content_and_not_place(toy):
         ("missing.txt", None, "is no file or folder here, nor one of stdlib, shakespeare"),
         ("empty.txt", b"", "is empty"),
         ("binary.txt", b"abc\0def", "is binary"),
+        ("wide.txt", "日本".encode("utf-16"), "or UTF-16: give a text .*iconv -f utf-16 -t utf-8"),
+        ("1252.txt", "a – b".encode("cp1252"), "near byte 2: .*iconv -f cp1252 -t utf-8"),
         ("latin.txt", "Gr\xfc\xdfe".encode("latin-1"), "is not UTF-8 near byte 2"),
         ("a.txt.gz", b"no gzip", "no intact gzip file"),
         ("cut.txt.gz", gzip.compress(POEM.encode())[:40], "no intact gzip file"),
@@ -143,11 +177,37 @@ def test_bad_text_is_refused_in_one_sentence(toy, name, content, message):
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "folder"])
+def test_a_byte_order_mark_is_no_text(toy, name):
+    """It was a token of its own. What is known of texts without one stays known: the same hash."""
+    (toy / "folder").mkdir()
+    texts = {}
+    for mark in (b"", b"\xef\xbb\xbf"):
+        raw = mark + POEM.encode()
+        for path in (toy / "a.txt", toy / "folder" / "a.txt", toy / "folder" / "b.txt"):
+            path.write_bytes(raw)
+        (toy / "a.txt.gz").write_bytes(gzip.compress(raw))
+        corpus = open_corpus(name, toy)
+        texts[mark] = joined(corpus, "train") + joined(corpus, "validation"), corpus.hash
+    (plain, one), (marked, other) = texts.values()
+    assert plain == marked and one != other
+
+
 def test_bad_bytes_far_inside_a_file_are_named(toy, monkeypatch):
     monkeypatch.setattr(data.text, "BLOCK", 1000)
     (toy / "a.txt").write_bytes(b"x" * 100_000 + b"\xff" + b"y" * 100_000)
     with pytest.raises(ValueError, match="not UTF-8 near byte 100,000"):
         joined(open_corpus("a.txt", toy), "train")
+
+
+def test_a_cache_that_cannot_be_written_names_its_flag(toy):
+    """A current folder that is read-only, for one; here a file stands in the way."""
+    with pytest.raises(ValueError, match=r"^cannot write to toy\.txt.*with --cache_dir"):
+        fetch(SHAKESPEARE, Path("toy.txt/cache"))
+    corpus = open_corpus("toy.txt", toy)
+    with pytest.raises(ValueError, match="--cache_dir"):
+        tokenize(corpus, "train", Tokenizer.train(["a text"], 300), Path("toy.txt/cache"))
+    assert [path.name for path in toy.iterdir() if ".part" in path.name] == []
 
 
 def test_empty_folder_is_refused(toy):

@@ -138,6 +138,25 @@ def test_one_in_ten_of_each_label_is_held_out(counts):
     assert corpus.rule.endswith(", drawn with a fixed seed)")
 
 
+def test_one_number_is_one_label(tmp_path, monkeypatch):
+    """1, 1.0 and "1" were two classes: pandas writes whole numbers as 1.0 beside an empty cell."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"t{i}", "label": x} for i, x in enumerate((1, "1", 1.0, 0, "0.0", "0") * 2)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    Path("a.jsonl").write_text(lines, encoding="utf-8")
+    Path("floats.csv").write_text("text,label\na,1.0\nb,0.0\n", encoding="utf-8")
+    corpus = open_labelled("a.jsonl", valid="floats.csv")
+    assert corpus.labels == ("0", "1")
+    assert [x.label for x in corpus.splits["train"]] == ["1", "1", "1", "0", "0", "0"] * 2
+    assert [x.label for x in corpus.splits["validation"]] == ["1", "0"]
+    corpus = open_labelled("a.jsonl", valid="a.jsonl", labels=("1.0", "0.0"))  # a checkpoint's
+    assert {x.label for x in corpus.splits["train"]} == {"1.0", "0.0"}
+    assert open_labelled("floats.csv", valid="floats.csv").labels == ("0.0", "1.0")
+    Path("b.csv").write_text("text,label\na,1.5\nb,1.50\nc,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the labels '1\.5' and '1\.50', which are one number"):
+        open_labelled("b.csv", valid="floats.csv")
+
+
 @pytest.mark.parametrize(
     ("spellings", "want"),
     [

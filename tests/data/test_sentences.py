@@ -409,3 +409,18 @@ def test_a_broken_zip_leaves_no_half_file(tmp_path, damage, message):
     with pytest.raises(ValueError, match=message) as error:
         data.sentences.unzip(path, wanted, most)
     assert "\n" not in str(error.value) and [p.name for p in tmp_path.iterdir()] == ["w.zip"]
+
+
+def test_hidden_files_and_copies_are_told(tmp_path):
+    text = "One sentence. Another one.\n\n\nA third. A fourth."
+    for name in ("a.txt", "b.txt", ".hidden.txt"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / name).write_text(text, encoding="utf-8")
+    (tmp_path / "v.txt").write_text(text, encoding="utf-8")
+    a, b, v, x = (str(tmp_path / name) for name in ("x/a.txt", "x/b.txt", "v.txt", "x"))
+    hidden, remove = "; 1 hidden file left out", ": remove one, or what trains also validates"
+    assert open_sentences(x, tmp_path).rule.endswith(f"{hidden}; {b} is a copy of {a}{remove}")
+    told = open_sentences(x, tmp_path, valid=v).rule
+    assert told.endswith(f"; the given files validate{hidden}; {v} is a copy of {a}{remove}")
+    assert open_sentences(x, tmp_path, valid=a).rule.endswith(f"; {a} is given twice{remove}")
+    assert open_sentences(x, tmp_path, valid=x).rule.endswith(f"validate{hidden}")  # scored whole

@@ -15,7 +15,7 @@ from conftest import peer
 from bpe import END_OF_TEXT, Tokenizer, learn_merges
 from data import cores
 from data.text import open_corpus
-from data.tokens import number_documents, tokenize
+from data.tokens import load_tokenizer, number_documents, tokenize
 from lab import tokenizing
 from lab.tokenizing import plenty, run_measured, source_files, written_corpus
 from wordpiece import WordPiece
@@ -46,6 +46,13 @@ TOKENIZERS = {
     "wordpiece": WordPiece.train(short_texts(300), 200),
 }
 BORDERS = {"bpe": END_OF_TEXT, "wordpiece": "[SEP]"}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_byte_order_mark_is_no_part_of_a_tokenizers_file(tmp_path, kind):
+    text = "\ufeff" + TOKENIZERS[kind].to_json()
+    (tmp_path / "t.json").write_text(text, encoding="utf-8")
+    assert load_tokenizer(tmp_path / "t.json").hash == TOKENIZERS[kind].hash
 
 
 @pytest.mark.parametrize("in_lines", [True, False])

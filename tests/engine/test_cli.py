@@ -1,5 +1,7 @@
 """cli.py: flags made from dataclasses."""
 
+import io
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -65,6 +67,32 @@ def test_wrong_flags_are_one_sentence(argv, message):
     with pytest.raises(ValueError) as error:
         parse(*argv)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tilde_is_the_home_folder_in_names_and_stays_in_texts(monkeypatch):
+    """--out=~/run made a folder named "~", as a shell leaves the ~ behind an = alone."""
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("USERPROFILE", "/h")  # of Windows
+    assert parse("--name=~/a", "--prompt=~/a") == {"name": "/h/a", "prompt": ["~/a"]}
+    assert parse("--name=a~/b") == {"name": "a~/b"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_what_an_output_cannot_show_is_replaced(monkeypatch, encoding):
+    """All steps of a run were done, then a dash in its text ended it with an error."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for _ in "ab"]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+
+    text = "a – 日本 \ud83d b"
+
+    def main(argv):
+        for stream in streams:
+            print(text, file=stream, end="", flush=True)
+
+    cli.run(main)
+    for stream in streams:
+        assert stream.buffer.getvalue() == text.encode(encoding, "replace")
 
 
 def test_help_is_the_comment_behind_the_field():

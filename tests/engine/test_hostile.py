@@ -400,7 +400,8 @@ def attempt(work: Path, command: Command, argv: list[str]) -> str:
     own = {name for name in before if resumes and re.fullmatch(RUN, name)}
     changed = [n for n in before.keys() - own if after.get(n) != before[n]]
     assert not changed, f"changed: {', '.join(changed)}"
-    outside = [n for n in new if not n.startswith("work/")]
+    places = ("work/", "home/") if any("~" in word for word in argv) else ("work/",)
+    outside = [n for n in new if not n.startswith(places)]
     assert not outside, f"outside of the working folder: {', '.join(outside)}"
     return sentence
 

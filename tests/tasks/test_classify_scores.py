@@ -158,3 +158,10 @@ def test_without_matplotlib_there_is_a_sentence_and_no_picture(tmp_path, monkeyp
     assert draw_confusion(np.eye(2, dtype=np.int64), ["a", "b"], tmp_path / "c.png") is None
     assert capsys.readouterr().out == "c.png is not drawn: pip install matplotlib\n"
     assert not (tmp_path / "c.png").exists()
+
+
+def test_a_lone_surrogate_in_a_label_is_drawn_as_a_question_mark(tmp_path):
+    pytest.importorskip("matplotlib")
+    labels = ["good", "bad\ud83d"]
+    assert "bad?" in confusion_table(np.eye(2, dtype=np.int64), labels)
+    assert draw_confusion(np.eye(2, dtype=np.int64), labels, tmp_path / "c.png").is_file()

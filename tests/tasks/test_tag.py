@@ -62,7 +62,8 @@ def splits(data="train", valid="valid", tokenizer=DIGITS, *, block_size=T, label
     settings = {"batch_size": 4, "eval_tokens": 0, "row_length": 0, "seed": 5, **settings}
     settings.setdefault("tokens_per_step", settings["batch_size"] * block_size)
     paths = {"data": f"{data}.conll", "valid": valid and f"{valid}.conll", "cache_dir": "cache"}
-    config = SimpleNamespace(**paths, tokenizer="", pattern="gpt2", **settings)
+    settings = {"tokenizer": "", "pattern": "gpt2", "columns": "", **settings}
+    config = SimpleNamespace(**paths, **settings)
     sizes = {"vocab_size": 300, "block_size": block_size, "labels": labels}
     return Data.splits(config, sizes, tokenizer)
 
@@ -345,7 +346,8 @@ def test_what_the_plan_tells(folder):
     words, tags = (sum(len(row[k]) for row in TRAIN) for k in (0, 1))
     begun = sum(tag.startswith("B-") for _, row in TRAIN for tag in row)
     text = train.describe()
-    want = f"150 sentences, {words:,} words, {begun:,} entities of 3 types (in IOB2), "
+    want = f"150 sentences, {words:,} words, {begun:,} entities of 3 types (in IOB2, "
+    want += "word in column 1, tag in column 2), "
     assert words == tags and text.startswith(f"{want}{len(train.rows):,} rows, ")
     assert f", {train.n_batches:,} steps with " in text and "steps" not in validation.describe()
     cells = sum(train.batch(i)["tokens"].numel() for i in range(train.n_batches))
