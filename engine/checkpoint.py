@@ -54,7 +54,8 @@ def pack(
     merged: bool = False,
     **state,
 ) -> dict:
-    """The dict that `save` writes. `state` is optimizer, step, best and skipped, perhaps parts.
+    """The dict that `save` writes. `state` is optimizer, step, best and skipped, perhaps parts and
+    micro_batch, the sequences in a micro-batch.
     weights is the state of the model; if None, it is taken from the model. merged: adapters become
     part of the weights that they change."""
     weights = model.state_dict() if weights is None else weights

@@ -223,8 +223,8 @@ def divide_step(config: TrainConfig, block_size: int, world: int) -> tuple[int, 
     """(sequences in a micro-batch, micro-batches of each process in a step).
 
     A micro-batch has the largest number of sequences, up to --batch_size, that divides the step
-    evenly: so one command means the same training on any number of processes. Raises ValueError if
-    the processes cannot divide the step evenly.
+    evenly: so one command means the same training on any number of processes, as long as each can
+    have that many. Raises ValueError if the processes cannot divide the step evenly.
     """
     sequences, rest = divmod(config.tokens_per_step, block_size * world)
     if rest or not sequences:

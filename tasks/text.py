@@ -185,7 +185,7 @@ class SampleFlags:
     batch_size: int = ranged(8, 1, 2**20)  # windows of that text at a time
     seed: int = 1337  # equal seeds give equal samples
     device: str = choice("auto", *DEVICES)  # auto, cpu, cuda or mps
-    # of the weights: bf16, fp32, or auto, which is bf16 on GPUs that have it
+    # bf16, fp32, or auto: bf16 on GPUs that have it, but fp32 for --eval, a figure to compare
     dtype: str = choice("auto", *DTYPES)
 
     def __post_init__(self):

@@ -187,7 +187,7 @@ class SampleFlags:
     seed: int = 1337  # of the draws
     cache_dir: str = "data/cache"  # where --eval keeps downloads
     device: str = choice("auto", *DEVICES)  # auto, cpu, cuda or mps
-    # of the weights: bf16, fp32, or auto, which is bf16 on GPUs that have it
+    # bf16, fp32, or auto: bf16 on GPUs that have it, but fp32 for --eval, a figure to compare
     dtype: str = choice("auto", *DTYPES)
 
     def __post_init__(self):
