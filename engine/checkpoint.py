@@ -222,7 +222,7 @@ def load(path: Path, whole: bool = True) -> dict:
     if checkpoint["task"] not in tasks.TABLE:
         known = ", ".join(tasks.TABLE)
         raise ValueError(f"{path} holds the task {checkpoint['task']!r}, known are {known}")
-    if isinstance(checkpoint.get("parts"), dict):
+    if "parts" in checkpoint:
         from engine import parts  # which takes a second
 
         parts.attach_tensors(path, checkpoint, whole)

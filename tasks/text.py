@@ -31,7 +31,7 @@ from bpe import END_OF_TEXT, Tokenizer
 from data.shuffle import Feistel, shuffled
 from data.text import NAMES, Corpus, open_corpus, whole
 from data.tokens import TokenFile, both_splits, tokenize
-from decoding import choose, distribution, generate
+from decoding import choose, distribution, generate, likeliest
 from model import GPT
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
@@ -246,7 +246,7 @@ class Pick:
         """logits (B, V), u (B,), uniform numbers -> tokens (B,), on the device of the logits."""
         f, logits = self.flags, logits[:, : self.tokenizer.vocab_size]
         if f.temperature == 0:
-            return logits.argmax(-1)
+            return likeliest(logits)
         return choose(distribution(logits.float(), f.temperature, f.top_k, f.top_p, f.min_p), u)
 
     def draw(self, row: int, count: int = 1) -> Tensor:
