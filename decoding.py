@@ -19,7 +19,7 @@ section 7: a hypothesis of L tokens scores log-probability / ((5 + L) / 6)^Î±, Î
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn as nn
@@ -27,6 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Advance = Callable[[Tensor, Tensor, list[int]], Tensor]
+NAN_LOGITS = (
+    "the model's logits are not numbers (NaN): use a checkpoint from before its loss became NaN, "
+    "or fp32 if this is bf16"
+)
 RANKED = 1024  # for top_p, so many of the likeliest tokens are ranked before all are
 
 # Two names to which `engine/kernels.py` assigns faster steps (engine/graphs.py) once, at the start,
@@ -75,11 +79,25 @@ def choose(probabilities: Tensor, u: Tensor) -> Tensor:
     """probabilities (B, V), a uniform number in [0, 1) for each row, u (B,) -> tokens (B,).
 
     Each is the token in whose stretch of the cumulated distribution u falls. As each row has its
-    own number, its sample does not depend on its neighbours in the batch.
+    own number, its sample does not depend on its neighbours in the batch. A row of NaN gets -1.
     """
     cumulated = probabilities.double().cumsum(-1)
     target = u[:, None].to(cumulated) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+    found = torch.searchsorted(cumulated, target, right=True)[:, 0]
+    return torch.where(found < probabilities.size(-1), found, -1)  # beyond all: no sum is above NaN
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """logits (B, V) -> tokens (B,). A row with NaN gets -1."""
+    values, tokens = logits.max(-1)
+    return torch.where(values.isnan(), -1, tokens)
+
+
+def check_chosen(tokens: Iterable[int | None]) -> None:
+    """Raises ValueError for the -1 of `choose` and `likeliest`: on the host, for which a step on a
+    GPU does not wait."""
+    if any(token == -1 for token in tokens):
+        raise ValueError(NAN_LOGITS)
 
 
 # ---- continuing a text ---------------------------------------------------------------------------
@@ -117,7 +135,8 @@ def generate(
     `pick` with the methods that it needs.
 
     The model has features(tokens, caches=None) -> (B, T, C), head(features) -> logits,
-    make_caches(), and config.block_size. Raises ValueError for a prompt without tokens.
+    make_caches(), and config.block_size. Raises ValueError for a prompt without tokens, and for
+    logits that are NaN.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
@@ -145,10 +164,11 @@ def generate(
         writing = [r for r, k in enumerate(lengths) if k <= n < k + max_new_tokens]
         if writing:
             picked = pick(model.head(x[:, -1]).float(), writing)
-            tokens[writing, n] = picked[writing].to(device)
             step: list[int | None] = [None] * len(prompts)
             for r in writing:
                 step[r] = int(picked[r])
+            check_chosen(step)
+            tokens[writing, n] = picked[writing].to(device)
             yield step
 
 
@@ -175,8 +195,9 @@ def generate_targets(
         if start != end:
             logits[:, start] = -math.inf
         tokens = pick(logits, alive).to(device)
-        keep = []
-        for row, (sentence, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
+        keep, chosen = [], tokens.tolist()
+        check_chosen(chosen)
+        for row, (sentence, token) in enumerate(zip(alive, chosen, strict=True)):
             if token != end:
                 written[sentence].append(token)
                 if len(written[sentence]) < limits[sentence]:
@@ -240,6 +261,8 @@ def beam_search(
         candidates = torch.stack([top, parent.float(), token.float()], dim=1).tolist()
         for i, (sentence, ranked) in enumerate(zip(alive, candidates, strict=True)):
             living = []
+            if math.isnan(ranked[0][0]):  # NaN ranks above all numbers
+                raise ValueError(NAN_LOGITS)
             for rank, (score, p, t) in enumerate(zip(*ranked, strict=True)):
                 if score == -math.inf:
                     continue

@@ -24,6 +24,31 @@ from torch import Tensor
 # ---- optimisers ----------------------------------------------------------------------------------
 
 
+def check_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for a setting that would spoil the weights without a word, as torch does;
+    those of single groups are looked at too."""
+    for group in optimizer.param_groups:
+        betas = group.get("betas", (0.0, 0.0))
+        if len(betas) != 2:
+            raise ValueError(f"betas={betas!r} are not two numbers: give (beta1, beta2)")
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= group.get(name, 0.0) < math.inf:
+                raise ValueError(f"{name}={group[name]} is out of range: choose 0 or more")
+        means = {"beta1": betas[0], "beta2": betas[1], "momentum": group.get("momentum", 0.0)}
+        for name, value in means.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value} is out of range: choose 0 or more, below 1")
+
+
+def loss_of(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    """closure(), with gradients, None without one: torch's optimizers call it before the step, and
+    what it returns is what the step returns."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class AdamW(torch.optim.Optimizer):
     """m and v are running means of the gradient g and of g². With t counted from 1:
 
@@ -44,9 +69,11 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
+        check_settings(self)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> Tensor | None:
+        loss = loss_of(closure)
         for group in self.param_groups:
             lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
             for p in group["params"]:
@@ -67,6 +94,7 @@ class AdamW(torch.optim.Optimizer):
                 v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 rms = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
                 p.addcdiv_(m, rms, value=-lr / (1 - beta1**t))
+        return loss
 
 
 class Adam(AdamW):
@@ -123,12 +151,14 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
+        check_settings(self)
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.dim() != 2:
                 raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> Tensor | None:
+        loss = loss_of(closure)
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -144,6 +174,7 @@ class Muon(torch.optim.Optimizer):
                 scale = 0.2 * max(shape) ** 0.5
                 for p, u in zip(params, self.orthogonalized(updates), strict=True):
                     p.mul_(1 - lr * group["weight_decay"]).add_(u, alpha=-lr * scale)
+        return loss
 
     def orthogonalized(self, updates: list[Tensor]) -> Iterable[Tensor]:
         """The updates, matrices of one shape, orthogonalized; a subclass may divide the work."""
@@ -160,9 +191,11 @@ class ChainedOptimizer:
     def param_groups(self) -> list[dict]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def step(self) -> None:
+    def step(self, closure=None) -> Tensor | None:
+        loss = loss_of(closure)
         for optimizer in self.optimizers:
             optimizer.step()
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self.optimizers:

@@ -16,6 +16,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import torch
+
+import decoding
 import tasks
 from engine import checkpoint as checkpoints
 from engine import cli
@@ -56,11 +59,17 @@ def main(argv: list[str] | None = None) -> None:
     if not path:
         checkpoints.newest()  # which says that there is none
     device = pick_device(flags.device)
-    dtype = precision(getattr(flags, "dtype", "fp32"), device)  # only those that write have it
+    asked, scored = getattr(flags, "dtype", "fp32"), getattr(flags, "eval", "")
+    # A figure is to be the same on every device: its weights stay in fp32, and its products too,
+    # unless bf16 is asked for.
+    mixed = bool(scored) and asked == "bf16"
+    dtype = torch.float32 if scored else precision(asked, device)
+    if mixed:
+        decoding.pair_steps = None  # their caches have the dtype of the weights
     model, tokenizer, checkpoint = checkpoints.load_model(path, device, checkpoint, dtype)
     print(f"{path}: {checkpoint['task']}, step {checkpoint['step']:,}", file=sys.stderr)
-    score = partial(print_scores, model, name=getattr(flags, "eval", ""))
-    task.sample(model, tokenizer, flags, checkpoint, score)
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        task.sample(model, tokenizer, flags, checkpoint, partial(print_scores, model, name=scored))
 
 
 if __name__ == "__main__":

@@ -108,12 +108,13 @@ class Run:
         self.dtype = precision(config.dtype, group.device)
         setup.check_sizes(config, sizes)
         # The batch is given in tokens per optimizer step. How many micro-batches that makes, and in
-        # which process, follows: so one command is the same training on any number of processes.
-        config.batch_size, self.accumulate = divide_step(config, sizes["block_size"], group.world)
+        # which process, follows: so one command is the same training on any number of processes,
+        # as long as they can have micro-batches of one size. The flag keeps its value.
+        self.micro_batch, self.accumulate = divide_step(config, sizes["block_size"], group.world)
         # One process of each machine tokenizes while the others wait: hours, for a large text.
         with group.busy("preparing data", hours=12):
             self.data, self.validation = setup.open_data(
-                config, sizes, checkpoint, group, self.dtype, self.say
+                config, sizes, self.micro_batch, checkpoint, group, self.dtype, self.say
             )
         with group.busy("making the network"):
             self.model = setup.make_network(
@@ -133,6 +134,7 @@ class Run:
                     config, checkpoint, self.model, self.optimizer, group, say=self.say
                 )
             self.step, self.best = checkpoint["step"], checkpoint["best"]
+            setup.compare_micro_batches(checkpoint, self.micro_batch, self.say)
         self.steps = StepQueue(config, group, checkpoint["skipped"] if config.resume else 0)
         self.prepare_forward()
 

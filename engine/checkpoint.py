@@ -54,7 +54,8 @@ def pack(
     merged: bool = False,
     **state,
 ) -> dict:
-    """The dict that `save` writes. `state` is optimizer, step, best and skipped, perhaps parts.
+    """The dict that `save` writes. `state` is optimizer, step, best and skipped, perhaps parts and
+    micro_batch, the sequences in a micro-batch.
     weights is the state of the model; if None, it is taken from the model. merged: adapters become
     part of the weights that they change."""
     weights = model.state_dict() if weights is None else weights
@@ -221,7 +222,7 @@ def load(path: Path, whole: bool = True) -> dict:
     if checkpoint["task"] not in tasks.TABLE:
         known = ", ".join(tasks.TABLE)
         raise ValueError(f"{path} holds the task {checkpoint['task']!r}, known are {known}")
-    if isinstance(checkpoint.get("parts"), dict):
+    if "parts" in checkpoint:
         from engine import parts  # which takes a second
 
         parts.attach_tensors(path, checkpoint, whole)

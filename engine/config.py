@@ -60,7 +60,7 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         base = {**checkpoint["train_config"], "out": str(path.parent), "stop_after": 0}
         refuse_changes(given, {**base, **checkpoint["model_config"]}, FREE_ON_RESUME, path)
     else:
-        base = recipe(name, given, preset, finetunes)
+        base = recipe(name, given, preset, Flags)
         refuse_ignored(given, base, path)
     wanted = {**base, **given}
     if lengths := sorted({"steps", "minutes"} & given.keys()):
@@ -149,18 +149,26 @@ def preset_task(preset: str) -> str:
     return PRESETS.get(preset, {}).get("model", TrainConfig.model)
 
 
-def recipe(name: str, given: dict, preset: str, finetunes: bool) -> dict:
+def recipe(name: str, given: dict, preset: str, Flags: type[TrainConfig]) -> dict:
     """{flag: value} of a new run before the flags given by hand: those of the preset, or of a first
-    run on this machine. They ask for bf16 only where the processor multiplies it fast."""
+    run on this machine. They ask for bf16 only where the processor multiplies it fast. A value that
+    was chosen for another optimizer or width than the one given is left out."""
     device = find_device(given.get("device", "auto"))
     preset = preset or first_hour(name, device, given.get("data", ""))
     if preset and preset_task(preset) != name:
         raise ValueError(f"--preset {preset} is for --model {preset_task(preset)}, not {name}")
     base = {"model": name, "preset": preset, **PRESETS.get(preset, {})}
-    if finetunes:
+    if issubclass(Flags, FinetuneConfig):
         base["dtype"] = "bf16"
     if not multiplies_bf16(device):
         base.pop("dtype", None)  # fp32 is faster then, and on mps it is what can be trusted
+    chosen_for = base.get("optimizer", Flags.optimizer)
+    optimizer = given.get("optimizer", chosen_for)
+    if (optimizer == "adam") != (chosen_for == "adam"):
+        # Adam adds the decay to the gradient, where it does not decay weights but spoils steps.
+        base["weight_decay"] = 0.0 if optimizer == "adam" else Flags.weight_decay
+    if "n_embd" in given:
+        base.pop("n_ff", None)  # which by default is 4 x n_embd
     return base
 
 
@@ -223,8 +231,8 @@ def divide_step(config: TrainConfig, block_size: int, world: int) -> tuple[int, 
     """(sequences in a micro-batch, micro-batches of each process in a step).
 
     A micro-batch has the largest number of sequences, up to --batch_size, that divides the step
-    evenly: so one command means the same training on any number of processes. Raises ValueError if
-    the processes cannot divide the step evenly.
+    evenly: so one command means the same training on any number of processes, as long as each can
+    have that many. Raises ValueError if the processes cannot divide the step evenly.
     """
     sequences, rest = divmod(config.tokens_per_step, block_size * world)
     if rest or not sequences:

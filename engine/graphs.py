@@ -28,7 +28,7 @@ from torch.cuda import CUDAGraph
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_file
-from decoding import Advance, context_start
+from decoding import Advance, check_chosen, context_start
 from model import Attention, KVCache, Mask
 
 # Steps that are launched before the token of an earlier one is read, so that the GPU does not wait
@@ -297,7 +297,8 @@ class GPTSteps(CapturedSteps):
     def decode(self, limit: int) -> Tensor:
         """(rows, V) logits of the next token: GPT.features for one position, which is a tensor."""
         model, (caches, mask) = self.model, self.seen(limit)
-        x = model.token_embedding(self.tokens)[:, None] + model.position_embedding(self.position)
+        tokens = self.tokens.clamp(min=0)  # -1, chosen from NaN, is found when it is read back
+        x = model.token_embedding(tokens)[:, None] + model.position_embedding(self.position)
         for block, cache in zip(model.blocks, caches, strict=True):
             x = block(x, mask, cache=cache)
         return model.head(model.norm(x)[:, 0])
@@ -318,6 +319,7 @@ class GPTSteps(CapturedSteps):
             column, step = tokens[:, n].tolist(), [None] * B
             for r in writing:
                 step[r] = column[r]
+            check_chosen(step)
             return step
 
         for n in range(min(lengths), total):

@@ -119,7 +119,10 @@ class Stored:
     def __init__(self, path: Path, parts: dict, name: str):
         self.path, self.name = path, name
         try:
-            self.folder, about = path.with_name(parts["folder"]), parts["tensors"][name]
+            folder, about = parts["folder"], parts["tensors"][name]
+            if not re.fullmatch(r"[\w.-]+\.parts", folder):  # one beside the file, not above it
+                raise ValueError(f"{folder!r} cannot be its folder")
+            self.folder = path.with_name(folder)
             self.shape, self.dtype = torch.Size(about["size"]), getattr(torch, about["dtype"])
             self.chunks = about["chunks"]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -132,8 +135,8 @@ class Stored:
     def __getitem__(self, rows) -> Tensor:
         height, *width = self.shape or [1]  # a scalar is stored as one row
         first, last = (0, height) if rows is ... else (rows.start, rows.stop)
-        read, found = torch.empty(last - first, *width, dtype=self.dtype), 0
         try:
+            read, found = torch.empty(last - first, *width, dtype=self.dtype), 0
             for chunk in self.chunks:
                 begin, length = (chunk["offsets"] or [0])[0], (chunk["sizes"] or [1])[0]
                 start, stop = max(first, begin), min(last, begin + length)

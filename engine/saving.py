@@ -109,6 +109,7 @@ def write_checkpoint(run, path: Path, state: dict, resumable: bool) -> None:
         step=run.step,
         best=run.best,
         skipped=run.steps.skipped,
+        micro_batch=run.micro_batch,
         merged=not resumable,
         **state,
     )

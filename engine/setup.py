@@ -4,7 +4,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -49,13 +49,15 @@ def check_sizes(config: TrainConfig, sizes: dict) -> None:
 def open_data(
     config: TrainConfig,
     sizes: dict,
+    micro_batch: int,
     checkpoint: dict | None,
     group: Processes,
     dtype: torch.dtype,
     say: Say,
 ) -> tuple:
-    """(training data, validation data) of the task, with the checkpoint's tokenizer if there is
-    one. Raises ValueError if the data differs from what the checkpoint or another machine has."""
+    """(training data, validation data) of the task, in batches of micro_batch sequences, with the
+    checkpoint's tokenizer if there is one. Raises ValueError if the data differs from what the
+    checkpoint or another machine has."""
     Data, tokenizer = tasks.task(config.model).Data, None
     if checkpoint:
         path = origin(config)
@@ -76,7 +78,7 @@ def open_data(
     # One process of each machine prepares the data; then the others find it in the cache.
     if group.local_rank > 0:
         group.barrier()
-    data, validation = Data.splits(config, sizes, tokenizer)
+    data, validation = Data.splits(replace(config, batch_size=micro_batch), sizes, tokenizer)
     if group.local_rank == 0:
         group.barrier()
     step = checkpoint["step"] if config.resume else 0
@@ -87,6 +89,19 @@ def open_data(
             "restore it, or begin a new run with --init"
         )
     return data, validation
+
+
+def compare_micro_batches(checkpoint: dict, micro_batch: int, say: Say) -> None:
+    """Says where a resumed run has micro-batches of another size than before: not the same run."""
+    # Older checkpoints have the size itself as their batch_size.
+    before = checkpoint["train_config"].get("batch_size", micro_batch)
+    before = checkpoint.get("micro_batch", before)
+    if micro_batch != before:
+        say(
+            f"note: micro-batches have {micro_batch} sequences now, {before} before: with dropout, "
+            "or negatives from the same batch, this is another run from here on; to go on with the "
+            f"same one, choose a --batch_size and a number of processes that give {before}"
+        )
 
 
 def compare_machines(config: TrainConfig, sizes: dict, data, step: int, group: Processes) -> None:

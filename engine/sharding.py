@@ -324,7 +324,8 @@ def load_weights(path: Path, model: nn.Module, state: dict) -> None:
 
 def load_optimizer(optimizer, state: dict) -> None:
     """Loads the state of a whole optimizer, as every checkpoint has it, into an optimizer, divided
-    or not; each process takes what it holds, or reads it from a checkpoint in parts."""
+    or not; each process takes what it holds, or reads it from a checkpoint in parts. Only the
+    moments are state: the settings, of which `fused` depends on the device, stay as they are."""
     inner, own = optimizers_of(optimizer), {}
     for which, one in separate_states(state).items():
         mine = {i: p for i, p in enumerate(parameters(inner[which])) if holds(optimizer, p)}
@@ -333,7 +334,11 @@ def load_optimizer(optimizer, state: dict) -> None:
             for i, found in one["state"].items()
             if i in mine
         }
-        own[which] = {**one, "state": moments}
+        groups = one["param_groups"]
+        if len(groups) == len(inner[which].param_groups):  # else torch says so
+            pairs = zip(inner[which].param_groups, groups, strict=True)
+            groups = [{**now, "params": before["params"]} for now, before in pairs]
+        own[which] = {"state": moments, "param_groups": groups}
     optimizer.load_state_dict(own.get("", own))
 
 

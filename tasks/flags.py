@@ -82,7 +82,8 @@ class TrainConfig:
     lr: float = ranged(3e-3, above=0, most=1e3)  # peak learning rate
     beta1: float = ranged(0.9, 0, below=1)  # AdamW: memory of the gradient
     beta2: float = ranged(0.95, 0, below=1)  # AdamW: memory of its square
-    weight_decay: float = ranged(0.1, 0, 1e3)  # of matrices, scaled by the learning rate
+    # of matrices, scaled by the learning rate; adam, whose gradient it joins, has 0 unless asked
+    weight_decay: float = ranged(0.1, 0, 1e3)
     clip: float = ranged(1.0, 0)  # largest norm of the gradient; 0: no limit
     # cosine, linear (constant, then cooldown), inverse_sqrt, constant
     schedule: str = choice("linear", *optim.SCHEDULES)
@@ -132,7 +133,8 @@ class FinetuneConfig(TrainConfig):
     optimizer: str = choice("adamw", *optim.OPTIMIZERS)
     lr: float = ranged(5e-5, above=0, most=1e3)  # peak learning rate
     beta2: float = ranged(0.999, 0, below=1)  # AdamW: memory of its square
-    weight_decay: float = ranged(0.01, 0, 1e3)  # of matrices, scaled by the learning rate
+    # of matrices, scaled by the learning rate; adam, whose gradient it joins, has 0 unless asked
+    weight_decay: float = ranged(0.01, 0, 1e3)
     warmup: int = ranged(50, 0)  # steps until the peak learning rate, at most a quarter of all
     cooldown: float = ranged(1.0, 0, 1)  # share of the steps that the linear cooldown takes
     # steps between evaluations, each of which also saves; 0: an epoch

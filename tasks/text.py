@@ -31,7 +31,7 @@ from bpe import END_OF_TEXT, Tokenizer
 from data.shuffle import Feistel, shuffled
 from data.text import NAMES, Corpus, open_corpus, whole
 from data.tokens import TokenFile, both_splits, tokenize
-from decoding import choose, distribution, generate
+from decoding import choose, distribution, generate, likeliest
 from model import GPT
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
@@ -185,7 +185,7 @@ class SampleFlags:
     batch_size: int = ranged(8, 1, 2**20)  # windows of that text at a time
     seed: int = 1337  # equal seeds give equal samples
     device: str = choice("auto", *DEVICES)  # auto, cpu, cuda or mps
-    # of the weights: bf16, fp32, or auto, which is bf16 on GPUs that have it
+    # bf16, fp32, or auto: bf16 on GPUs that have it, but fp32 for --eval, a figure to compare
     dtype: str = choice("auto", *DTYPES)
 
     def __post_init__(self):
@@ -246,7 +246,7 @@ class Pick:
         """logits (B, V), u (B,), uniform numbers -> tokens (B,), on the device of the logits."""
         f, logits = self.flags, logits[:, : self.tokenizer.vocab_size]
         if f.temperature == 0:
-            return logits.argmax(-1)
+            return likeliest(logits)
         return choose(distribution(logits.float(), f.temperature, f.top_k, f.top_p, f.min_p), u)
 
     def draw(self, row: int, count: int = 1) -> Tensor:

@@ -34,7 +34,14 @@ from data.lines import answer_stdin, new_file
 from data.parallel import ParallelCorpus, open_pairs
 from data.sentencepieces import START
 from data.tokens import AnyTokenizer, TokenFile, both_splits
-from decoding import Advance, beam_search, choose, distribution, generate_targets
+from decoding import (
+    Advance,
+    beam_search,
+    choose,
+    distribution,
+    generate_targets,
+    likeliest,
+)
 from model import Attention
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
@@ -187,7 +194,7 @@ class SampleFlags:
     seed: int = 1337  # of the draws
     cache_dir: str = "data/cache"  # where --eval keeps downloads
     device: str = choice("auto", *DEVICES)  # auto, cpu, cuda or mps
-    # of the weights: bf16, fp32, or auto, which is bf16 on GPUs that have it
+    # bf16, fp32, or auto: bf16 on GPUs that have it, but fp32 for --eval, a figure to compare
     dtype: str = choice("auto", *DTYPES)
 
     def __post_init__(self):
@@ -268,7 +275,7 @@ def translate_ids(
 
     def pick(logits: Tensor, alive: list[int]) -> Tensor:
         if flags.temperature == 0:
-            return logits.argmax(-1)
+            return likeliest(logits)
         p = distribution(logits.cpu(), flags.temperature, flags.top_k, flags.top_p)
         u = [torch.rand((), generator=streams[i], dtype=torch.double) for i in alive]
         return choose(p, torch.stack(u))

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from decoding import beam_search, generate_targets, penalty
+from decoding import beam_search, choose, distribution, generate_targets, likeliest, penalty
 
 END, START = 0, 0
 
@@ -179,3 +179,35 @@ def test_write_asks_pick_with_the_numbers_of_the_sentences_still_alive():
     texts = generate_targets(Table(3, 0).advance(3), [3, 3, 2], pick, start=START, end=END)
     assert texts == [[1, 1, 1], [], [1, 1]]
     assert seen == [[0, 1, 2], [0, 2], [0]]
+
+
+# ---- NaN -----------------------------------------------------------------------------------------
+
+
+def test_rows_of_nan_choose_no_token_and_leave_their_neighbours():
+    """Their sums are above no number, so token V was chosen, which no vocabulary has."""
+    logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, math.nan, 1.0], [math.inf, 0.0, 0.0]])
+    u = torch.full((3,), 0.5, dtype=torch.double)
+    for filters in ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert choose(distribution(logits, **filters), u).tolist() == [1, -1, -1]
+    assert likeliest(logits).tolist() == [1, -1, 0]
+
+
+@pytest.mark.parametrize("write", ["drawn", "beam"])
+def test_logits_that_become_nan_end_in_one_sentence(write):
+    table = Table(5, 0).advance(3)
+    seen = []
+
+    def advance(*args):
+        logits = table(*args)
+        seen.append(1)
+        if len(seen) > 1:
+            logits[-1, 2] = math.nan
+        return logits
+
+    ends = {"start": START, "end": END}
+    with pytest.raises(ValueError, match=r"not numbers \(NaN\): use a checkpoint from before"):
+        if write == "beam":
+            beam_search(advance, [4] * 3, beam=2, **ends)
+        generate_targets(advance, [4] * 3, lambda logits, _: likeliest(logits), **ends)
+    assert len(seen) == 2

@@ -69,6 +69,61 @@ def test_state_of_adamw_moves_to_torch_and_back():
     torch.testing.assert_close(one[0].weight, two[0].weight)
 
 
+def chained(params) -> optim.ChainedOptimizer:
+    params = list(params)
+    matrices, vectors = ([p for p in params if (p.dim() == 2) == flat] for flat in (True, False))
+    return optim.ChainedOptimizer(optim.AdamW(vectors), optim.Muon(matrices))
+
+
+@pytest.mark.parametrize(
+    "make", [optim.AdamW, optim.Adam, chained, lambda p: optim.Muon(q for q in p if q.dim() == 2)]
+)
+def test_a_closure_is_called_before_the_step_and_its_loss_returned(make):
+    """It was never called: no gradient, no step, and no word."""
+    one, x = network(), torch.randn(9, 7)
+    two, losses = copy.deepcopy(one), []
+    first, second = make(one.parameters()), make(two.parameters())
+
+    def closure():
+        first.zero_grad()
+        loss = one(x).square().mean()
+        loss.backward()
+        losses.append(loss)
+        return loss
+
+    for _ in range(3):
+        assert first.step(closure) is losses[-1]
+        second.zero_grad()
+        two(x).square().mean().backward()
+        assert second.step() is None
+    assert len(losses) == 3 and losses[2] < losses[0]
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name,values",
+    [
+        ("lr", [-1e-3, math.nan, math.inf]),
+        ("eps", [-1e-8, math.nan]),
+        ("weight_decay", [-0.1, math.nan, math.inf]),
+        ("betas", [(1.0, 0.9), (0.9, -0.1), (0.9, math.nan), (0.9,), (0.9, 1.5)]),
+        ("momentum", [-0.1, math.nan, 1.0, 2.0]),
+    ],
+)
+def test_impossible_settings_are_refused(name, values):
+    """torch refuses them too; here lr=-1 climbed, and lr=nan made every weight NaN."""
+    for kind in (optim.AdamW, optim.Adam, optim.Muon):
+        if name not in kind([nn.Parameter(torch.zeros(2, 3))]).defaults:
+            continue
+        for value in values:
+            weight = nn.Parameter(torch.zeros(2, 3))
+            with pytest.raises(ValueError, match=r"out of range: choose 0|are not two numbers"):
+                kind([weight], **{name: value})
+            with pytest.raises(ValueError, match=r"out of range: choose 0|are not two numbers"):
+                kind([{"params": [weight], name: value}])
+
+
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (16, 16), (3, 6, 20)])
 def test_orthogonalize_brings_singular_values_near_one(shape):
     g = torch.randn(shape)

@@ -242,6 +242,21 @@ def test_any_text_is_scored_whole(run, capsys):
     assert [float(x) for x in figures[1::2]] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 
+def test_a_figure_does_not_depend_on_what_the_device_prefers(run, capsys, monkeypatch):
+    """A GPU prefers bf16, a CPU does not, and the same checkpoint had two figures."""
+
+    def figures(*flags: str) -> str:
+        sample.main(["--eval=toy.txt", "--device=cpu", *flags])
+        return capsys.readouterr().out.split("\n")[-2]
+
+    here = figures()
+    prefers = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    monkeypatch.setattr("sample.precision", lambda dtype, device: prefers[dtype])
+    assert figures() == figures("--dtype=fp32") == here
+    loss, rounded = (float(line.split()[1]) for line in (here, figures("--dtype=bf16")))
+    assert loss != rounded and loss == pytest.approx(rounded, rel=0.01)
+
+
 def test_a_folder_is_answered_with_a_checkpoint_that_is_there(run):
     for name in ("best.pt", "latest.pt"):
         with pytest.raises(ValueError, match=rf"is a folder: name a checkpoint in it, .*{name}"):

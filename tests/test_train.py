@@ -173,6 +173,21 @@ def test_interrupt_saves_and_says_how_to_go_on(toy, capsys, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before  # a shell may have it ignored
 
 
+def test_a_checkpoint_keeps_the_flag_and_a_resumed_run_notes_other_micro_batches(toy, capsys):
+    """Eight processes shrank --batch_size to their share, and a run resumed by one kept that."""
+    train.main([*TOY, "--steps=4", "--stop_after=2", "--batch_size=100"])
+    saved = checkpoints.load(Path("out/gpt/latest.pt"))
+    assert saved["train_config"]["batch_size"] == 100 and saved["micro_batch"] == 128 // 16
+    capsys.readouterr()
+    train.main(["--resume", "--stop_after=1"])
+    assert "micro-batches" not in capsys.readouterr().out
+    train.main(["--resume", "--batch_size=3"])
+    said = capsys.readouterr().out
+    assert "note: micro-batches have 2 sequences now, 8 before: with dropout" in said
+    saved = checkpoints.load(Path("out/gpt/latest.pt"))
+    assert saved["train_config"]["batch_size"] == 3 and saved["micro_batch"] == 2
+
+
 def test_recompute_changes_memory_and_no_number(toy):
     train.main([*TOY, "--steps=3", "--dropout=0.2", "--out=plain"])
     train.main([*TOY, "--steps=3", "--dropout=0.2", "--out=again", "--recompute"])

@@ -103,6 +103,18 @@ def test_texts_equal_those_of_the_caches_that_grow(lengths, config, device):
     assert max(map(max, written)) < WORDS.vocab_size
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [GREEDY, DRAWN, FILTERED], ids=["greedy", "drawn", "filtered"])
+def test_logits_of_nan_end_in_one_sentence_and_in_no_assertion_of_the_device(config, device):
+    """A step that is not waited for looked up the embedding of token V."""
+    model = gpt(device=device)
+    nn.init.constant_(model.norm.weight, torch.nan)
+    pick = Pick(WORDS, config, [b"", b""])
+    for steps in (None, GPTSteps(model, 2, 13, pick.choose)):
+        with pytest.raises(ValueError, match=r"not numbers \(NaN\): use a checkpoint from before"):
+            list(generate(model, prompts_of(3, 7), pick, 9, steps=steps))
+
+
 @pytest.mark.parametrize(("block_size", "pre_ln"), [(1, True), (2, True), (37, True), (13, False)])
 def test_texts_are_equal_for_other_contexts_and_norms(block_size, pre_ln):
     want, got = write_both(gpt(block_size, pre_ln), prompts_of(7, 2), DRAWN, 45)

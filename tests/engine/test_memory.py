@@ -136,7 +136,7 @@ def test_the_planned_batch_is_as_large_as_any_of_the_data(even_pairs, task):
     flags = toys[task] if task in toys else fine_flags(task, "--row_length=20")
     flags = [*flags, "--class_weights"] if task == "classify" else flags
     run = begin(flags)
-    B, T = full_batch_shape(run.config, run.model.config.block_size, run.config.batch_size)
+    B, T = full_batch_shape(run.config, run.model.config.block_size, run.micro_batch)
     assert (16 if task in toys else 20) == T and run.data.tokens_per_batch // T == B
     made = make_batch(run.config, run.model, B, T)
     found = [run.data.batch(i) for i in range(30)]

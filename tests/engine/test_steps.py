@@ -122,6 +122,24 @@ def test_a_stop_reads_what_is_queued_before_it_saves(toy, queuing, monkeypatch):
     assert_same_run("whole", "parts")
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
+def test_the_state_of_an_optimizer_that_was_not_fused_goes_on(toy, queuing, name):
+    """From a Mac, say. torch took its `fused` for ours, and met found_inf with an assertion."""
+    flags = [*TOY, "--steps=4", f"--optimizer={name}", "--eval_interval=100"]
+    queuing()
+    train.main([*flags, "--out=whole"])
+    train.main([*flags, "--out=parts", "--stop_after=2"])
+    path = Path("parts/latest.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    for one in optim.separate_states(checkpoint["optimizer"]).values():
+        for group in one["param_groups"]:
+            group |= {"fused": None, "lr": 7.0, "foreach": True} if "fused" in group else {}
+            group.pop("decoupled_weight_decay", None)  # which torch 2.6 has not
+    torch.save(checkpoint, path)
+    train.main(["--resume", "--out=parts"])
+    assert_same_run("whole", "parts")
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_a_step_is_read_when_the_next_is_queued(toy, queuing, monkeypatch, later):
     events, real = [], (train.Run.train_step, steps.Step.read, train.Run.evaluate)

@@ -4,6 +4,8 @@ command line, and whole runs of the encoder-decoder."""
 import io
 import json
 import sys
+from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -330,6 +332,28 @@ def test_the_recipe_for_dates_is_for_nothing_else(toy_pairs):
         config, sizes, _ = resolve(["--model=seq2seq", "--device=cpu", *flags])
         assert config.preset == preset and sizes["n_layer"] == PRESETS[preset]["n_layer"]
         assert config.data == (flags[0].removeprefix("--data=") if flags else "dates")
+
+
+def test_digits_are_copied_after_300_steps_of_the_papers_recipe(tmp_path, monkeypatch, capsys):
+    """With the decay of AdamW, coupled, the loss stayed near 2 and no copy was right."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engine.closing.show_results", lambda run: None)
+    random = Random(1)
+    numbers = random.sample(range(1000), 1000)
+    for name, some in (("train", numbers[100:]), ("valid", numbers[:100])):
+        text = "".join(f"{n:03}\t{n:03}\n" for n in some)
+        Path(f"{name}.tsv").write_text(text, encoding="utf-8")
+    train.main(
+        [
+            *("--model=seq2seq", "--data=train.tsv", "--valid=valid.tsv", "--pattern=char"),
+            *("--vocab_size=266", "--block_size=8", "--n_layer=2", "--n_embd=32", "--n_head=2"),
+            *("--optimizer=adam", "--schedule=inverse_sqrt", "--lr=5e-3", "--warmup=75"),
+            *("--tokens_per_step=512", "--steps=300", "--dropout=0", "--label_smoothing=0"),
+            *("--batch_size=64", "--dtype=fp32", "--device=cpu", "--beta2=0.98", "--out=copy"),
+        ]
+    )
+    sample.main(["--checkpoint=copy/best.pt", "--eval=valid.tsv", "--beam=1", "--device=cpu"])
+    assert "exact match 100.00% of 100" in capsys.readouterr().out
 
 
 def test_init_may_change_what_no_weight_depends_on(trained, toy_pairs):
