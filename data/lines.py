@@ -34,6 +34,11 @@ def read_lines(path: Path) -> Iterator[str]:
             raise ValueError(
                 f"{path} is not UTF-8 in line {number:,} (byte {offset + error.start:,}): {CONVERT}"
             ) from error
+        if not block and not offset and "\r" in lines[0].rstrip("\r"):
+            raise ValueError(
+                f"{path} has old Mac line ends, \\r alone: convert them first (for example with "
+                "tr '\\r' '\\n')"
+            )
         if not lines[-1]:
             lines.pop()
         if not offset and lines:

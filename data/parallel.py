@@ -13,6 +13,7 @@ Left out: aligning sentences, cleaning by length ratio or language, deduplicatio
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -224,11 +225,27 @@ def is_tsv(path: Path) -> bool:
     return path.name.lower().removesuffix(".gz").endswith(".tsv")
 
 
+def divide_names(data: str) -> tuple[Path, ...]:
+    """The files of "a,b". A name may have a comma itself: of all commas, that one counts which has
+    a file on both sides, or else on one. ~ is the home folder on both sides."""
+    if Path(data).is_file() or "," not in data:
+        return (Path(data),)
+    commas = [i for i, character in enumerate(data) if character == ","]
+    splits = [(home(data[:i]), home(data[i + 1 :])) for i in commas]
+    for enough in (all, any):
+        for split in splits:
+            if enough(path.is_file() for path in split):
+                return split
+    return splits[0] if len(splits) == 1 else tuple(map(Path, data.split(",")))
+
+
+def home(name: str) -> Path:
+    return Path(os.path.expanduser(name.strip()))  # noqa: PTH111 (no error where there is no home)
+
+
 def aligned_files(flag: str, data: str, source: str, target: str, cache: Path) -> Aligned:
     """The user's own files, source first. Raises ValueError for other forms and missing files."""
-    paths = (Path(data),)
-    if not paths[0].is_file():
-        paths = tuple(Path(part.strip()) for part in data.split(","))
+    paths = divide_names(data)
     if (
         len(paths) > 2
         or (len(paths) == 1) != is_tsv(paths[0])

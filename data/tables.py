@@ -28,10 +28,16 @@ from typing import NamedTuple
 
 from data.division import copy_told, divide
 from data.lines import read_lines
-from data.text import name_of
+from data.text import ARRAY, name_of
 
 HELD_OUT = 10  # without a validation file, one row in so many validates
 Form = tuple[str, ...]  # names of columns
+SEPARATORS = (  # what tables are divided by, by mistake or in other countries
+    (";", "';' where commas are needed", "export the table once more, with commas"),
+    ("\t", "tabs", "call it .tsv"),
+    ("|", "'|' where commas are needed", "export the table once more, with commas"),
+    (",", "commas", "call it .csv"),
+)
 
 
 class Row(NamedTuple):
@@ -112,6 +118,7 @@ def read_table(
     if kind == ".jsonl":
         named, records = True, json_records(path)
     else:
+        refuse_separator(path, "," if kind == ".csv" else "\t", forms)
         cells = csv_cells(path, collapse) if kind == ".csv" else tsv_cells(path)
         named, records = named_records(path, cells, forms)
     form, rows = (), []
@@ -176,7 +183,8 @@ def json_records(path: Path) -> Iterator[tuple[int, dict]]:
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
-            raise refusal(path, number, "it is no JSON object")
+            array = line.lstrip().startswith("[")
+            raise refusal(path, number, f"it is no JSON object{ARRAY * array}")
         yield number, {clean(name): value for name, value in record.items()}
 
 
@@ -229,6 +237,18 @@ def named_records(
             yield number, dict(zip(names, cells, strict=True))
 
     return named, records()
+
+
+def refuse_separator(path: Path, own: str, forms: Sequence[Form]) -> None:
+    """Raises ValueError if the first line is not divided by `own` but by something else: where that
+    shows its names, or where it has no `own` and no form has one column."""
+    numbered = enumerate(read_lines(path), 1)
+    number, line = next(((n, s) for n, s in numbered if s.strip()), (1, ""))
+    for mark, what, remedy in SEPARATORS:
+        parts = [clean(part.strip(' "')) for part in line.split(mark)]
+        alone = own not in line and len(parts) > 1 and all(len(form) > 1 for form in forms)
+        if mark != own and (alone or (len(parts) > 1 and find_form(parts, forms))):
+            raise refusal(path, number, f"its columns are divided by {what}: {remedy}")
 
 
 def column_count(n: int) -> str:

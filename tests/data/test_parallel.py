@@ -206,6 +206,29 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, files, give
     assert "\n" not in str(error.value)
 
 
+def test_a_path_may_have_commas_and_a_tilde(tmp_path, monkeypatch):
+    """Such paths were refused as no two files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    for folder in ("My, data", "home"):
+        Path(folder).mkdir()
+        for name, text in (("a,b.en", "1\n2\n"), ("a,b.de", "x\ny\n"), ("p,q.tsv", "1\tx\n2\ty\n")):
+            Path(folder, name).write_text(text, encoding="utf-8")
+    for given in (
+        "My, data/a,b.en,My, data/a,b.de",
+        "My, data/a,b.en, My, data/a,b.de",
+        "My, data/p,q.tsv",
+        "~/a,b.en,~/a,b.de",
+    ):
+        corpus = open_pairs(given, Path("cache"), valid=given)
+        assert list(corpus.pairs("train")) == [("1", "x"), ("2", "y")], given
+    with pytest.raises(ValueError, match=r": My, data/no\.de is no file here"):
+        open_pairs("My, data/a,b.en,My, data/no.de", Path("cache"))
+    with pytest.raises(ValueError, match=r"is not a name .*nor two files"):
+        open_pairs("no,such,files", Path("cache"))
+
+
 def test_bad_bytes_far_inside_a_file_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(data.text, "BLOCK", 1000)
     (tmp_path / "a.tsv").write_bytes(b"x\ty\n" * 10_000 + b"z\t\xe4\n" + b"x\ty\n" * 10_000)
