@@ -40,7 +40,7 @@ from data.text import (
     copies_told,
     is_jsonl,
     name_of,
-    refuse_json,
+    refuse_tables,
     texts_below,
 )
 
@@ -239,7 +239,7 @@ def text_files(flag: str, data: str, layout: str, cache: Path) -> tuple[list[Tex
         names = f", nor one of {', '.join(NAMES)}" if flag == "--data" else ""
         raise ValueError(f"{flag} {data} is no file or folder here{names}")
     else:
-        refuse_json(path)
+        refuse_tables(path)
     for path in paths:
         check_text(path)
     hashes = known_hashes(paths, cache)

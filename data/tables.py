@@ -21,7 +21,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +58,7 @@ class TableCorpus:
     hash: str
     rule: str  # how it was split, for the plan
     splits: dict[str, list[Row]]
+    prompts: list[str] = field(default_factory=lambda: [""])  # to show what a GPT has learnt
 
     def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
         """What a tokenizer learns from: every cell is a document of its own."""
@@ -150,6 +151,10 @@ def as_text(path: Path, number: int, name: str, value: object, may_be_blank: boo
     return value
 
 
+def is_table(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+
+
 def find_form(names: Collection[str], forms: Sequence[Form]) -> Form | None:
     return next((form for form in forms if all(name in names for name in form)), None)
 
@@ -185,6 +190,8 @@ def json_records(path: Path) -> Iterator[tuple[int, dict]]:
         if not isinstance(record, dict):
             array = line.lstrip().startswith("[")
             raise refusal(path, number, f"it is no JSON object{ARRAY * array}")
+        if isinstance(record.get("translation"), dict):  # Hugging Face's way to write pairs
+            record |= record["translation"]
         yield number, {clean(name): value for name, value in record.items()}
 
 

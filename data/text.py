@@ -89,7 +89,7 @@ def open_corpus(data: str, cache: Path) -> Corpus:
         return replace(corpus, rule=corpus.rule + hidden)
     if not path.is_file():
         raise ValueError(f"{data} is no file or folder here, nor one of {', '.join(NAMES)}")
-    refuse_json(path)
+    refuse_tables(path)
     return file_corpus(name_of(path), path, cache)
 
 
@@ -232,8 +232,13 @@ def check_text(path: Path) -> None:
     decode(codecs.getincrementaldecoder("utf-8")(), head, False, path, 0)
 
 
-def refuse_json(path: Path) -> None:
-    """Raises ValueError for one JSON value, whose brackets and commas would be learnt as text."""
+def refuse_tables(path: Path) -> None:
+    """Raises ValueError for a table or one JSON value: its commas and brackets would be learnt."""
+    if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        raise ValueError(
+            f'{path} is a table, no text: write its texts as .jsonl, one object with a "text" on '
+            "each line, or call it .txt if its separators are to be learnt"
+        )
     if path.name.lower().removesuffix(".gz").endswith(".json"):
         head = next(blocks(Part(path, 0, HEAD)), b"").removeprefix(codecs.BOM_UTF8).lstrip()
         found = "a JSON array" if head.startswith(b"[") else "JSON"

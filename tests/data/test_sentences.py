@@ -287,6 +287,12 @@ def test_prompts_hide_a_word_of_the_validation_text(tmp_path):
         ("one.txt", b"Just one sentence.\n", {}, "has one sentence, too few to hold one out"),
         ("binary.txt", b"abc\0def", {}, "is binary"),
         ("a.json", b'[{"text": "a"}]', {}, r"a\.json is a JSON array, no text"),
+        (
+            "a.csv",
+            b"text,label\na,b\n",
+            {},
+            r"a\.csv is a table, no text: write its texts",
+        ),
         ("mac.txt", b"One.\rTwo.\r", {}, r"mac\.txt has old Mac line ends"),
         ("latin.txt", "Gr\xfc\xdfe".encode("latin-1"), {}, "is not UTF-8 near byte 2"),
         ("a.txt.gz", b"no gzip", {}, "no intact gzip file"),
