@@ -77,9 +77,9 @@ def answer_stdin(
             if wrong != 0:
                 print("\n".join(answer(lines[:wrong], bar, done + 1)), flush=True)
             if wrong is not None:
-                wide = "\0" in lines[wrong] or lines[wrong].startswith(WIDE)
-                how = "is UTF-16: convert it first (iconv -f utf-16 -t utf-8)"
-                how = how if wide else f"is not UTF-8: {CONVERT}"
+                how = f"is not UTF-8: {CONVERT}"
+                if "\0" in lines[wrong] or (not done + wrong and lines[0].startswith(WIDE)):
+                    how = "is UTF-16, as it seems: convert it first (iconv -f utf-16 -t utf-8)"
                 raise ValueError(f"standard input, line {done + wrong + 1:,}, {how}")
             done += len(lines)
 
