@@ -34,6 +34,11 @@ def read_lines(path: Path) -> Iterator[str]:
             raise ValueError(
                 f"{path} is not UTF-8 in line {number:,} (byte {offset + error.start:,}): {CONVERT}"
             ) from error
+        if not block and not offset and "\r" in lines[0].rstrip("\r"):
+            raise ValueError(
+                f"{path} has old Mac line ends, \\r alone: convert them first (for example with "
+                "tr '\\r' '\\n')"
+            )
         if not lines[-1]:
             lines.pop()
         if not offset and lines:
@@ -72,9 +77,9 @@ def answer_stdin(
             if wrong != 0:
                 print("\n".join(answer(lines[:wrong], bar, done + 1)), flush=True)
             if wrong is not None:
-                wide = "\0" in lines[wrong] or lines[wrong].startswith(WIDE)
-                how = "is UTF-16: convert it first (iconv -f utf-16 -t utf-8)"
-                how = how if wide else f"is not UTF-8: {CONVERT}"
+                how = f"is not UTF-8: {CONVERT}"
+                if "\0" in lines[wrong] or (not done + wrong and lines[0].startswith(WIDE)):
+                    how = "is UTF-16, as it seems: convert it first (iconv -f utf-16 -t utf-8)"
                 raise ValueError(f"standard input, line {done + wrong + 1:,}, {how}")
             done += len(lines)
 

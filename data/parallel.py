@@ -2,7 +2,9 @@
 
 - dates, multi30k, wmt14: named sets with training, validation and test pairs;
 - two files, "train.en,train.de": line i of one belongs to line i of the other, source first;
-- one .tsv: source<TAB>target on every line.
+- one .tsv: source<TAB>target on every line;
+- one .csv or .jsonl (data/tables.py) with source and target, or src and tgt, or the names of the
+  two languages if --languages gives them. In a .jsonl they may be inside of "translation".
 
 Files are UTF-8, each also as .gz. Lines end at \\n alone: other separators are part of the text.
 Both sides are stripped, and a pair with an empty side is left out and counted. Without validation
@@ -13,7 +15,9 @@ Left out: aligning sentences, cleaning by length ratio or language, deduplicatio
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, zip_longest
@@ -26,12 +30,18 @@ from data.division import copy_told
 from data.download import MULTI30K, fetch, prepare_cache
 from data.hashes import known_hashes
 from data.lines import read_lines
+from data.tables import Form, read_table, refusal
 from data.text import name_of
 from data.wmt import wmt14_files
 
 NAMES = ("dates", "multi30k", "wmt14")
 HELD_OUT_EVERY, HELD_OUT_MOST = 100, 2_000
-FORMS = "two files, train.en,train.de (source first, line by line), or one .tsv (source<TAB>target)"
+FORMS = (
+    "two files, train.en,train.de (source first, line by line), or one .tsv (source<TAB>target), "
+    ".csv or .jsonl (with source and target)"
+)
+NAMED = [("source", "target"), ("src", "tgt")]  # the columns of a .csv or .jsonl
+LANGUAGE = re.compile(r"[a-z]{2,3}([-_][a-z]{2,4})?", re.IGNORECASE)
 PUBLISHED = "as published"
 VERBS = {"train": "train", "validation": "validate", "test": "test"}
 MULTI30K_PARTS = {"train": "train", "validation": "val", "test": "test"}
@@ -39,10 +49,12 @@ MULTI30K_PARTS = {"train": "train", "validation": "val", "test": "test"}
 
 @dataclass(frozen=True)
 class Aligned:
-    """Two files that belong together line by line, or one .tsv. `key` identifies the contents."""
+    """Two files that belong together line by line, or one .tsv, .csv or .jsonl. `key` identifies
+    the contents."""
 
     paths: tuple[Path, ...]
     key: str
+    languages: tuple[str, str] = ("", "")  # of source and target, for the columns of a table
 
 
 @dataclass
@@ -207,7 +219,7 @@ def known_counts(
     counts = {}
     for split, parts in files.items():
         number = full = 0
-        pairs = chain.from_iterable(read_pairs(part.paths) for part in parts)
+        pairs = chain.from_iterable(map(read_part, parts))
         bar = tqdm(pairs, f"counting {name}", unit=" pairs", unit_scale=True, disable=None, delay=1)
         for source, target in bar:
             number += 1
@@ -224,16 +236,33 @@ def is_tsv(path: Path) -> bool:
     return path.name.lower().removesuffix(".gz").endswith(".tsv")
 
 
+def is_named(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith((".csv", ".jsonl"))
+
+
+def divide_names(data: str) -> tuple[Path, ...]:
+    """The files of "a,b". A name may have a comma itself: of all commas, that one counts which has
+    a file on both sides, or else on one. ~ is the home folder on both sides."""
+    if Path(data).is_file() or "," not in data:
+        return (Path(data),)
+    commas = [i for i, character in enumerate(data) if character == ","]
+    splits = [(home(data[:i]), home(data[i + 1 :])) for i in commas]
+    for enough in (all, any):
+        for split in splits:
+            if enough(path.is_file() for path in split):
+                return split
+    return splits[0] if len(splits) == 1 else tuple(map(Path, data.split(",")))
+
+
+def home(name: str) -> Path:
+    return Path(os.path.expanduser(name.strip()))  # noqa: PTH111 (no error where there is no home)
+
+
 def aligned_files(flag: str, data: str, source: str, target: str, cache: Path) -> Aligned:
     """The user's own files, source first. Raises ValueError for other forms and missing files."""
-    paths = (Path(data),)
-    if not paths[0].is_file():
-        paths = tuple(Path(part.strip()) for part in data.split(","))
-    if (
-        len(paths) > 2
-        or (len(paths) == 1) != is_tsv(paths[0])
-        or is_tsv(paths[-1]) != is_tsv(paths[0])
-    ):
+    paths = divide_names(data)
+    single = [is_tsv(path) or is_named(path) for path in paths]
+    if single not in ([True], [False, False]):
         names = f"a name ({', '.join(NAMES)}), nor " if flag != "--valid" else ""
         raise ValueError(f"{flag} {data} is not {names}{FORMS}")
     for path in paths:
@@ -244,7 +273,10 @@ def aligned_files(flag: str, data: str, source: str, target: str, cache: Path) -
     suffixes = [Path(path.name.lower().removesuffix(".gz")).suffix for path in paths]
     if source and suffixes == [f".{target}", f".{source}"]:
         paths = paths[::-1]
-    return Aligned(paths, " ".join(known_hashes(paths, cache)))
+    key = " ".join(known_hashes(paths, cache))
+    if is_named(paths[0]):  # whose columns the languages choose
+        return Aligned(paths, f"{key} {source} {target}", (source, target))
+    return Aligned(paths, key)
 
 
 def multi30k_files(pair: tuple[str, str], split: str, cache: Path) -> dict[str, list[Aligned]]:
@@ -262,7 +294,7 @@ def multi30k_files(pair: tuple[str, str], split: str, cache: Path) -> dict[str, 
 def full_pairs(parts: list[Aligned]) -> Iterator[tuple[str, str]]:
     """Yields the pairs that have text on both sides. The parts take turns, because a tokenizer
     learns from the beginning, which should be a sample of them all."""
-    readers = [read_pairs(part.paths) for part in parts]
+    readers = [read_part(part) for part in parts]
     while readers:
         for reader in list(readers):
             pair = next(reader, None)
@@ -277,6 +309,26 @@ def select_pairs(pairs: Callable, every: int, held_out: bool) -> Iterator[tuple[
     for i, pair in enumerate(pairs()):
         if (i % every == every - 1) == held_out:
             yield pair
+
+
+def read_part(part: Aligned) -> Iterator[tuple[str, str]]:
+    """Yields every pair, stripped; sides may be empty."""
+    if not is_named(part.paths[0]):
+        return read_pairs(part.paths)
+    return named_pairs(part.paths[0], [part.languages, *NAMED] if all(part.languages) else NAMED)
+
+
+def named_pairs(path: Path, forms: Sequence[Form]) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of a table. Raises ValueError if its columns have names that do not say
+    which is the source."""
+    sides = {name for form in forms for name in form}
+    table = read_table(path, forms, blank=sides)
+    line, names = table.rows[0]
+    if not table.named and all(LANGUAGE.fullmatch(name.strip()) for name in names):
+        why = "these look like names of columns: say which is the source with --languages"
+        raise refusal(path, line, f"{why} {'-'.join(name.strip() for name in names)}")
+    for _, (source, target) in table.rows:
+        yield source.strip(), target.strip()
 
 
 def read_pairs(paths: tuple[Path, ...]) -> Iterator[tuple[str, str]]:

@@ -40,6 +40,7 @@ from data.text import (
     copies_told,
     is_jsonl,
     name_of,
+    refuse_tables,
     texts_below,
 )
 
@@ -237,6 +238,8 @@ def text_files(flag: str, data: str, layout: str, cache: Path) -> tuple[list[Tex
     elif not path.is_file():
         names = f", nor one of {', '.join(NAMES)}" if flag == "--data" else ""
         raise ValueError(f"{flag} {data} is no file or folder here{names}")
+    else:
+        refuse_tables(path)
     for path in paths:
         check_text(path)
     hashes = known_hashes(paths, cache)

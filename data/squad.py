@@ -37,11 +37,13 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 @dataclass(frozen=True)
 class Question:
     """`answers` are all that count as right; there are none if the context has none. `span` is the
-    (start, end), in characters, of the first answer that is where the file says, or None."""
+    (start, end), in characters, of the first answer that is where the file says, or None; then
+    `there` is what stands in the context in the place of the first answer."""
 
     text: str
     answers: tuple[str, ...]
     span: tuple[int, int] | None
+    there: str = ""
 
 
 Paragraphs = dict[str, list[Question]]  # context -> its questions
@@ -105,7 +107,12 @@ def parse(raw: bytes, name: str) -> tuple[Paragraphs, bool]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 near byte {error.start:,}: {CONVERT}") from None
     except (ValueError, RecursionError) as error:
+        if b'"context"' in raw.partition(b"\n")[0] and b'"question"' in raw.partition(b"\n")[0]:
+            raise ValueError(flat_rows(name)) from None
         raise ValueError(f"{name} is no JSON in UTF-8 ({error}): give SQuAD's format") from None
+    rows = content if isinstance(content, list) else [content]
+    if rows and isinstance(rows[0], dict) and {"context", "question"} <= rows[0].keys():
+        raise ValueError(flat_rows(name))
     paragraphs: Paragraphs = {}
     abstains = False
     for a, article in enumerate(member(content, "data", list, name), 1):
@@ -121,12 +128,21 @@ def parse(raw: bytes, name: str) -> tuple[Paragraphs, bool]:
     return paragraphs, abstains
 
 
+def flat_rows(name: str) -> str:
+    return (
+        f"{name} has a row for each question, as Hugging Face's datasets write SQuAD: write its "
+        'own format, {"data": [{"paragraphs": [{"context": …, "qas": [{"question": …, '
+        '"answers": [{"text": …, "answer_start": …}]}]}]}]}'
+    )
+
+
 def parse_question(qa: Any, context: str, place: str) -> Question:
     text = member(qa, "question", str, place)
-    answers, span = [], None
+    answers, span, there = [], None, ""
     for answer in member(qa, "answers", list, place):
         words = member(answer, "text", str, place)
         start = member(answer, "answer_start", int, place)
+        there = there if answers else context[max(0, start) : max(0, start) + len(words)]
         answers.append(words)
         if span is None and words.strip() and start >= 0 and context.startswith(words, start):
             span = start, start + len(words)
@@ -136,7 +152,7 @@ def parse_question(qa: Any, context: str, place: str) -> Question:
             f"{place} has the answers {short(answers)} and is_impossible {short(impossible)}: a "
             f"question has an answer, or is_impossible true: {short(text)}"
         )
-    return Question(text, tuple(answers), span)
+    return Question(text, tuple(answers), span, "" if span else there)
 
 
 def member(content: Any, key: str, kind: type, place: str) -> Any:
@@ -157,8 +173,8 @@ def check_places(paragraphs: Paragraphs, name: str) -> None:
     if len(wrong) > MOST_MISPLACED * len(answered):
         raise ValueError(
             f"{name}: {len(wrong):,} of {len(answered):,} answers are not where answer_start says, "
-            f"which counts characters of the context from 0; {short(wrong[0].answers[0])} is one, "
-            f"asked for by {short(wrong[0].text)}"
+            f"which counts characters of the context from 0; where {short(wrong[0].answers[0])} "
+            f"should stand, there is {short(wrong[0].there)}, asked for by {short(wrong[0].text)}"
         )
 
 

@@ -21,17 +21,23 @@ import csv
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from data.division import copy_told, divide
 from data.lines import read_lines
-from data.text import name_of
+from data.text import ARRAY, name_of
 
 HELD_OUT = 10  # without a validation file, one row in so many validates
 Form = tuple[str, ...]  # names of columns
+SEPARATORS = (  # what tables are divided by, by mistake or in other countries
+    (";", "';' where commas are needed", "export the table once more, with commas"),
+    ("\t", "tabs", "call it .tsv"),
+    ("|", "'|' where commas are needed", "export the table once more, with commas"),
+    (",", "commas", "call it .csv"),
+)
 
 
 class Row(NamedTuple):
@@ -52,6 +58,7 @@ class TableCorpus:
     hash: str
     rule: str  # how it was split, for the plan
     splits: dict[str, list[Row]]
+    prompts: list[str] = field(default_factory=lambda: [""])  # to show what a GPT has learnt
 
     def pieces(self, split: str) -> Iterator[tuple[str, bool]]:
         """What a tokenizer learns from: every cell is a document of its own."""
@@ -112,6 +119,7 @@ def read_table(
     if kind == ".jsonl":
         named, records = True, json_records(path)
     else:
+        refuse_separator(path, "," if kind == ".csv" else "\t", forms)
         cells = csv_cells(path, collapse) if kind == ".csv" else tsv_cells(path)
         named, records = named_records(path, cells, forms)
     form, rows = (), []
@@ -141,6 +149,10 @@ def as_text(path: Path, number: int, name: str, value: object, may_be_blank: boo
     if not value.strip() and not may_be_blank:
         raise refusal(path, number, f"its {name} is empty")
     return value
+
+
+def is_table(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
 
 
 def find_form(names: Collection[str], forms: Sequence[Form]) -> Form | None:
@@ -176,7 +188,10 @@ def json_records(path: Path) -> Iterator[tuple[int, dict]]:
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
-            raise refusal(path, number, "it is no JSON object")
+            array = line.lstrip().startswith("[")
+            raise refusal(path, number, f"it is no JSON object{ARRAY * array}")
+        if isinstance(record.get("translation"), dict):  # Hugging Face's way to write pairs
+            record |= record["translation"]
         yield number, {clean(name): value for name, value in record.items()}
 
 
@@ -229,6 +244,18 @@ def named_records(
             yield number, dict(zip(names, cells, strict=True))
 
     return named, records()
+
+
+def refuse_separator(path: Path, own: str, forms: Sequence[Form]) -> None:
+    """Raises ValueError if the first line is not divided by `own` but by something else: where that
+    shows its names, or where it has no `own` and no form has one column."""
+    numbered = enumerate(read_lines(path), 1)
+    number, line = next(((n, s) for n, s in numbered if s.strip()), (1, ""))
+    for mark, what, remedy in SEPARATORS:
+        parts = [clean(part.strip(' "')) for part in line.split(mark)]
+        alone = own not in line and len(parts) > 1 and all(len(form) > 1 for form in forms)
+        if mark != own and (alone or (len(parts) > 1 and find_form(parts, forms))):
+            raise refusal(path, number, f"its columns are divided by {what}: {remedy}")
 
 
 def column_count(n: int) -> str:

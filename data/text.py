@@ -35,6 +35,7 @@ CONVERT = "convert it first (for example with iconv -f cp1252 -t utf-8)"
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what a folder is searched for, also with .gz
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 NAMES = ("stdlib", "shakespeare")
+ARRAY = " but an array: write one object on each line (for example with jq -c '.[]')"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def open_corpus(data: str, cache: Path) -> Corpus:
         return replace(corpus, rule=corpus.rule + hidden)
     if not path.is_file():
         raise ValueError(f"{data} is no file or folder here, nor one of {', '.join(NAMES)}")
+    refuse_tables(path)
     return file_corpus(name_of(path), path, cache)
 
 
@@ -230,6 +232,22 @@ def check_text(path: Path) -> None:
     decode(codecs.getincrementaldecoder("utf-8")(), head, False, path, 0)
 
 
+def refuse_tables(path: Path) -> None:
+    """Raises ValueError for a table or one JSON value: its commas and brackets would be learnt."""
+    if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        raise ValueError(
+            f'{path} is a table, no text: write its texts as .jsonl, one object with a "text" on '
+            "each line, or call it .txt if its separators are to be learnt"
+        )
+    if path.name.lower().removesuffix(".gz").endswith(".json"):
+        head = next(blocks(Part(path, 0, HEAD)), b"").removeprefix(codecs.BOM_UTF8).lstrip()
+        found = "a JSON array" if head.startswith(b"[") else "JSON"
+        raise ValueError(
+            f'{path} is {found}, no text: write a .jsonl, one object with a "text" on each line '
+            "(for example with jq -c '.[]'), or call it .txt if its brackets are to be learnt"
+        )
+
+
 def refuse_binary(path: Path, head: bytes) -> None:
     if b"\0" in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(
@@ -327,7 +345,9 @@ def jsonl_documents(part: Part) -> Iterator[str]:
             except (ValueError, KeyError, TypeError) as error:
                 where = f"line {number}" + (f" from byte {part.start:,}" if part.start else "")
                 start = line[:60].decode("utf-8", "replace")
+                array = line.lstrip().startswith(b"[")
                 raise ValueError(
-                    f'{part.path}, {where}: not a JSON object with a string under "text": {start}'
+                    f'{part.path}, {where}: not a JSON object with a string under "text"'
+                    f"{ARRAY * array}: {start}"
                 ) from error
             yield text

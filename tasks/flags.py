@@ -62,7 +62,7 @@ class TrainConfig:
     model: str = "gpt"  # what to train: one of the names above
     # a named size and recipe of engine/presets.py; empty: a first run for this machine
     preset: str = ""
-    data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .gz, .jsonl or a folder of them
+    data: str = "stdlib"  # stdlib, shakespeare, or a path: .txt, .jsonl, .csv, .gz or a folder
     tokenizer: str = ""  # gpt2, a tokenizer's .json, a checkpoint's .pt; empty: a new one is learnt
     pattern: str = "gpt2"  # how a new tokenizer splits text before it merges: gpt2, gpt4 or char
     cache_dir: str = "data/cache"  # where downloads, tokenizers and token files are kept

@@ -29,6 +29,7 @@ from torch import Tensor
 import decoding
 from bpe import END_OF_TEXT, Tokenizer
 from data.shuffle import Feistel, shuffled
+from data.tables import TableCorpus, is_table, open_tables
 from data.text import NAMES, Corpus, open_corpus, whole
 from data.tokens import TokenFile, both_splits, tokenize
 from decoding import choose, distribution, generate, likeliest
@@ -41,6 +42,16 @@ Flags = TrainConfig  # train.py has the common flags for this task, and no other
 
 
 # ---- text -> batches -----------------------------------------------------------------------------
+
+TEXTS = [("text",), ("content",), ("sentence",), ("review",)]  # columns of a table
+
+
+def open_text(data: str, cache: Path, valid: str = "") -> Corpus | TableCorpus:
+    """The text that --data names, as in data/text.py; or the documents in the text column of a .csv
+    or .tsv, of which one in ten validates, or those of valid."""
+    if is_table(Path(data)):
+        return open_tables(data, valid, TEXTS)
+    return open_corpus(data, cache)
 
 
 class Data:
@@ -57,7 +68,7 @@ class Data:
     def __init__(
         self,
         file: TokenFile,
-        corpus: Corpus,
+        corpus: Corpus | TableCorpus,
         split: str,
         tokenizer: Tokenizer,
         *,
@@ -96,7 +107,7 @@ class Data:
     @classmethod
     def splits(cls, flags: TrainConfig, sizes: dict, tokenizer: Tokenizer | None = None):
         """(train, validation); a tokenizer is learnt from the training text unless given."""
-        corpus = open_corpus(flags.data, Path(flags.cache_dir))
+        corpus = open_text(flags.data, Path(flags.cache_dir))
         return both_splits(cls, corpus, flags, sizes, tokenizer)
 
     def permutation(self, epoch: int) -> tuple[int, np.ndarray | Feistel]:
@@ -387,8 +398,9 @@ def eval_data(model: nn.Module, tokenizer: Tokenizer, flags: SampleFlags) -> Dat
     """The text that --eval names, in windows of block_size: the validation part of a named text, or
     all of one's own."""
     cache = Path(flags.cache_dir)
-    corpus = open_corpus(flags.eval, cache)
-    corpus = corpus if flags.eval in NAMES else whole(corpus)
+    corpus = open_text(flags.eval, cache, valid=flags.eval)
+    if isinstance(corpus, Corpus) and flags.eval not in NAMES:
+        corpus = whole(corpus)
     file = tokenize(corpus, "validation", tokenizer, cache)
     sizes = {"block_size": model.config.block_size, "batch_size": flags.batch_size}
     return Data(file, corpus, "validation", tokenizer, **sizes)

@@ -31,7 +31,7 @@ import decoding
 from bpe import END_OF_TEXT
 from data.buckets import InBuckets, evenly_within, pad_rows, positions_of
 from data.lines import answer_stdin, new_file
-from data.parallel import ParallelCorpus, open_pairs
+from data.parallel import ParallelCorpus, is_named, open_pairs
 from data.sentencepieces import START
 from data.tokens import AnyTokenizer, TokenFile, both_splits
 from decoding import (
@@ -51,7 +51,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass
 class Flags(TrainConfig):
-    data: str = "dates"  # dates, multi30k, wmt14, two files (train.en,train.de), or a .tsv
+    data: str = "dates"  # dates, multi30k, wmt14, two files (a.en,a.de), a .tsv, .csv or .jsonl
     valid: str = ""  # validation pairs in files, as for --data; empty: some of --data are held out
     languages: str = ""  # from-to, en-de for one; empty: the set's own, or files as they are given
 
@@ -357,7 +357,7 @@ def eval_pairs(flags: SampleFlags, train_config: dict) -> ParallelCorpus:
     """The pairs that --eval names: the test part of a named set, or all of one's own files. The
     languages are those of --languages, or else those of the training."""
     languages = flags.languages
-    if not languages and flags.eval in ("multi30k", "wmt14"):
+    if not languages and (flags.eval in ("multi30k", "wmt14") or is_named(Path(flags.eval))):
         languages = train_config.get("languages", "")
     return open_pairs(flags.eval, Path(flags.cache_dir), languages=languages, split="test")
 

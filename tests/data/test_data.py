@@ -166,6 +166,13 @@ def test_hash_follows_content_and_not_place(toy):
         ("a.jsonl", b'{"text": "fine"}\n{"words": 1}\n', 'line 2: not a JSON object.*"text"'),
         ("b.jsonl", b'{"text": 7}\n', "line 1: not a JSON object"),
         ("c.jsonl", b"nonsense\n", "line 1: .*nonsense"),
+        (
+            "d.jsonl",
+            b'[{"text": "a"},\n{"text": "b"}]',
+            "line 1: .* but an array: write one object",
+        ),
+        ("e.json", b'[{"text": "a"}]', r"e\.json is a JSON array, no text: write a \.jsonl.*\.txt"),
+        ("f.json", b'{"text": "a"}', r"f\.json is JSON, no text: write a \.jsonl"),
     ],
 )
 def test_bad_text_is_refused_in_one_sentence(toy, name, content, message):

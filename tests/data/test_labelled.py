@@ -94,7 +94,7 @@ def test_sst2_is_read_as_it_is_published():
         (
             "x.csv",
             "a;1\nb;0\n",
-            r"line 1: 1 column, and no known names: name the .* \(text, label or",
+            r"line 1: its columns are divided by ';' where commas are needed: export",
         ),
         ("x.tsv", "index\tsentence\n0\ta\n1\tb\n", r"line 1: its label 'sentence' comes nowhere"),
         ("x.tsv", "news\ttopic\na\t1\nb\t0\n", r"line 1: its label 'topic' comes nowhere .*topic$"),

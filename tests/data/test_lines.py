@@ -37,7 +37,7 @@ def test_a_byte_order_mark_is_no_text(monkeypatch, capsys, batch_size, mark):
     "raw,number,message",
     [
         ("a\nb\nGröße\n".encode("cp1252"), 3, "is not UTF-8: .*iconv -f cp1252 -t utf-8"),
-        ("a\nb\n".encode("utf-16"), 1, "is UTF-16: .*iconv -f utf-16 -t utf-8"),
+        ("a\nb\n".encode("utf-16"), 1, "is UTF-16, as it seems: .*iconv -f utf-16 -t utf-8"),
         ("日本".encode("utf-16-be"), 1, "is not UTF-8"),
         ("a\nb\n".encode("utf-16-le"), 1, "is UTF-16"),
         ("日本".encode("utf-16"), 1, "is UTF-16"),

@@ -1,8 +1,10 @@
 """data/parallel.py and data/wmt.py: pairs found, held out, streamed, refused."""
 
+import csv
 import gzip
 import hashlib
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -204,6 +206,75 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, files, give
     with pytest.raises(ValueError, match=message) as error:
         open_pairs(given, Path("cache"))
     assert "\n" not in str(error.value)
+
+
+NAMED = [("a cat", "eine Katze"), ("one, two", 'eins "zwei"'), ("", "leer")]
+
+
+def table_of(name: str, names: tuple[str, str], inside: str = "") -> str:
+    file = io.StringIO()
+    if name.endswith(".csv"):
+        csv.writer(file).writerows([("id", *names), *(("7", *pair) for pair in NAMED)])
+    for pair in NAMED if name.endswith(".jsonl") else ():
+        row = dict(zip(names, pair, strict=True))
+        file.write(json.dumps({inside: row} if inside else row) + "\n")
+    Path(name).write_text(file.getvalue(), encoding="utf-8")
+    return name
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_pairs_in_named_columns(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    turned = [pair[::-1] for pair in NAMED[:2]]
+    for names, languages, want in (
+        (("source", "target"), "", NAMED[:2]),
+        (("target", "source"), "en-de", turned),
+        (("tgt", "src"), "", turned),
+        (("en", "de"), "en-de", NAMED[:2]),
+        (("en", "de"), "de-en", turned),
+    ):
+        table = table_of(name, names)
+        corpus = open_pairs(table, Path("cache"), valid=table, languages=languages)
+        assert list(corpus.pairs("train")) == want, (names, languages)
+        assert "2 pairs with an empty side left out" in corpus.rule
+    hashes = {open_pairs(name, Path("cache"), languages=x).hash for x in ("en-de", "de-en")}
+    assert len(hashes) == 2  # one file, two directions
+
+
+def test_the_names_of_languages_are_no_pair(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("en,de\na,b\nc,d\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.csv, line 1: .* with --languages en-de: en,de"):
+        open_pairs("a.csv", Path("cache"))
+    Path("b.csv").write_text("a cat,eine Katze\nx y,z\n", encoding="utf-8")
+    corpus = open_pairs("b.csv", Path("cache"), split="test")
+    assert list(corpus.pairs("test")) == [("a cat", "eine Katze"), ("x y", "z")]
+    table = table_of("c.jsonl", ("en", "de"), "translation")  # as Hugging Face writes them
+    corpus = open_pairs(table, Path("cache"), split="test", languages="de-en")
+    assert list(corpus.pairs("test")) == [pair[::-1] for pair in NAMED[:2]]
+
+
+def test_a_path_may_have_commas_and_a_tilde(tmp_path, monkeypatch):
+    """Such paths were refused as no two files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    for folder in ("My, data", "home"):
+        Path(folder).mkdir()
+        for name, text in (("a,b.en", "1\n2\n"), ("a,b.de", "x\ny\n"), ("p,q.tsv", "1\tx\n2\ty\n")):
+            Path(folder, name).write_text(text, encoding="utf-8")
+    for given in (
+        "My, data/a,b.en,My, data/a,b.de",
+        "My, data/a,b.en, My, data/a,b.de",
+        "My, data/p,q.tsv",
+        "~/a,b.en,~/a,b.de",
+    ):
+        corpus = open_pairs(given, Path("cache"), valid=given)
+        assert list(corpus.pairs("train")) == [("1", "x"), ("2", "y")], given
+    with pytest.raises(ValueError, match=r": My, data/no\.de is no file here"):
+        open_pairs("My, data/a,b.en,My, data/no.de", Path("cache"))
+    with pytest.raises(ValueError, match=r"is not a name .*nor two files"):
+        open_pairs("no,such,files", Path("cache"))
 
 
 def test_bad_bytes_far_inside_a_file_are_named(tmp_path, monkeypatch):

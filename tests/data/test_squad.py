@@ -227,5 +227,17 @@ def test_a_few_misplaced_answers_are_kept_many_refused(folder):
     for others in ([right] * 8, [right] * 8 + [none] * 9, []):
         write("a.json", (context, [wrong, *others]))
         n = 1 + others.count(right)
-        with pytest.raises(ValueError, match=f"1 of {n} answers are not where answer_start says"):
+        message = f"1 of {n} answers are not where answer_start says"
+        with pytest.raises(ValueError, match=f"{message}.*where 'bird' should .* there is 'rd'"):
             open_squad("a.json", valid="a.json")
+    write("b.json", ("Claus\u00a0Koepcke", [qa("Who?", ("Claus Koepcke", 0))]))
+    with pytest.raises(ValueError, match=r"where 'Claus Koepcke' should .* 'Claus\\xa0Koepcke'"):
+        open_squad("b.json")
+
+
+@pytest.mark.parametrize("form", ["{}\n", "[{}]", "[\n{},\n{}\n]"])
+def test_rows_of_hugging_face_are_named(folder, form):
+    answers = {"text": ["cat"], "answer_start": [2]}
+    row = json.dumps({"id": "1", "context": "A cat.", "question": "Who?", "answers": answers})
+    refused(form.replace("{}", row), "has a row for each question, as Hugging Face's datasets")
+    refused(f"{row}\n{row}\n", "has a row for each question, as Hugging Face's datasets")

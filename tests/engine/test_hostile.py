@@ -103,7 +103,7 @@ VALUES |= {"name": NAMES, "text": PROMPTS, "pair": FILES}
 # A cache is put where the user says, also outside of the working folder: not in this test.
 VALUES["cache"] = [name for name in NAMES if name not in ("/", "..")]
 ANY = [value for kind, values in VALUES.items() if kind not in ("name", "pair") for value in values]
-LINES = b"3 times\n\n[MASK] x\n\xff\xfe\n\0\r\n1 plus 2\ta\n" + "日本 ünï\n".encode() + b"x" * 9999
+LINES = b"3 times\n\n[MASK] x\n\7\x1b[2J\r\n1 plus 2\ta\n" + "日本 ünï\n".encode() + b"x" * 9999
 
 # What an own run of these folders changes when it goes on.
 RUN = r"work/out/[^/]+/((latest|previous|best)\.pt|step-\d+\.pt|log\.jsonl|config\.json|\w+\.png)"

@@ -1,7 +1,9 @@
 """tasks/text.py: windows of a text, prompts, tokens that are drawn, text that streams."""
 
+import csv
 import math
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch.nn as nn
 from test_data import windows
 
 import decoding
+import sample
+import train
 from bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from engine.graphs import GPTSteps
 from model import GPT, GPTConfig
@@ -29,6 +33,30 @@ def gpt(block_size=13, vocab_size=320) -> GPT:
         if p.dim() == 2:  # the head is tied to the token embeddings: large ones repeat themselves
             nn.init.normal_(p, std=0.1 if name.startswith("token") else 0.5)
     return model
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def test_a_table_gives_its_text_column(tmp_path, monkeypatch):
+    """GPT learnt the commas and the labels, without a word."""
+    monkeypatch.chdir(tmp_path)
+    rows = [(f'He said "{i}",\nand left', "pos") for i in range(30)]
+    with Path("a.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("id", "text", "label"), *((7, *row) for row in rows)])
+    corpus = text.open_text("a.csv", tmp_path)
+    found = [*corpus.pieces("train"), *corpus.pieces("validation")]
+    assert sorted(found) == sorted((x, True) for x, _ in rows)
+    assert corpus.rule == "3 of 30 rows, drawn with a fixed seed, validate"
+    whole = text.open_text("a.csv", tmp_path, valid="a.csv")  # to be scored
+    assert [x for x, _ in whole.pieces("validation")] == [x for x, _ in rows]
+    Path("b.tsv").write_text("body\tlabel\na\tb\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"2 columns, and no known names: name .* \(text\): body"):
+        text.open_text("b.tsv", tmp_path)
+    settings = ["--vocab_size=300", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=8"]
+    settings += ["--steps=2", "--eval_interval=2", "--tokens_per_step=32", "--device=cpu"]
+    train.main(["--data=a.csv", *settings, "--out=run"])
+    sample.main(["--checkpoint=run/best.pt", "--eval=a.csv"])
 
 
 # ---- windows -------------------------------------------------------------------------------------
