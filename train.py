@@ -159,6 +159,10 @@ class Run:
     def eval_interval(self) -> int:
         return self.config.eval_interval or self.steps_of_epoch
 
+    @property
+    def warmup_steps(self) -> int:
+        return min(self.config.warmup, self.config.steps // 4)
+
     def rate_factor(self) -> float:
         """Of the peak learning rate, at this step: a pure function of the step, nothing to save."""
         config = self.config
@@ -166,7 +170,7 @@ class Run:
             config.schedule,
             self.step,
             steps=config.steps,
-            warmup_steps=min(config.warmup, config.steps // 4),
+            warmup_steps=self.warmup_steps,
             cooldown_steps=round(config.cooldown * config.steps),
             floor=config.floor,
         )

@@ -603,7 +603,7 @@ def run_script(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--n_layers=3"], "there is no flag --n_layers: did you mean --n_layer?"),
+        (["--n_layers=3"], "there is no flag --n_layers: here it is --n_layer"),
         (["--steps=many"], "argument --steps: invalid int value: 'many'"),
         (["--compile=perhaps"], "'perhaps' is neither true nor false"),
         (["extra"], "'extra' belongs to no flag"),
