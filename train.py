@@ -134,6 +134,7 @@ class Run:
             )
             self.step, self.best = checkpoint["step"], checkpoint["best"]
             setup.compare_micro_batches(checkpoint, self.micro_batch, self.say)
+            self.say_new_length(checkpoint["train_config"].get("steps", config.steps))
         self.steps = StepQueue(config, group, checkpoint["skipped"] if config.resume else 0)
         self.prepare_forward()
 
@@ -162,6 +163,19 @@ class Run:
     @property
     def warmup_steps(self) -> int:
         return min(self.config.warmup, self.config.steps // 4)
+
+    def say_new_length(self, before: int) -> None:
+        """Says what another number of steps than `before` does to the rate of a resumed run."""
+        config, now = self.config, self.rate_factor()
+        if before == config.steps:
+            return
+        steps, config.steps = config.steps, before
+        then, config.steps = self.rate_factor(), steps
+        self.say(
+            f"--steps {steps:,} instead of {before:,}: the {config.schedule} schedule is drawn "
+            f"anew for all of them, and the next step has the rate {config.lr * now:.2e}"
+            + (f", not {config.lr * then:.2e}" if then != now else ", as before")
+        )
 
     def rate_factor(self) -> float:
         """Of the peak learning rate, at this step: a pure function of the step, nothing to save."""

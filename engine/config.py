@@ -21,10 +21,11 @@ from engine.presets import PRESETS, first_hour
 from engine.processes import find_device, is_restarted, multiplies_bf16
 from tasks.flags import FinetuneConfig, TrainConfig
 
-# The flags that a resumed run may change: how and where it computes, not what.
+# The flags that a resumed run may change: how long, how and where it computes, not what.
 FREE_ON_RESUME = {
-    *("out", "resume", "stop_after", "keep", "batch_size", "eval_interval", "log_interval"),
-    *("cache_dir", "data", "valid", "device", "dtype", "compile", "recompute", "timeout", "shard"),
+    *("out", "resume", "steps", "stop_after", "keep", "batch_size", "eval_interval"),
+    *("log_interval", "cache_dir", "data", "valid", "device", "dtype", "compile", "recompute"),
+    *("timeout", "shard"),
 }
 
 # The settings of a network on which no weight's shape depends: --init may change them.
@@ -63,6 +64,12 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     if given.get("resume"):
         base = {**checkpoint["train_config"], "out": str(path.parent), "stop_after": 0}
         refuse_changes(given, {**base, **checkpoint["model_config"]}, FREE_ON_RESUME, path)
+        steps, done = given.get("steps"), checkpoint["step"]
+        if steps not in (None, base.get("steps")) and steps <= done:
+            raise ValueError(
+                f"--steps {steps} are no more than the {done:,} that {path} has done: choose more, "
+                "or leave the flag out"
+            )
     else:
         base = recipe(name, given, preset, Flags)
         refuse_ignored(given, base, path)
