@@ -306,7 +306,12 @@ def inverse_sqrt(step: int, length: int) -> float:
     return length**0.5 * min(t**-0.5, t * length**-1.5)
 
 
-SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
+SCHEDULES = {  # their names, and the settings that each of them heeds
+    "cosine": ("warmup", "floor"),
+    "linear": ("warmup", "cooldown", "floor"),
+    "inverse_sqrt": ("warmup",),
+    "constant": ("warmup",),
+}
 
 
 def schedule(

@@ -135,6 +135,7 @@ class Run:
                 )
             self.step, self.best = checkpoint["step"], checkpoint["best"]
             setup.compare_micro_batches(checkpoint, self.micro_batch, self.say)
+            self.say_new_length(checkpoint["train_config"].get("steps", config.steps))
         self.steps = StepQueue(config, group, checkpoint["skipped"] if config.resume else 0)
         self.prepare_forward()
 
@@ -163,6 +164,23 @@ class Run:
     def eval_interval(self) -> int:
         return self.config.eval_interval or self.steps_of_epoch
 
+    @property
+    def warmup_steps(self) -> int:
+        return min(self.config.warmup, self.config.steps // 4)
+
+    def say_new_length(self, before: int) -> None:
+        """Says what another number of steps than `before` does to the rate of a resumed run."""
+        config, now = self.config, self.rate_factor()
+        if before == config.steps:
+            return
+        steps, config.steps = config.steps, before
+        then, config.steps = self.rate_factor(), steps
+        self.say(
+            f"--steps {steps:,} instead of {before:,}: the {config.schedule} schedule is drawn "
+            f"anew for all of them, and the next step has the rate {config.lr * now:.2e}"
+            + (f", not {config.lr * then:.2e}" if then != now else ", as before")
+        )
+
     def rate_factor(self) -> float:
         """Of the peak learning rate, at this step: a pure function of the step, nothing to save."""
         config = self.config
@@ -170,7 +188,7 @@ class Run:
             config.schedule,
             self.step,
             steps=config.steps,
-            warmup_steps=min(config.warmup, config.steps // 4),
+            warmup_steps=self.warmup_steps,
             cooldown_steps=round(config.cooldown * config.steps),
             floor=config.floor,
         )

@@ -25,6 +25,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from reprlib import repr as short
 
+from engine.synonyms import ours
+
+CONFIGS = (".py", ".json", ".yaml", ".yml", ".toml")  # files of settings, in other projects
 LARGEST = 2**63 - 1  # the largest int64, in torch and in files
 LONGEST = 600  # characters of a sentence: enough for two long paths, and still readable
 LONGEST_NAME = 1000  # characters of a name: macOS has no longer paths
@@ -66,11 +69,18 @@ class Parser(argparse.ArgumentParser):
         known = sorted(s for s in self._option_string_actions if s.startswith("--"))
         given, unknown = self.parse_known_args([underscored(a) for a in argv])
         for flag in unknown:
-            if not flag.startswith("-"):
-                raise ValueError(f"{flag!r} belongs to no flag: see {self.how}")
             name = flag.partition("=")[0]
+            if not flag.startswith("-"):
+                hint = f"see {self.how}"
+                if flag.endswith(CONFIGS) and "--preset" in known:
+                    hint = f"settings are flags here, or --preset NAME for many, {hint}"
+                elif "=" in flag and re.fullmatch(r"\w+", name):
+                    hint = f"did you mean --{flag}?"
+                raise ValueError(f"{flag!r} belongs to no flag: {hint}")
             if purpose := elsewhere().get(name):
                 raise ValueError(f"{name} is for {purpose}: leave it out here")
+            if said := ours(name.lstrip("-").replace("-", "_").lower(), known):
+                raise ValueError(f"there is no flag {name}: {said}")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"see {self.how}"
             raise ValueError(f"there is no flag {name}: {hint}")

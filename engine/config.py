@@ -4,6 +4,7 @@ A flag given by hand wins over the preset, the preset over the defaults. With --
 the network's sizes are the checkpoint's.
 """
 
+import difflib
 import math
 import sys
 from dataclasses import MISSING, Field, fields
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch.nn as nn
 
+import optim
 import tasks
 from engine import checkpoint as checkpoints
 from engine import cli
@@ -19,10 +21,11 @@ from engine.presets import PRESETS, first_hour
 from engine.processes import find_device, is_restarted, multiplies_bf16
 from tasks.flags import FinetuneConfig, TrainConfig
 
-# The flags that a resumed run may change: how and where it computes, not what.
+# The flags that a resumed run may change: how long, how and where it computes, not what.
 FREE_ON_RESUME = {
-    *("out", "resume", "stop_after", "keep", "batch_size", "eval_interval", "log_interval"),
-    *("cache_dir", "data", "valid", "device", "dtype", "compile", "recompute", "timeout", "shard"),
+    *("out", "resume", "steps", "stop_after", "keep", "batch_size", "eval_interval"),
+    *("log_interval", "cache_dir", "data", "valid", "device", "dtype", "compile", "recompute"),
+    *("timeout", "shard"),
 }
 
 # The settings of a network on which no weight's shape depends: --init may change them.
@@ -43,7 +46,9 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     given = peek(argv)
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
-        raise ValueError(f"--preset {preset} is not known: choose {', '.join(PRESETS)}")
+        near = nearest(preset, PRESETS)
+        near = f"did you mean {near}? There are" if near else "choose"
+        raise ValueError(f"--preset {preset} is not known: {near} {', '.join(PRESETS)}")
     path = start_from(given)
     load = checkpoints.load_newest if given.get("resume") else checkpoints.load
     checkpoint = load(path) if path else None
@@ -59,10 +64,17 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     if given.get("resume"):
         base = {**checkpoint["train_config"], "out": str(path.parent), "stop_after": 0}
         refuse_changes(given, {**base, **checkpoint["model_config"]}, FREE_ON_RESUME, path)
+        steps, done = given.get("steps"), checkpoint["step"]
+        if steps not in (None, base.get("steps")) and steps <= done:
+            raise ValueError(
+                f"--steps {steps} are no more than the {done:,} that {path} has done: choose more, "
+                "or leave the flag out"
+            )
     else:
         base = recipe(name, given, preset, Flags)
         refuse_ignored(given, base, path)
     wanted = {**base, **given}
+    refuse_unheeded(given, wanted.get("schedule", Flags.schedule))
     if lengths := sorted({"steps", "minutes"} & given.keys()):
         if given.get("epochs"):
             raise ValueError(f"--epochs and --{lengths[0]} both say how long: give one of them")
@@ -127,7 +139,10 @@ def choose_task(given: dict, checkpoint: dict | None, path: Path | None) -> str:
     ValueError for any other."""
     asked = given.get("model", "")
     if asked and asked not in tasks.TABLE:
-        raise ValueError(f"--model {asked} is not known: choose {', '.join(tasks.TABLE)}")
+        hint = f"choose {', '.join(tasks.TABLE)}"
+        if size := nearest(asked, PRESETS):
+            hint += f"; a size has the name of a preset, --preset {size}"
+        raise ValueError(f"--model {asked} is not known: {hint}")
     if not checkpoint:
         return asked or preset_task(given.get("preset", ""))
     found = checkpoint["task"]
@@ -138,6 +153,15 @@ def choose_task(given: dict, checkpoint: dict | None, path: Path | None) -> str:
     if not fits:
         raise ValueError(f"--model {name} cannot begin from the {found} of {path}: leave one out")
     return name
+
+
+def nearest(name: str, presets: dict) -> str:
+    """The preset whose name is most like this one, "" where none is. Paths and capital letters do
+    not count, and a name that a preset's begins or goes on with is nearer than any misspelling."""
+    name = name.rpartition("/")[2].lower()
+    begin = sorted((p for p in presets if name.startswith(p)), key=len, reverse=True)
+    begin += [p for p in presets if name and p.startswith(name)]
+    return next(iter(begin or difflib.get_close_matches(name, presets, n=1)), "")
 
 
 def base_of(network: type) -> type:
@@ -181,6 +205,17 @@ def refuse_ignored(given: dict, base: dict, path: Path | None) -> None:
             raise ValueError(
                 f"--{name} has no effect, because the tokenizer is that of {tokenizer}: leave "
                 "it out" + ("" if path else ", or add --tokenizer= to train a new one")
+            )
+
+
+def refuse_unheeded(given: dict, schedule: str) -> None:
+    """Raises ValueError for a flag that the schedule does not heed."""
+    for name in ("warmup", "cooldown", "floor"):
+        if name in given and name not in optim.SCHEDULES.get(schedule, name):
+            others = " or ".join(other for other, heeds in optim.SCHEDULES.items() if name in heeds)
+            raise ValueError(
+                f"--{name} has no effect with the schedule {schedule}: leave it out, or choose "
+                f"--schedule {others}"
             )
 
 

@@ -52,6 +52,7 @@ def describe_run(run) -> str:
     how = "compiled" if whole or layers else "eager"
     if config.shard and group.world > 1:
         how += f", {config.shard} divided into {group.world} parts"
+    cut = run.warmup_steps < config.warmup
     plan = {
         "data": f"{config.data}: {data.rule}",
         "training": data.describe(),
@@ -65,7 +66,9 @@ def describe_run(run) -> str:
         f"process{'es' * (group.world > 1)}",
         "steps": f"{config.steps:,} ({tokens / 1e6:,.1f}M tokens, {epochs:,.1f} epochs)"
         + (f", {run.step:,} of them done" if run.step else ""),
-        "optimizer": f"{config.optimizer}, peak lr {config.lr:g}, {config.schedule} schedule",
+        "optimizer": f"{config.optimizer}, peak lr {config.lr:g}, {config.schedule} schedule, "
+        f"warmup {run.warmup_steps:,}"
+        + (f" (a quarter of the steps, not {config.warmup:,})" if cut else ""),
         "device": f"{device.type} ({name}), {str(run.dtype).removeprefix('torch.')}, {how}",
         "run": f"{run.out}: latest.pt, best.pt, log.jsonl, curves.png, config.json",
         "next": f"evaluation and checkpoint after step {next_stop:,}",

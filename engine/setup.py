@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import tasks
 from bpe import count_merges
-from data.tokens import check_special
+from data.tokens import check_special, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine import losses, sharding
 from engine.checkpoint import LATEST
@@ -58,9 +58,8 @@ def open_data(
     """(training data, validation data) of the task, in batches of micro_batch sequences, with the
     checkpoint's tokenizer if there is one. Raises ValueError if the data differs from what the
     checkpoint or another machine has."""
-    Data, tokenizer = tasks.task(config.model).Data, None
+    Data, tokenizer, path = tasks.task(config.model).Data, None, origin(config)
     if checkpoint:
-        path = origin(config)
         tokenizer = checkpoints.restore_tokenizer(path, checkpoint)
         lacking = [name for name in Data.special_tokens if name not in tokenizer.special_tokens]
         if lacking:
@@ -72,8 +71,16 @@ def open_data(
         path = Path(config.tokenizer)
         tokenizer = checkpoints.restore_tokenizer(path, checkpoints.load(path))
         check_special(tokenizer, Data.special_tokens, config.tokenizer)
+    elif config.tokenizer and Path(config.tokenizer).is_file():
+        tokenizer = load_tokenizer(Path(config.tokenizer))
+        check_special(tokenizer, Data.special_tokens, config.tokenizer)
     elif not config.tokenizer:
         count_merges(sizes["vocab_size"], len(Data.special_tokens))  # refuses one that is too small
+    if tokenizer and getattr(Data, "needs_bytes", False) and not hasattr(tokenizer, "ranks"):
+        raise ValueError(
+            f"--model {config.model} needs a tokenizer whose tokens are bytes, and that of "
+            f"{path or config.tokenizer} has pieces: leave --tokenizer out to train one"
+        )
     say(f"preparing {config.data}")
     # One process of each machine prepares the data; then the others find it in the cache.
     if group.local_rank > 0:

@@ -42,6 +42,7 @@ A task's module has
 Data has
 
     special_tokens                      the special tokens that its tokenizer needs
+    needs_bytes                         True, optional: only tokens that are bytes will do
     splits(flags, sizes, tokenizer)     (training data, validation data). sizes are the network's
                                         settings as a dict; tokenizer None: see data/tokens.py
     batch(i)     a pure function of (seed, split, i) -> {argument of the network's forward: tensor};

@@ -63,6 +63,7 @@ class Data(InBuckets):
     """
 
     special_tokens = (END_OF_TEXT,)
+    needs_bytes = True  # what it writes, and bits per byte, are bytes of tokens
 
     def __init__(
         self,

@@ -69,7 +69,7 @@ class TrainConfig:
     out: str = ""  # the run's folder; empty: out/<model>, numbered where that is taken
     init: str = ""  # a checkpoint to take weights, sizes and tokenizer from
     resume: bool = False  # go on with the run in --out (empty: the newest below out/)
-    steps: int = ranged(1000, 1)  # optimizer steps of the whole run
+    steps: int = ranged(1000, 1)  # optimizer steps of the whole run; --resume may go on to more
     # passes over the training data, instead of --steps; 0: --steps
     epochs: float = ranged(0.0, 0, 1e6)
     minutes: float = ranged(0.0, 0, 1e6)  # fit the number of steps into this time instead

@@ -188,6 +188,24 @@ def test_a_checkpoint_keeps_the_flag_and_a_resumed_run_notes_other_micro_batches
     assert saved["train_config"]["batch_size"] == 3 and saved["micro_batch"] == 2
 
 
+@pytest.mark.parametrize("before", [["--steps=4"], ["--steps=8", "--stop_after=4"]])
+def test_a_resumed_run_goes_on_to_more_steps(toy, capsys, before):
+    """Finished or not: the rates from there on are those of a run of that length."""
+    flags = [*TOY, "--schedule=cosine", "--warmup=0", "--lr=0.01"]
+    train.main([*flags, "--steps=12", "--out=long"])
+    train.main([*flags, *before, "--out=run"])
+    capsys.readouterr()
+    train.main(["--resume", "--out=run", "--steps=12"])
+    said = capsys.readouterr().out
+    assert f"--steps 12 instead of {before[0][8:]}: the cosine schedule is drawn anew" in said
+    assert "the next step has the rate 7.50e-03, not" in said and "step 12/12" in said
+    records = [read_log(Path(name) / "log.jsonl") for name in ("run", "long")]
+    rates = [[r["lr"] for r in some if r["split"] == "train"] for some in records]
+    assert len(rates[0]) == 12 and rates[0][4:] == rates[1][4:]
+    with pytest.raises(ValueError, match=r"--steps 7 are no more than the 12 that .* has done"):
+        train.main(["--resume", "--out=run", "--steps=7"])
+
+
 def test_recompute_changes_memory_and_no_number(toy):
     train.main([*TOY, "--steps=3", "--dropout=0.2", "--out=plain"])
     train.main([*TOY, "--steps=3", "--dropout=0.2", "--out=again", "--recompute"])
@@ -603,7 +621,7 @@ def run_script(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--n_layers=3"], "there is no flag --n_layers: did you mean --n_layer?"),
+        (["--n_layers=3"], "there is no flag --n_layers: here it is --n_layer"),
         (["--steps=many"], "argument --steps: invalid int value: 'many'"),
         (["--compile=perhaps"], "'perhaps' is neither true nor false"),
         (["extra"], "'extra' belongs to no flag"),

@@ -5,11 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import peer
+from conftest import TOYS, peer, write_labelled, write_texts
 from converting import ENGLISH, GERMAN, save_tokenizer, spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from bpe import END_OF_TEXT
 from data.sentencepieces import FILES, SPECIAL_PIECES, START, SentencePieces
 from data.tokens import load_tokenizer, tokenizer_from_json
@@ -312,3 +313,18 @@ def test_pairs_have_source_pieces_then_target_pieces_behind_the_start(folder, mo
     }
     assert len(found) == len(pairs)
     assert (GERMAN[0] in {target for _, target in train.texts()}) and train.start == start
+
+
+@pytest.mark.parametrize("task", ["gpt", "complete"])
+def test_a_task_that_needs_bytes_refuses_pieces_before_it_trains(tmp_path, monkeypatch, task):
+    """The first evaluation failed, after the steps before it: pieces have no bytes."""
+    save_tokenizer(tmp_path / "there", "unigram")
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path)
+    write_labelled(tmp_path)
+    pieces = read_tokenizer(tmp_path / "there", "seq2seq").to_json()
+    (tmp_path / "pieces.json").write_text(pieces, encoding="utf-8")
+    flags = [flag for flag in TOYS[task] if not flag.startswith("--vocab_size")]
+    with pytest.raises(ValueError, match=r"whose tokens are bytes, and that of pieces\.json"):
+        train.main([*flags, "--tokenizer=pieces.json", "--steps=3"])
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.pt"))
