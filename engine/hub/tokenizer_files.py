@@ -260,7 +260,7 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         raise ValueError(f"{folder}: {error}") from None
     if new:
         special = tokenizer.special_tokens | new
-        tokenizer = Tokenizer(tokenizer.ranks, tokenizer.pattern, special)
+        tokenizer = Tokenizer(tokenizer.ranks, tokenizer.pattern, special, foreign=True)
     return tokenizer
 
 
@@ -432,7 +432,8 @@ def from_merges(
             f"{unreached:+,}"
         )
     try:
-        tokenizer = Tokenizer({tokens[name]: vocab[name] for name in tokens}, pattern, special)
+        ranks = {tokens[name]: vocab[name] for name in tokens}
+        tokenizer = Tokenizer(ranks, pattern, special, foreign=True)
         implied = tokenizer.merges()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
