@@ -212,7 +212,8 @@ class Tokenizer:
                     cannot make the same bytes from two different pairs.
     pattern         the regular expression that cuts text into chunks. It must match every
                     character: what lies between two matches is lost.
-    special_tokens  text -> id; encode() produces them only where the caller allows it by name.
+    special_tokens  text -> id; encode() produces them only where the caller allows it by name. Two
+                    may share an id, as in o200k_harmony.
     foreign         whether somebody else's ids are wanted (GPT-2's, a hub's): then characters that
                     are newer than this Python's Unicode are letters where tiktoken has them so,
                     otherwise, as in learning, where the `regex` module does.
@@ -232,7 +233,8 @@ class Tokenizer:
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.foreign = foreign
         self.bytes_of = {i: token for token, i in ranks.items()}
-        self.bytes_of |= {i: text.encode("utf-8") for text, i in special_tokens.items()}
+        for text, i in special_tokens.items():  # of two names for one id, the first is decoded
+            self.bytes_of.setdefault(i, text.encode("utf-8"))
         self.vocab_size = max(self.bytes_of) + 1  # cl100k_base, for one, has unused ids below this
         self._split = make_splitter(pattern)
         self._cache: dict[str, list[int]] = {}
@@ -573,7 +575,7 @@ def _check_state(ranks: Any, pattern: Any, special_tokens: Any) -> None:
     for i in ids:
         if type(i) is not int or not 0 <= i < 2**32:
             raise ValueError(f"id {i!r} is not an integer from 0 to 2**32 - 1")
-    twice, n = Counter(ids).most_common(1)[0]
+    twice, n = Counter([*ranks.values(), *set(special_tokens.values())]).most_common(1)[0]
     if n > 1:
         raise ValueError(f"id {twice} stands for {n} tokens: ids must differ")
     missing = [b for b in range(256) if bytes([b]) not in ranks]

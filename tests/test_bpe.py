@@ -435,6 +435,24 @@ def test_there_and_back_through_tiktoken(tok):
     assert tok.to_tiktoken().n_vocab == tok.vocab_size
 
 
+def test_two_special_tokens_may_share_an_id():
+    """o200k_harmony has <|endofprompt|> and <|reserved_200018|> as 200018."""
+    ranks = {bytes([i]): i for i in range(256)}
+    special = {END_OF_TEXT: 256, "<|endofprompt|>": 258, "<|reserved|>": 258}
+    theirs = tiktoken.Encoding(
+        "harmony", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    ours = Tokenizer.from_tiktoken(theirs)
+    text = "a<|reserved|>b<|endofprompt|>"
+    ids = theirs.encode(text, allowed_special="all")
+    assert ours.encode(text, "all") == ours.encode_python(text, "all") == ids == [97, 258, 98, 258]
+    assert ours.decode([258]) == "<|endofprompt|>" and ours.vocab_size == 259
+    again = Tokenizer.from_json(ours.to_json())
+    assert again.hash == ours.hash and again.decode([258]) == "<|endofprompt|>"
+    with pytest.raises(ValueError, match="id 97 stands for 2"):
+        Tokenizer(ranks, GPT2_PATTERN, {"<|a|>": 97})
+
+
 def test_somebody_elses_ids_are_those_of_tiktoken_whatever_this_python_knows(tok):
     """GPT-2 had other ids where U+058C stood before 's: it is newer than Python's Unicode, so the
     text was left to the `regex` module, which knows it as a letter, and tiktoken does not."""

@@ -220,6 +220,9 @@ TOKENIZER_CHANGES = [
     (["added_tokens", 0, "single_word", True], "takes its surroundings"),
     (["added_tokens", 0, "id", 5], "has the ids"),
     (["added_tokens", 0, "content", 5], "added token"),
+    (["added_tokens", 0, "content", "<x>"], "the id 297, but transformers gives it 300"),
+    (["added_tokens", [{"content": c, "id": 300} for c in ("<x>", "<y>")]], "have the same id"),
+    (["model", "vocab", "<|a|>", 297], "has the ids 297 and 298"),
 ]
 
 
