@@ -204,7 +204,7 @@ def learn_merges(chunks: dict[str, int], n_merges: int, progress: bool = False) 
 
 
 class Tokenizer:
-    """Its state is three plain values; everything else follows from them.
+    """Its state is four plain values; everything else follows from them.
 
     ranks           token bytes -> id. A token of a lower id is merged earlier, as in tiktoken. The
                     pair of a merge need not be stored: as long as no token crosses its borders, a
@@ -212,15 +212,29 @@ class Tokenizer:
                     cannot make the same bytes from two different pairs.
     pattern         the regular expression that cuts text into chunks. It must match every
                     character: what lies between two matches is lost.
-    special_tokens  text -> id; encode() produces them only where the caller allows it by name.
+    special_tokens  text -> id; encode() produces them only where the caller allows it by name. Two
+                    may share an id, as in o200k_harmony.
+    foreign         whether somebody else's ids are wanted (GPT-2's, a hub's): then characters that
+                    are newer than this Python's Unicode are letters where tiktoken has them so,
+                    otherwise, as in learning, where the `regex` module does.
     """
 
-    def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]):
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        pattern: str,
+        special_tokens: dict[str, int],
+        foreign: bool = False,
+    ):
         """Raises ValueError for a state that cannot encode every text or decode every id."""
         _check_state(ranks, pattern, special_tokens)
+        if type(foreign) is not bool:
+            raise ValueError(f"foreign={foreign!r} is neither True nor False")
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
+        self.foreign = foreign
         self.bytes_of = {i: token for token, i in ranks.items()}
-        self.bytes_of |= {i: text.encode("utf-8") for text, i in special_tokens.items()}
+        for text, i in special_tokens.items():  # of two names for one id, the first is decoded
+            self.bytes_of.setdefault(i, text.encode("utf-8"))
         self.vocab_size = max(self.bytes_of) + 1  # cl100k_base, for one, has unused ids below this
         self._split = make_splitter(pattern)
         self._cache: dict[str, list[int]] = {}
@@ -268,7 +282,8 @@ class Tokenizer:
         return self._encode_parts(text, allowed_special, self._encode_rust)
 
     def encode_python(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """The same ids as encode(), without tiktoken: read this to see how encoding works."""
+        """The same ids as encode(), without tiktoken: read this to see how encoding works. (With
+        foreign, other ids where a character is newer than this Python's Unicode.)"""
         return self._encode_parts(text, allowed_special, self._encode_chunks)
 
     def _encode_parts(self, text: str, allowed: Collection[str], ordinary: Callable) -> list[int]:
@@ -319,11 +334,13 @@ class Tokenizer:
         return self._rust.encode_ordinary(text) if can else self._encode_chunks(text)
 
     def _rust_can_split(self, text: str) -> bool:
-        r"""Whether tiktoken accepts this text and cuts it where the `regex` module does.
+        r"""Whether tiktoken accepts this text and cuts it where it should be cut.
 
         Three kinds of text stay in Python. Lone surrogates are not UTF-8. Characters newer than
         this Python's Unicode may be letters to one engine and unassigned to the other (17,480 are,
-        with regex 2026.11 and tiktoken 0.14). And the backtracking of `\s+(?!\S)` ends in a Rust
+        with regex 2026.11 and tiktoken 0.14), and what was learnt with `regex` is cut by it; but
+        foreign ids are those of tiktoken, which Hugging Face's library equals here. And the
+        backtracking of `\s+(?!\S)` ends in a Rust
         panic somewhere between 600,000 and 1,000,000 white-space characters in a row.
         """
         # Every run of twice LONG_RUN fills one of these slices.
@@ -332,7 +349,8 @@ class Tokenizer:
                 return False
         if text.isascii():
             return True
-        return not any(unicodedata.category(c) in ("Cn", "Cs") for c in beyond_ascii(text))
+        python = ("Cs",) if self.foreign else ("Cn", "Cs")
+        return not any(unicodedata.category(c) in python for c in beyond_ascii(text))
 
     def _encode_chunks(self, text: str) -> list[int]:
         ids, cache = [], self._cache
@@ -449,7 +467,8 @@ class Tokenizer:
             "special_tokens": dict(_by_id(self.special_tokens)),
             "ranks": {token.decode("latin-1"): i for token, i in _by_id(self.ranks)},
         }
-        return json.dumps(state)
+        # Left out where it is false, so that the hash of what was learnt stays what it was.
+        return json.dumps(state | ({"foreign": True} if self.foreign else {}))
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
@@ -472,7 +491,8 @@ class Tokenizer:
             ranks = {token.encode("latin-1"): i for token, i in state["ranks"].items()}
         except UnicodeEncodeError as e:
             raise ValueError(f"token {e.object!r} is not written as Latin-1 characters") from None
-        return cls(ranks, state["pattern"], state["special_tokens"])
+        foreign = state.get("foreign", False)
+        return cls(ranks, state["pattern"], state["special_tokens"], foreign)
 
     def save(self, path: str | Path) -> None:
         """Writes beside `path`, then renames, so that an interruption leaves the old file whole."""
@@ -508,7 +528,7 @@ class Tokenizer:
     def from_tiktoken(cls, encoding: tiktoken.Encoding) -> Tokenizer:
         # tiktoken has no public names for these three.
         ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
-        return cls(dict(ranks), encoding._pat_str, dict(special_tokens))
+        return cls(dict(ranks), encoding._pat_str, dict(special_tokens), foreign=True)
 
 
 def count_merges(vocab_size: int, n_special: int) -> int:
@@ -555,7 +575,7 @@ def _check_state(ranks: Any, pattern: Any, special_tokens: Any) -> None:
     for i in ids:
         if type(i) is not int or not 0 <= i < 2**32:
             raise ValueError(f"id {i!r} is not an integer from 0 to 2**32 - 1")
-    twice, n = Counter(ids).most_common(1)[0]
+    twice, n = Counter([*ranks.values(), *set(special_tokens.values())]).most_common(1)[0]
     if n > 1:
         raise ValueError(f"id {twice} stands for {n} tokens: ids must differ")
     missing = [b for b in range(256) if bytes([b]) not in ranks]

@@ -27,7 +27,7 @@ def read_gpt2_files(vocab_bpe: str | Path, encoder_json: str | Path) -> Tokenize
     special_tokens = {END_OF_TEXT: len(names)}
     if ids != {name: i for i, name in enumerate(names)} | special_tokens:
         raise ValueError(f"{vocab_bpe} and {encoder_json} do not belong together: ids differ")
-    return Tokenizer(ranks, GPT2_PATTERN, special_tokens)
+    return Tokenizer(ranks, GPT2_PATTERN, special_tokens, foreign=True)
 
 
 def byte_characters() -> dict[str, int]:

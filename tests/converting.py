@@ -61,6 +61,12 @@ def tokenizers() -> dict[str, Tokenizer]:
     return made
 
 
+def foreign(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer as it comes back from the files of the hub."""
+    state = (tokenizer.ranks, tokenizer.pattern, tokenizer.special_tokens)
+    return Tokenizer(*state, foreign=True)
+
+
 def noisy(model: nn.Module) -> nn.Module:
     """Every parameter random, norms and biases too: an initialised model hides swapped ones."""
     for name, parameter in model.named_parameters():

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -428,8 +429,53 @@ def test_corrupt_files_are_refused_in_one_sentence(tmp_path, name):
 
 
 def test_there_and_back_through_tiktoken(tok):
-    assert Tokenizer.from_tiktoken(tok.to_tiktoken()).to_json() == tok.to_json()
+    back = Tokenizer.from_tiktoken(tok.to_tiktoken())
+    assert (back.ranks, back.pattern) == (tok.ranks, tok.pattern)
+    assert back.special_tokens == tok.special_tokens and back.foreign
     assert tok.to_tiktoken().n_vocab == tok.vocab_size
+
+
+def test_two_special_tokens_may_share_an_id():
+    """o200k_harmony has <|endofprompt|> and <|reserved_200018|> as 200018."""
+    ranks = {bytes([i]): i for i in range(256)}
+    special = {END_OF_TEXT: 256, "<|endofprompt|>": 258, "<|reserved|>": 258}
+    theirs = tiktoken.Encoding(
+        "harmony", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    ours = Tokenizer.from_tiktoken(theirs)
+    text = "a<|reserved|>b<|endofprompt|>"
+    ids = theirs.encode(text, allowed_special="all")
+    assert ours.encode(text, "all") == ours.encode_python(text, "all") == ids == [97, 258, 98, 258]
+    assert ours.decode([258]) == "<|endofprompt|>" and ours.vocab_size == 259
+    again = Tokenizer.from_json(ours.to_json())
+    assert again.hash == ours.hash and again.decode([258]) == "<|endofprompt|>"
+    with pytest.raises(ValueError, match="id 97 stands for 2"):
+        Tokenizer(ranks, GPT2_PATTERN, {"<|a|>": 97})
+
+
+def test_somebody_elses_ids_are_those_of_tiktoken_whatever_this_python_knows(tok):
+    """GPT-2 had other ids where U+058C stood before 's: it is newer than Python's Unicode, so the
+    text was left to the `regex` module, which knows it as a letter, and tiktoken does not."""
+    theirs = Tokenizer(tok.ranks, tok.pattern, tok.special_tokens, foreign=True)
+    newer = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) == "Cn"]
+    letters = [c for c in newer if regex.match(r"\p{L}|\p{N}", c)]
+    assert letters
+    for c in ["\u058c", *random.Random(0).sample(newer + letters, 2000)]:
+        text = f"the{c}'s {c}1 {c} {c}{c}ll"
+        assert theirs.encode(text) == tok.to_tiktoken().encode_ordinary(text), hex(ord(c))
+        assert theirs.encode_numpy(text).tolist() == theirs.encode(text)
+        assert tok.encode(text) == tok.encode_python(text)
+        assert theirs.decode(theirs.encode(text)) == text
+
+
+def test_whose_ids_are_wanted_is_kept(tok, tmp_path):
+    theirs = Tokenizer(tok.ranks, tok.pattern, tok.special_tokens, foreign=True)
+    theirs.save(tmp_path / "theirs.json")
+    back = Tokenizer.load(tmp_path / "theirs.json")
+    assert back.foreign and back.hash == theirs.hash != tok.hash
+    assert not Tokenizer.from_json(tok.to_json()).foreign
+    with pytest.raises(ValueError, match="foreign=1 is neither"):
+        Tokenizer.from_json(theirs.to_json().replace('"foreign": true', '"foreign": 1'))
 
 
 @settings(deadline=None, max_examples=300)

@@ -260,7 +260,7 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         raise ValueError(f"{folder}: {error}") from None
     if new:
         special = tokenizer.special_tokens | new
-        tokenizer = Tokenizer(tokenizer.ranks, tokenizer.pattern, special)
+        tokenizer = Tokenizer(tokenizer.ranks, tokenizer.pattern, special, foreign=True)
     return tokenizer
 
 
@@ -416,6 +416,14 @@ def from_merges(
             raise ValueError(f"{path}: {name!r} has the ids {i} and {special[name]}")
         if name not in special:
             tokens[name] = bytes([byte_of[c] for c in name]) if byte_of.keys() >= set(name) else b""
+    if len({*special.values()}) < len(special):
+        raise ValueError(f"{path}: two of the added tokens have the same id")
+    new = [name for name in special if name not in vocab]
+    for i, name in enumerate(new, len(vocab)):
+        if special[name] != i:
+            raise ValueError(
+                f"{path}: {name!r} has the id {special[name]}, but transformers gives it {i}"
+            )
     for number, merge in enumerate(merges, 1):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         try:
@@ -432,7 +440,8 @@ def from_merges(
             f"{unreached:+,}"
         )
     try:
-        tokenizer = Tokenizer({tokens[name]: vocab[name] for name in tokens}, pattern, special)
+        ranks = {tokens[name]: vocab[name] for name in tokens}
+        tokenizer = Tokenizer(ranks, pattern, special, foreign=True)
         implied = tokenizer.merges()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
