@@ -386,10 +386,14 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_flags(parser, GPUConfig, "gpu")
     config = GPUConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     if config.fill:
-        found = json.loads(Path(config.fill).read_text(encoding="utf-8"))
-        if found["rehearsal"]:
+        try:
+            found = json.loads(Path(config.fill).read_text(encoding="utf-8"))
+            rehearsal, page = found["rehearsal"], fill(found, PAGE.read_text(encoding="utf-8"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{config.fill} is no gpu.json that this script wrote") from None
+        if rehearsal:
             raise ValueError(f"{config.fill} is of a rehearsal: the page has figures of a card")
-        PAGE.write_text(fill(found, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(page, encoding="utf-8")
         return
     if not config.rehearse and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU here: add --rehearse for toy sizes on a CPU")
@@ -404,7 +408,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--only {unknown[0]} is not known: choose from {', '.join(names)}")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty, and nothing is written over: choose --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose --out") from None
     if config.rehearse:
         write_toys(folder)
     chosen = [part for part in parts if part.name in (config.only or ",".join(names)).split(",")]

@@ -41,7 +41,7 @@ from data.layouts import LAYOUTS
 from engine import checkpoint as checkpoints
 from engine import cli
 from engine.presets import PRESETS
-from lab import bench, growth
+from lab import bench, gpu, growth
 from lab import finetuning as bench_finetune
 from lab import runs as bench_runs
 from lab import sampling as bench_sampling
@@ -193,6 +193,7 @@ COMMANDS = {
     ),
     "bench_runs": Command(bench_runs.main, ["--small", "--only=saving"]),
     "growth": Command(growth.main, ["--repeats=1"]),
+    "gpu": Command(gpu.main, ["--rehearse", "--only=ceilings"]),
     "bench_finetune": Command(
         bench_finetune.main, ["--init=out/bert/best.pt", "--data=toy.csv", "--repeats=2"]
     ),
@@ -200,7 +201,9 @@ COMMANDS = {
 
 # The flags that name what is to be written, and what is there already.
 WRITES = {
-    **dict.fromkeys(("train gpt", "sample embeddings", "import", "bench", "growth"), "--out"),
+    **dict.fromkeys(
+        ("train gpt", "sample embeddings", "import", "bench", "growth", "gpu"), "--out"
+    ),
     "sample attention": "--attention",
     "export": "--to",
 }
@@ -256,6 +259,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         found = dict.fromkeys(
             ("one", "two", "ratio", "saves", "seconds", "of", "share", "bytes"), 1
         )
+        patch.setattr(gpu.Session, "run", lambda self, parts: None)
         quick = dict.fromkeys(bench_runs.BENCHES, lambda config, folder: found)
         patch.setattr(bench_runs, "BENCHES", quick)
         cost = growth.Cost(1.0, 1.0)
