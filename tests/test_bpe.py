@@ -453,6 +453,7 @@ def test_two_special_tokens_may_share_an_id():
         Tokenizer(ranks, GPT2_PATTERN, {"<|a|>": 97})
 
 
+@pytest.mark.slow
 def test_somebody_elses_ids_are_those_of_tiktoken_whatever_this_python_knows(tok):
     """GPT-2 had other ids where U+058C stood before 's: it is newer than Python's Unicode, so the
     text was left to the `regex` module, which knows it as a letter, and tiktoken does not."""

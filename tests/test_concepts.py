@@ -93,7 +93,12 @@ CONCEPTS = {
 }
 
 
-@pytest.mark.parametrize("file", CONCEPTS)
+def marked(file: str):
+    quick = file in ("model.py", "optim.py", "decoding.py")
+    return pytest.param(file, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("file", map(marked, CONCEPTS))
 def test_a_copy_runs_in_an_empty_folder(file, tmp_path):
     needed, check = CONCEPTS[file]
     check(run_alone(file, needed, tmp_path))

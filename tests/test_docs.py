@@ -47,7 +47,6 @@ QUICK = {
     "python bpe.py",
     "python train.py",
     'python sample.py --prompt "def "',
-    "python convert.py export out/gpt/best.pt --to my-model",
 }
 FOLDERS = {"out/gpt": "gpt", "out/gpt2": "gpt", "out/bert": "bert", "out/crammed": "bert"}
 FOLDERS |= {"out/minilm": "bert", **{f"out/{task}": task for task in LABELLED}}  # else seq2seq

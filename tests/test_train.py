@@ -188,6 +188,7 @@ def test_a_checkpoint_keeps_the_flag_and_a_resumed_run_notes_other_micro_batches
     assert saved["train_config"]["batch_size"] == 3 and saved["micro_batch"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [["--steps=4"], ["--steps=8", "--stop_after=4"]])
 def test_a_resumed_run_goes_on_to_more_steps(toy, capsys, before):
     """Finished or not: the rates from there on are those of a run of that length."""

@@ -310,6 +310,7 @@ def test_training_equals_the_naive_version(words, more, min_frequency):
     assert learn(words, size, min_frequency) == naive_learn(words, size, min_frequency)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_frequency", [1, 2, 7])
 def test_training_equals_the_naive_version_on_text(min_frequency):
     words = Counter(split_words(ENGLISH[:9000], True))

@@ -61,6 +61,7 @@ def with_parent(n: int) -> tuple[int, int, bool]:
     return n, os.getppid(), torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="no forked workers here")
 @pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize("there", ["cuda", "group"])

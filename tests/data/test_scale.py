@@ -362,6 +362,7 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [TOY, TOY_PAIRS, TOY_BERT, [*TOY_BERT, "--nsp=false"]])
 @pytest.mark.usefixtures("toy_pairs")
 def test_no_data_grows_with_the_epochs(small):

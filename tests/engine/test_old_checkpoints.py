@@ -69,6 +69,7 @@ def test_an_old_checkpoint_answers_as_it_did(run, capsys, name):
     assert capsys.readouterr().out == wanted["stdout"]
 
 
+@pytest.mark.slow
 @ALL
 def test_an_old_run_is_resumed_to_the_same_end(run, name):
     folder, expected = run(name), EXPECTED[name]

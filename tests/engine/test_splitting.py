@@ -34,6 +34,7 @@ def test_chunks_are_those_of_regex(pattern, text):
     assert Splitter(pattern)(text) == plain_splitter(pattern)(text) == regex.findall(pattern, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS.values())
 def test_every_character_in_many_places(pattern):
     """Of those that the ranges hold: one that they do not would send its whole text to `regex`.

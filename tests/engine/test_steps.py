@@ -65,6 +65,7 @@ def new_run(*flags: str) -> train.Run:
 # ---- the same run --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @ALL_TASKS
 def test_what_is_read_later_is_the_same(toy_pairs, queuing, small):
     flags = [*small, "--steps=7", "--eval_interval=3", "--optimizer=adamw"]
@@ -75,6 +76,7 @@ def test_what_is_read_later_is_the_same(toy_pairs, queuing, small):
     assert [r["step"] for r in records("later") if r["split"] == "train"] == list(range(1, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
 def test_bad_steps_are_skipped_and_counted_all_the_same(toy, queuing, capsys, monkeypatch, name):
     """In the middle, before an evaluation, several in a row, and the last one."""

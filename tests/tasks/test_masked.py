@@ -409,6 +409,7 @@ def test_rows_of_similar_length_share_a_batch_in_every_epoch(folder, batch_size)
         assert batch_size == 1 or padding < 0.5 * (1 - lengths.sum() / by_chance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @BOTH
 def test_a_step_holds_the_same_rows_however_many_micro_batches_share_it(folder, nsp, batch_size):
