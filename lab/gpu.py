@@ -113,7 +113,6 @@ def parts_of(config: GPUConfig, folder: Path) -> list[Part]:
 
     def bench(name: str) -> list[str]:
         size = ["--small", "--repeats=2"] if toy else ["--device=cuda"]
-        size += ["--compile"] * (toy and name == "train")  # a CPU's compiler needs minutes
         return ["-m", "lab.bench", f"--only={name}", f"--out={folder / name}.json", *size]
 
     spread = ["-n12", "--dist=worksteal"] if importlib.util.find_spec("xdist") and not toy else []

@@ -107,6 +107,7 @@ def test_errors_of_workers_and_of_batches_come_out():
         list(on_all_cores(double, broken()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux")
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])

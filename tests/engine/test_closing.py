@@ -71,6 +71,7 @@ def test_what_cannot_be_shown_costs_a_line(toy, monkeypatch, capsys, owner, name
     assert out.splitlines()[-1].startswith("go on with: python sample.py --checkpoint out/gpt/best")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--no-compile", "--compile"])
 def test_the_trained_network_is_gone_before_another_is_loaded(toy, monkeypatch, flag):
     """On a GPU the two, with the optimizer and the compiled graphs, might not fit."""

@@ -407,6 +407,7 @@ def test_a_plan_for_a_cpu_names_no_gpu():
     assert "the process, cpu, float32" in lines[0] and len(lines) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", tasks.TABLE)
 def test_every_task_has_a_plan(task, capsys):
     small = ["--n_layer=1", "--n_embd=48", "--n_head=3", "--vocab_size=300", "--block_size=32"]

@@ -25,6 +25,7 @@ def test_a_piece_of_an_impossible_tensor_is_refused(tmp_path, about):
         parts.Stored(tmp_path / "a.pt", {"folder": "of.parts", "tensors": {"x": about}}, "x")[...]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", [None, "a.parts", {}, {"folder": "..", "tensors": {"x": {}}}])
 def test_a_checkpoint_whose_parts_are_not_there_is_no_untrained_model(toy, found):
     """It was loaded with random weights where "parts" was no dict."""

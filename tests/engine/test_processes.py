@@ -80,7 +80,7 @@ dist.destroy_process_group = destroy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind,rank", [("ValueError", 1), ("TypeError", 1), ("ValueError", 0)])
+@pytest.mark.parametrize("kind,rank", [("TypeError", 1), ("ValueError", 0)])
 def test_an_error_ends_all_processes_and_nothing_is_waited_for(toy, kind, rank):
     """Destroying NCCL's group waits for an operation that never comes, and so does the other
     process, in a call that does not notice."""

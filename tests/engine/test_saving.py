@@ -42,6 +42,7 @@ def test_two_runs_that_begin_in_one_folder_at_once_are_one(toy):
     train.main([*TOY, "--steps=1", "--out=run"])
 
 
+@pytest.mark.slow
 def test_a_killed_process_frees_its_run(toy):
     Path("run").mkdir()
     code = f"""

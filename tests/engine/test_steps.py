@@ -124,6 +124,7 @@ def test_a_stop_reads_what_is_queued_before_it_saves(toy, queuing, monkeypatch):
     assert_same_run("whole", "parts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
 def test_the_state_of_an_optimizer_that_was_not_fused_goes_on(toy, queuing, name):
     """From a Mac, say. torch took its `fused` for ours, and met found_inf with an assertion."""

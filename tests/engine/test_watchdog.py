@@ -74,6 +74,7 @@ def test_a_process_that_moves_is_left_alone(dogs, capfd):
     assert not ended and capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_process_that_said_it_is_busy_is_waited_for(dogs, capfd):
     """One that compiles or tokenizes passes no place. Once it is done, it is like all others."""
     ended, three = dogs

@@ -76,6 +76,7 @@ def warnings_of_theirs(caplog):
     said.disable_propagation()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_out_and_in_again_is_the_same(kind, dtype, tmp_path, warnings_of_theirs):
