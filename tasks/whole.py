@@ -14,4 +14,7 @@ def whole_file(Flags: type, Data: type, tokenizer: AnyTokenizer, flags, checkpoi
     names = {f.name for f in fields(Flags)}
     settings = {k: v for k, v in checkpoint["train_config"].items() if k in names}
     settings |= {"data": flags.eval, "valid": flags.eval, "eval_tokens": 0}
+    # Where texts of one batch are each other's negatives, its size matters. Older checkpoints have
+    # the size itself as their batch_size.
+    settings["batch_size"] = checkpoint.get("micro_batch", settings["batch_size"])
     return Data.splits(Flags(**settings), checkpoint["model_config"], tokenizer)[1]
