@@ -31,7 +31,7 @@ from data.download import MULTI30K, fetch, prepare_cache
 from data.hashes import known_hashes
 from data.lines import read_lines
 from data.tables import Form, read_table, refusal
-from data.text import name_of
+from data.text import name_of, plain_name
 from data.wmt import wmt14_files
 
 NAMES = ("dates", "multi30k", "wmt14")
@@ -233,11 +233,11 @@ def known_counts(
 
 
 def is_tsv(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith(".tsv")
+    return plain_name(path).endswith(".tsv")
 
 
 def is_named(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith((".csv", ".jsonl"))
+    return plain_name(path).endswith((".csv", ".jsonl"))
 
 
 def divide_names(data: str) -> tuple[Path, ...]:
@@ -270,7 +270,7 @@ def aligned_files(flag: str, data: str, source: str, target: str, cache: Path) -
             raise ValueError(f"{flag} {data}: {path} is no file here")
         if not path.stat().st_size:
             raise ValueError(f"{flag} {data}: {path} is empty, give a file with text in it")
-    suffixes = [Path(path.name.lower().removesuffix(".gz")).suffix for path in paths]
+    suffixes = [Path(plain_name(path)).suffix for path in paths]
     if source and suffixes == [f".{target}", f".{source}"]:
         paths = paths[::-1]
     key = " ".join(known_hashes(paths, cache))

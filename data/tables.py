@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from data.division import copy_told, divide
 from data.lines import read_lines
-from data.text import ARRAY, name_of
+from data.text import ARRAY, name_of, plain_name
 
 HELD_OUT = 10  # without a validation file, one row in so many validates
 Form = tuple[str, ...]  # names of columns
@@ -111,7 +111,7 @@ def read_table(
     around the names of columns do not matter. Raises ValueError, with the line and its content, for
     what is broken.
     """
-    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    kind = Path(plain_name(path)).suffix
     if kind not in (".jsonl", ".csv", ".tsv"):
         raise ValueError(f"{path} is no .csv, .tsv or .jsonl (each also as .gz): convert it")
     if not path.is_file():
@@ -152,7 +152,7 @@ def as_text(path: Path, number: int, name: str, value: object, may_be_blank: boo
 
 
 def is_table(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+    return plain_name(path).endswith((".csv", ".tsv"))
 
 
 def find_form(names: Collection[str], forms: Sequence[Form]) -> Form | None:

@@ -215,8 +215,13 @@ def cut_and_sha256(path: Path) -> str:
 # ---- reading -------------------------------------------------------------------------------------
 
 
+def plain_name(path: Path) -> str:
+    """The name of a file, or of what is inside of a .gz, in small letters: its end says the kind."""
+    return path.name.lower().removesuffix(".gz")
+
+
 def is_jsonl(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith(".jsonl")
+    return plain_name(path).endswith(".jsonl")
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -234,12 +239,12 @@ def check_text(path: Path) -> None:
 
 def refuse_tables(path: Path) -> None:
     """Raises ValueError for a table or one JSON value: its commas and brackets would be learnt."""
-    if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+    if plain_name(path).endswith((".csv", ".tsv")):
         raise ValueError(
             f'{path} is a table, no text: write its texts as .jsonl, one object with a "text" on '
             "each line, or call it .txt if its separators are to be learnt"
         )
-    if path.name.lower().removesuffix(".gz").endswith(".json"):
+    if plain_name(path).endswith(".json"):
         head = next(blocks(Part(path, 0, HEAD)), b"").removeprefix(codecs.BOM_UTF8).lstrip()
         found = "a JSON array" if head.startswith(b"[") else "JSON"
         raise ValueError(
