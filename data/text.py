@@ -142,11 +142,10 @@ def folder_corpus(
     validation = files[9::10] or files[-1:]
     held_out = set(validation)
     train = [path for path in files if path not in held_out]
-    for path in files:
-        check_text(path)
+    marked = [check_text(path) for path in files]
     digest, hashes = hashlib.sha256(b"folder 1"), known_hashes(files, cache)
-    for path, sha256 in zip(files, hashes, strict=True):
-        mark = "\0mark" * has_mark(path)
+    for path, sha256, is_marked in zip(files, hashes, marked, strict=True):
+        mark = "\0mark" * is_marked
         digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256}{mark}".encode())
     contents = dict(zip(files, content_hashes(files, hashes, cache), strict=True))
     trains = {contents[path]: path for path in reversed(train)}
@@ -193,12 +192,12 @@ def copies_told(copies: Sequence[tuple[Path, Path]]) -> str:
 
 
 def file_corpus(name: str, path: Path, cache: Path, prompts: list[str] | None = None) -> Corpus:
-    check_text(path)
+    mark = " mark" * check_text(path)
     [found] = remembered(f"cut {TRAIN_SHARE} and sha256", cut_and_sha256, [path], cache)
     cut = int(found.split()[0])
     return Corpus(
         name,
-        hashlib.sha256(f"file 1 {found}{' mark' * has_mark(path)}".encode()).hexdigest(),
+        hashlib.sha256(f"file 1 {found}{mark}".encode()).hexdigest(),
         "the first 90% train, the last 10% validate",
         [Part(path, 0, cut)],
         [Part(path, cut)],
@@ -228,13 +227,16 @@ def open_bytes(path: Path) -> BinaryIO:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def check_text(path: Path) -> None:
-    """Raises ValueError for a file that is empty, binary or not UTF-8, before any work is done."""
+def check_text(path: Path) -> bool:
+    """Raises ValueError for a file that is empty, binary or not UTF-8, before any work is done.
+    Returns whether it begins with a byte-order mark, which editors on Windows write and which is no
+    part of the text. (Where lines are JSON, the parser leaves it out: False.)"""
     head = next(blocks(Part(path, 0, HEAD)), b"")
     if not head and path.name != "__init__.py":
         raise ValueError(f"{path} is empty: give a file with text in it")
     refuse_binary(path, head)
     decode(codecs.getincrementaldecoder("utf-8")(), head, False, path, 0)
+    return head.startswith(codecs.BOM_UTF8) and not is_jsonl(path)
 
 
 def refuse_tables(path: Path) -> None:
@@ -259,12 +261,6 @@ def refuse_binary(path: Path, head: bytes) -> None:
             f"{path} is binary, or UTF-16: give a text in UTF-8 (iconv -f utf-16 -t utf-8 converts "
             "UTF-16)"
         )
-
-
-def has_mark(path: Path) -> bool:
-    """Whether a text begins with a byte-order mark, which editors on Windows write: it is no part
-    of the text. (Where lines are JSON, the parser leaves it out.)"""
-    return not is_jsonl(path) and next(blocks(Part(path, 0, 3)), b"") == codecs.BOM_UTF8
 
 
 def decode(decoder, block: bytes, final: bool, path: Path, offset: int) -> str:
