@@ -215,7 +215,7 @@ def cut_and_sha256(path: Path) -> str:
 
 
 def plain_name(path: Path) -> str:
-    """The name of a file, or of what is inside of a .gz, in small letters: its end says the kind."""
+    """The name of a file, or of what a .gz holds, in small letters: its end says the kind."""
     return path.name.lower().removesuffix(".gz")
 
 

@@ -26,7 +26,7 @@ from engine.checkpoint import load_model
 from engine.cpu import lay_out_for_decoding
 from engine.graphs import GPTSteps, StaticAdvance
 from engine.hub.peers import hugging_face_gpt2, hugging_face_marian, peer
-from lab.turns import BenchConfig, peer_turns, print_table, take_turns
+from lab.turns import BenchConfig, peer_turns, print_table, take_turns, time_copies
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks import translation
@@ -103,10 +103,8 @@ def bytes_read(model: GPT, rows: int, positions: int) -> int:
 
 def copy_rate(device: torch.device) -> float:
     """Bytes that a copy within the device's memory reads and writes per second."""
-    source = torch.randn(2**28, device=device)
-    target = torch.empty_like(source)
-    times = take_turns({"": lambda: target.copy_(source)}, 9, device)[""]
-    return 2 * source.nbytes / statistics.median(times)
+    copies, moved = time_copies(2**28, 9, device)
+    return moved / statistics.median(copies)
 
 
 def matrices(model: nn.Module) -> list[nn.Module]:

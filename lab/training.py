@@ -20,7 +20,7 @@ from engine.plan import least_seconds
 from engine.processes import Processes
 from engine.setup import compiled
 from engine.steps import update
-from lab.turns import BenchConfig, peer_turns, print_table, take_turns
+from lab.turns import BenchConfig, peer_turns, print_table, take_turns, time_copies
 from model import GPT, GPTConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from train import gradients
@@ -37,11 +37,9 @@ def bench_ceilings(config: BenchConfig, device: torch.device) -> list[dict]:
     name = str(kind).removeprefix("torch.")
     times = take_turns({"one of torch's": lambda: a @ b}, 3 * config.repeats, device)
     product = print_table(f"product of {n} x {n} matrices, {name}", times, 2e-12 * n**3, "TFLOP")
-    source = torch.randn(16 * n * n, device=device)
-    target = torch.empty_like(source)
-    times = take_turns({"torch's copy": lambda: target.copy_(source)}, 3 * config.repeats, device)
-    size = 2 * source.nbytes / 1e9
-    return [product, print_table(f"copy of {size / 2:.2f} GB", times, size, "GB")]
+    copies, moved = time_copies(16 * n * n, 3 * config.repeats, device)
+    title = f"copy of {moved / 2e9:.2f} GB"
+    return [product, print_table(title, {"torch's copy": copies}, moved / 1e9, "GB")]
 
 
 def bench_optim(config: BenchConfig, device: torch.device) -> list[dict]:

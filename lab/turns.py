@@ -57,6 +57,14 @@ def take_turns(
     return times
 
 
+def time_copies(size: int, repeats: int, device: torch.device) -> tuple[list[float], int]:
+    """(seconds of each copy of `size` fp32 numbers within the device's memory, the bytes that one
+    reads and writes)"""
+    source = torch.randn(size, device=device)
+    target = torch.empty_like(source)
+    return take_turns({"": lambda: target.copy_(source)}, repeats, device)[""], 2 * source.nbytes
+
+
 AS_IT_COMES = ", as it comes"
 
 
