@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from data.tokens import AnyTokenizer
 from wordpiece import WordPiece
 
-CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+SETTINGS, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 EXTRA = {"additional_special_tokens", "extra_special_tokens"}
 BY_CLASS = "the tokenizer's class"
@@ -31,7 +31,7 @@ def declared_tokens(
 ) -> dict[str, Declared]:
     """{token: where it is declared}, in the order in which new ones get their ids.
 
-    The first three are the contents of CONFIG, MAP and ADDED ({} where a file is missing, or does
+    The first three are the contents of SETTINGS, MAP and ADDED ({} where a file is missing, or does
     not count), `listed` is what tokenizer.json has as added_tokens, `defaults` what the tokenizer's
     class calls bos_token, … if nothing else does. Raises ValueError for a token that we would find
     in other places, and where two files contradict each other.
@@ -49,19 +49,19 @@ def declared_tokens(
         if i is not None and before.id not in (None, i):
             raise ValueError(f"{where}: {name!r} has the ids {before.id} ({before.where}) and {i}")
 
-    named = _named(defaults, BY_CLASS) | _named(settings, CONFIG) | _named(special_map, MAP)
-    extra, more = _extra(settings, CONFIG), _extra(special_map, MAP)
+    named = _named(defaults, BY_CLASS) | _named(settings, SETTINGS) | _named(special_map, MAP)
+    extra, more = _extra(settings, SETTINGS), _extra(special_map, MAP)
     if more and EXTRA & settings.keys() and [t for _, t in extra] != [t for _, t in more]:
-        raise ValueError(f"{more[0][0]} differs from {CONFIG}: leave one of them out")
+        raise ValueError(f"{more[0][0]} differs from {SETTINGS}: leave one of them out")
     extra = extra or more
     decoder = settings.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
-        raise ValueError(f"{CONFIG}: added_tokens_decoder={short(decoder)} is not supported")
+        raise ValueError(f"{SETTINGS}: added_tokens_decoder={short(decoder)} is not supported")
     rows = [("tokenizer.json: added_tokens", token, _get(token, "id")) for token in listed]
-    rows += [(f"{CONFIG}: added_tokens_decoder", token, _id(i)) for i, token in decoder.items()]
+    rows += [(f"{SETTINGS}: added_tokens_decoder", token, _id(i)) for i, token in decoder.items()]
     # Those that nothing but added_tokens.json mentions are looked for in the normalized text.
     specials = {_get(token, "content") for _, token in _named(special_map, MAP).values()}
-    specials |= {t for _, t in [*_named(settings, CONFIG).values(), *extra] if isinstance(t, str)}
+    specials |= {t for _, t in [*_named(settings, SETTINGS).values(), *extra] if isinstance(t, str)}
     rows += [
         (ADDED, {"content": name, "normalized": name not in specials}, _id(i))
         for name, i in added.items()
@@ -118,7 +118,7 @@ def new_tokens(tokenizer: AnyTokenizer, declared: dict[str, Declared]) -> dict[s
         if name not in declared:
             raise ValueError(
                 f"{name!r} is in the vocabulary, but no file declares it as a special token, so "
-                f"transformers splits it like other text: name it in {CONFIG}, for example under "
+                f"transformers splits it like other text: name it in {SETTINGS}, for example under "
                 "additional_special_tokens"
             )
     if isinstance(tokenizer, WordPiece):

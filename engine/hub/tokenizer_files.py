@@ -25,7 +25,15 @@ from data.sentencepieces import (
     SentencePieces,
 )
 from data.tokens import END_OF_TEXT, AnyTokenizer
-from engine.hub.declared import ADDED, BY_CLASS, CONFIG, MAP, Declared, declared_tokens, new_tokens
+from engine.hub.declared import (
+    ADDED,
+    BY_CLASS,
+    MAP,
+    SETTINGS,
+    Declared,
+    declared_tokens,
+    new_tokens,
+)
 from engine.hub.wordpiece_json import wordpiece_from_json, wordpiece_to_json
 from wordpiece import UNK, WordPiece
 
@@ -35,7 +43,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    CONFIG,
+    SETTINGS,
     MAP,
     ADDED,
     "source.spm",
@@ -185,13 +193,13 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
     what we do. Raises ValueError for a tokenizer that ours cannot equal."""
     settings, special_map, added = (
         read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (CONFIG, MAP, ADDED)
+        for name in (SETTINGS, MAP, ADDED)
     )
     if settings.get("added_tokens_decoder") is not None:  # which replaces the two older files
         special_map, added = {}, {}
     path, listed = folder / "tokenizer.json", []
     as_it_is = check_class(folder, task, settings)
-    check_settings({"split_special_tokens": False}, settings, folder / CONFIG)
+    check_settings({"split_special_tokens": False}, settings, folder / SETTINGS)
     if task == "seq2seq" and any((folder / name).is_file() for name in FILES[:2]):
         declared = declared_in(folder, settings, special_map, added, [], DEFAULTS[task])
         return read_sentencepieces(folder, settings, declared)
@@ -234,19 +242,19 @@ def read_tokenizer(folder: Path, task: str) -> AnyTokenizer:
         if not as_it_is and not tokenizer.lowercase and settings.get("do_lower_case") is None:
             raise ValueError(
                 f"{folder}: tokenizer.json keeps capitals, but transformers lower-cases where "
-                f"{CONFIG} has no do_lower_case: write it there"
+                f"{SETTINGS} has no do_lower_case: write it there"
             )
         ours = {"do_lower_case": tokenizer.lowercase, "tokenize_chinese_chars": True}
         ours |= {"do_basic_tokenize": True, "strip_accents": tokenizer.lowercase}
         ours |= {"never_split": [], "clean_text": True, **DEFAULTS["bert"]}
-        check_settings(ours, settings, folder / CONFIG)
+        check_settings(ours, settings, folder / SETTINGS)
         check_settings(DEFAULTS["bert"], special_map, folder / MAP)
     else:
-        check_settings(BYTES_SETTINGS, settings, folder / CONFIG)
+        check_settings(BYTES_SETTINGS, settings, folder / SETTINGS)
         if task == "gpt" and tokenizer.pattern != GPT2_PATTERN and not as_it_is:
             raise ValueError(
                 f"{path} splits texts otherwise than GPT2Tokenizer does: write "
-                f'"tokenizer_class": "PreTrainedTokenizerFast" in {CONFIG} if it is right'
+                f'"tokenizer_class": "PreTrainedTokenizerFast" in {SETTINGS} if it is right'
             )
     defaults = {} if as_it_is else DEFAULTS[task]
     declared = declared_in(folder, settings, special_map, added, listed, defaults)
@@ -268,8 +276,8 @@ def check_class(folder: Path, task: str, settings: dict) -> bool:
     """Whether transformers uses a tokenizer.json as it is. Raises ValueError for a class of
     tokenizers that does something else than ours."""
     if settings.get("auto_map"):
-        raise ValueError(f"{folder / CONFIG}: auto_map: the tokenizer is code, which is not run")
-    path, name = folder / CONFIG, settings.get("tokenizer_class")
+        raise ValueError(f"{folder / SETTINGS}: auto_map: the tokenizer is code, which is not run")
+    path, name = folder / SETTINGS, settings.get("tokenizer_class")
     if name is None and (folder / "config.json").is_file():
         path = folder / "config.json"
         name = read_json(path).get("tokenizer_class")
@@ -296,12 +304,12 @@ def note_on_case(folder: Path, tokenizer: AnyTokenizer) -> str:
         return ""
     ordinary = (token for token in tokenizer.tokens if token[0] + token[-1] not in ("[]", "<>"))
     token = next((token for token in ordinary if token != token.lower()), None)
-    path = folder / CONFIG
+    path = folder / SETTINGS
     if token is None or (path.is_file() and read_json(path).get("do_lower_case") is not None):
         return ""
     return (
-        f"texts are lower-cased, as transformers does it, because no {CONFIG} says do_lower_case; "
-        f"but the vocabulary has capitals ({token!r}). If the model is cased, write "
+        f"texts are lower-cased, as transformers does it, because no {SETTINGS} says "
+        f"do_lower_case; but the vocabulary has capitals ({token!r}). If the model is cased, write "
         f'{{"do_lower_case": false}} there and import it again'
     )
 
@@ -323,7 +331,7 @@ MARIAN_SETTINGS |= {"additional_special_tokens": [], "extra_special_tokens": []}
 def read_sentencepieces(
     folder: Path, settings: dict, declared: dict[str, Declared]
 ) -> SentencePieces:
-    check_settings(MARIAN_SETTINGS, settings, folder / CONFIG)
+    check_settings(MARIAN_SETTINGS, settings, folder / SETTINGS)
     for name, token in declared.items():
         if name not in SPECIAL_PIECES:
             raise ValueError(
