@@ -340,8 +340,8 @@ class Tokenizer:
         this Python's Unicode may be letters to one engine and unassigned to the other (17,480 are,
         with regex 2026.11 and tiktoken 0.14), and what was learnt with `regex` is cut by it; but
         foreign ids are those of tiktoken, which Hugging Face's library equals here. And the
-        backtracking of `\s+(?!\S)` ends in a Rust
-        panic somewhere between 600,000 and 1,000,000 white-space characters in a row.
+        backtracking of `\s+(?!\S)` ends in a Rust panic somewhere between 600,000 and 1,000,000
+        white-space characters in a row.
         """
         # Every run of twice LONG_RUN fills one of these slices.
         for i in range(0, len(text) - LONG_RUN, LONG_RUN):

@@ -211,7 +211,8 @@ def refuse_ignored(given: dict, base: dict, path: Path | None) -> None:
 def refuse_unheeded(given: dict, schedule: str) -> None:
     """Raises ValueError for a flag that the schedule does not heed."""
     for name in ("warmup", "cooldown", "floor"):
-        if name in given and name not in optim.SCHEDULES.get(schedule, name):
+        heeded = optim.SCHEDULES.get(schedule, (name,))  # of an unknown one, others say so
+        if name in given and name not in heeded:
             others = " or ".join(other for other, heeds in optim.SCHEDULES.items() if name in heeds)
             raise ValueError(
                 f"--{name} has no effect with the schedule {schedule}: leave it out, or choose "

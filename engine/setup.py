@@ -70,12 +70,12 @@ def open_data(
     elif config.tokenizer.endswith(".pt"):
         path = Path(config.tokenizer)
         tokenizer = checkpoints.restore_tokenizer(path, checkpoints.load(path))
-        check_special(tokenizer, Data.special_tokens, config.tokenizer)
     elif config.tokenizer and Path(config.tokenizer).is_file():
         tokenizer = load_tokenizer(Path(config.tokenizer))
-        check_special(tokenizer, Data.special_tokens, config.tokenizer)
     elif not config.tokenizer:
         count_merges(sizes["vocab_size"], len(Data.special_tokens))  # refuses one that is too small
+    if tokenizer and not checkpoint:
+        check_special(tokenizer, Data.special_tokens, config.tokenizer)
     if tokenizer and getattr(Data, "needs_bytes", False) and not hasattr(tokenizer, "ranks"):
         raise ValueError(
             f"--model {config.model} needs a tokenizer whose tokens are bytes, and that of "
