@@ -222,8 +222,8 @@ def read_run(name: str, what: str) -> Callable[[Path, str], list[dict]]:
         records = read_log(folder / name / "log.jsonl")
         last = [r for r in records if r["split"] == "validation"][-1]
         figures = [f"{k} {v:.4f}" for k, v in last.items() if isinstance(v, float)]
-        if scores := re.findall(r"^.*\bbleu .*$", said, re.M):
-            figures += [scores[-1].strip()]
+        scores = dict(re.findall(r"^(exact match|BLEU|chrF2) ([\d.]+%?)", said, re.M))
+        figures += [f"{name} {score}" for name, score in scores.items()]
         measured = f"{last['step']:,} steps, {rates(records):,.0f} tokens/s"
         return [row(what, measured, beside="; ".join(figures))]
 

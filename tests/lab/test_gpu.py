@@ -1,5 +1,6 @@
 """lab/gpu.py: a rehearsal of all its parts, what stops a part, and the page that it fills."""
 
+import importlib.util
 import json
 import re
 import time
@@ -29,6 +30,9 @@ def test_a_rehearsal_runs_every_part(tmp_path, capsys):
     for name in ("--shard model, compiled, one rank", "--shard optimizer, one rank"):
         assert float(re.search(r"by (\S+)", rows[name]["measured"])[1]) < 1e-5
     assert rows["train.py, GPT 2 layers, T 32, with a stop"]["beside"].startswith("each step once")
+    pairs = found["pairs"]["rows"][0]["beside"]
+    scores = ["exact match", *["BLEU", "chrF2"] * bool(importlib.util.find_spec("sacrebleu"))]
+    assert all(pairs.count(f"; {name} ") == 1 for name in scores)
     log = (tmp_path / "gpu" / "gpu.log").read_text(encoding="utf-8")
     assert "going on without it" not in log and log.count("$ python ") >= len(found)
 
@@ -49,6 +53,14 @@ def runs(pid: str) -> bool:
     return state.rpartition(")")[2].split()[0] != "Z"
 
 
+def has_ended(pid: str) -> bool:
+    """After ten seconds at most."""
+    end = time.monotonic() + 10
+    while runs(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not runs(pid)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc: not Linux")
 def test_a_part_is_stopped_with_all_that_it_started_and_the_others_go_on(tmp_path):
@@ -62,12 +74,7 @@ def test_a_part_is_stopped_with_all_that_it_started_and_the_others_go_on(tmp_pat
     assert session.found["right"]["rows"] == [gpu.row("what", "42")]
     assert session.found["wrong"]["status"].startswith("failed with status 3: -c raise")
     assert session.found["stuck"]["status"] == "stopped after 6 s"
-    pid = session.found["stuck"]["rows"][0]["measured"]
-    for _ in range(100):
-        if not runs(pid):
-            break
-        time.sleep(0.1)
-    assert not runs(pid)
+    assert has_ended(session.found["stuck"]["rows"][0]["measured"])
     written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert written["parts"] == session.found
 
@@ -85,11 +92,7 @@ def test_what_is_under_way_ends_with_the_script(tmp_path):
         time.sleep(0.1)
     assert runs(pid)
     steps.close()
-    for _ in range(100):
-        if not runs(pid):
-            break
-        time.sleep(0.1)
-    assert not runs(pid)
+    assert has_ended(pid)
 
 
 def test_without_time_a_part_does_not_begin(tmp_path):
