@@ -5,6 +5,8 @@ import http.server
 import importlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -76,6 +78,24 @@ def gpt2_files() -> tuple[Path, Path]:
         cache = ROOT / "data" / "cache"
         return fetch(GPT2_MERGES, cache), fetch(GPT2_VOCABULARY, cache)
     return shared("gpt2/vocab.bpe"), shared("gpt2/encoder.json")
+
+
+def torchrun(
+    processes: int, *words: str, script: str = "train.py", timeout: float = 240, **options
+) -> subprocess.CompletedProcess:
+    """The script, of the project or of its tests, in so many processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", str(ROOT / script), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}  # Windows has none
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=timeout,
+        **options,
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,6 @@
 """The heads in tasks/ beside Hugging Face's classes, by perturbation; every way to learn less."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, peer
+from conftest import peer, torchrun
 from converting import noisy
 from finetuning import (
     LENGTHS,
@@ -293,12 +290,7 @@ def test_an_evaluation_does_not_depend_on_how_it_is_divided(files):
     """Into batches of 64, 32 and 8 rows, and between two processes."""
     (files / "two.py").write_text(SCRIPT, encoding="utf-8")
     alone = {n: reports(ALONE, n) for n in (64, 32, 8)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [*command, "two.py"], env=environment, capture_output=True, encoding="utf-8", timeout=240
-    )
+    done = torchrun(2, script=str(files / "two.py"))
     assert done.returncode == 0, done.stderr
     two = {int(n): found for n, found in json.loads(done.stdout).items()}
     assert {"f1", "recall"} < set(alone[64]["tag"]) and 0 < alone[64]["answer"]["f1"] < 100

@@ -7,8 +7,9 @@ from random import Random
 
 import pytest
 import torch
+from conftest import torchrun
 from finetuning import FILES, RUN, TASKS, flags, of, squad, write_files
-from test_train import assert_equal, flatten, losses, torchrun, weights
+from test_train import assert_equal, flatten, losses, weights
 
 import sample
 import tasks

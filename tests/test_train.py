@@ -56,15 +56,6 @@ def losses(folder: str, split: str = "train") -> list[float]:
     return [r["loss"] for r in read_log(Path(folder) / "log.jsonl") if r["split"] == split]
 
 
-def torchrun(processes: int, *flags: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", str(ROOT / "train.py"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}  # Windows has none
-    return subprocess.run(
-        command, env=environment, capture_output=True, encoding="utf-8", timeout=240, **options
-    )
-
-
 # ---- one run -------------------------------------------------------------------------------------
 
 

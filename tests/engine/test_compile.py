@@ -4,9 +4,6 @@ Runs on two processes, or on one that is a group, are those of one launch (tests
 """
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compiled_runs import JOBS
-from conftest import ROOT, TOYS, write_labelled, write_pairs, write_texts
+from conftest import TOYS, torchrun, write_labelled, write_pairs, write_texts
 from sharded_runs import DIVIDES_ON_CPU
 from test_train import losses, no_autocast
 from torch._dynamo.utils import counters
@@ -153,16 +150,7 @@ def launched(tmp_path_factory) -> SimpleNamespace:
         jobs = [job for job in JOBS if job.startswith("one") == (world == 1)]
         if not DIVIDES_ON_CPU:
             jobs = [job for job in jobs if "--shard=model" not in JOBS[job]]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={world}", str(ROOT / "tests" / "compiled_runs.py"), *jobs]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=600,
-            cwd=folder,
-        )
+        done = torchrun(world, *jobs, script="tests/compiled_runs.py", timeout=600, cwd=folder)
         assert done.returncode == 0, done.stderr
         out += done.stdout
         files = [folder / f"report-{i}.jsonl" for i in range(world)]

@@ -2,16 +2,13 @@
 and runs that change from one to the other. invariance_ranks.py is what the processes compute."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
 import invariance_ranks as ranks
 import pytest
 import torch
-from conftest import ROOT
+from conftest import torchrun
 from finetuning import FILLERS, flags, write_files
 from test_train import losses, weights
 
@@ -53,19 +50,11 @@ def computed(tmp_path_factory) -> dict[int, dict]:
     """{number of processes: what they have computed}; the tests begin in the folder of it all."""
     folder = tmp_path_factory.mktemp("invariance")
     text_files(write_files(folder))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         ranks.compute(processes.start("cpu"))  # with the kernels that the others have
         for world in (2, 4):
-            done = subprocess.run(
-                [*command, f"--nproc_per_node={world}", ranks.__file__],
-                env=environment,
-                capture_output=True,
-                encoding="utf-8",
-                timeout=240,
-            )
+            done = torchrun(world, script=ranks.__file__)
             assert done.returncode == 0, done.stderr
         yield {n: torch.load(f"world-{n}.pt", weights_only=True) for n in (1, 2, 4)}
 

@@ -3,10 +3,7 @@ memory. All runs on two processes are those of one launch (tests/sharded_runs.py
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +12,11 @@ import finetuning
 import pytest
 import sharded_runs
 import torch
-from conftest import ROOT, TOY, write_pairs, write_texts
+from conftest import TOY, torchrun, write_pairs, write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sharded_runs import DIVIDES_ON_CPU, FAMILIES, GPT_RUN, HALF
-from test_train import Payload, assert_equal, flatten, losses, no_autocast, torchrun
+from test_train import Payload, assert_equal, flatten, losses, no_autocast
 
 import convert
 import sample
@@ -48,15 +45,7 @@ def launched(tmp_path_factory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main([*HALF, "--out=one-then-optimizer"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "sharded_runs.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=240,
-        cwd=folder,
-    )
+    done = torchrun(2, script="tests/sharded_runs.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     files = [(folder / f"report-{i}.jsonl").read_text(encoding="utf-8") for i in range(2)]
     reports = zip(
