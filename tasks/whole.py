@@ -16,5 +16,6 @@ def whole_file(Flags: type, Data: type, tokenizer: AnyTokenizer, flags, checkpoi
     settings |= {"data": flags.eval, "valid": flags.eval, "eval_tokens": 0}
     # Where texts of one batch are each other's negatives, its size matters. Older checkpoints have
     # the size itself as their batch_size.
-    settings["batch_size"] = checkpoint.get("micro_batch", settings["batch_size"])
+    if "micro_batch" in checkpoint:
+        settings["batch_size"] = checkpoint["micro_batch"]
     return Data.splits(Flags(**settings), checkpoint["model_config"], tokenizer)[1]
