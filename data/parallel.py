@@ -322,7 +322,8 @@ def named_pairs(path: Path, forms: Sequence[Form]) -> Iterator[tuple[str, str]]:
     """Yields the pairs of a table. Raises ValueError if its columns have names that do not say
     which is the source."""
     sides = {name for form in forms for name in form}
-    table = read_table(path, forms, blank=sides)
+    remedy = "; name them, the source first, with --languages"
+    table = read_table(path, forms, blank=sides, remedy=remedy)
     line, names = table.rows[0]
     if not table.named and all(LANGUAGE.fullmatch(name.strip()) for name in names):
         why = "these look like names of columns: say which is the source with --languages"

@@ -102,14 +102,19 @@ def open_tables(
 
 
 def read_table(
-    path: Path, forms: Sequence[Form], *, blank: Collection[str] = (), collapse: bool = False
+    path: Path,
+    forms: Sequence[Form],
+    *,
+    blank: Collection[str] = (),
+    collapse: bool = False,
+    remedy: str = "",
 ) -> Table:
     """All rows of a file, in order.
 
     blank: the columns whose cells may be empty or white space. collapse: white space becomes single
     spaces and is removed at both ends; otherwise it is part of the text. Case and white space
     around the names of columns do not matter. Raises ValueError, with the line and its content, for
-    what is broken.
+    what is broken, and with the remedy where a .jsonl has other names.
     """
     kind = Path(plain_name(path)).suffix
     if kind not in (".jsonl", ".csv", ".tsv"):
@@ -127,7 +132,7 @@ def read_table(
         found = find_form(record, forms)
         if found is None:
             first = " and ".join(min(forms, key=len))
-            raise refusal(path, number, f"it has no {first}, or no known names for them")
+            raise refusal(path, number, f"it has no {first}, or no known names for them{remedy}")
         form = form or found
         if found != form:
             names = [", ".join(names) for names in (found, form)]

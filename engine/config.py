@@ -75,6 +75,11 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         refuse_ignored(given, base, path)
     wanted = {**base, **given}
     refuse_unheeded(given, wanted.get("schedule", Flags.schedule))
+    if given.get("floor") and not given.get("cooldown", True):
+        raise ValueError(
+            f"--floor {given['floor']} has no effect with --cooldown 0, which keeps the rate: "
+            "leave it out"
+        )
     if lengths := sorted({"steps", "minutes"} & given.keys()):
         if given.get("epochs"):
             raise ValueError(f"--epochs and --{lengths[0]} both say how long: give one of them")

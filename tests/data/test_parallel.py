@@ -246,6 +246,9 @@ def test_the_names_of_languages_are_no_pair(tmp_path, monkeypatch):
     Path("a.csv").write_text("en,de\na,b\nc,d\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.csv, line 1: .* with --languages en-de: en,de"):
         open_pairs("a.csv", Path("cache"))
+    table_of("a.jsonl", ("en", "de"))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: .* the source first, with --lang.*en"):
+        open_pairs("a.jsonl", Path("cache"))
     Path("b.csv").write_text("a cat,eine Katze\nx y,z\n", encoding="utf-8")
     corpus = open_pairs("b.csv", Path("cache"), split="test")
     assert list(corpus.pairs("test")) == [("a cat", "eine Katze"), ("x y", "z")]

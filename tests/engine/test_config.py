@@ -60,6 +60,7 @@ def test_the_width_of_a_preset_has_its_own_mlp(preset):
         ("--schedule=inverse_sqrt --cooldown=0.1", "choose --schedule linear"),
         ("--preset=gpt2 --cooldown=0.2", "--cooldown has no effect with the schedule cosine"),
         ("--preset=transformer-base --floor=0", "has no effect with the schedule inverse_sqrt"),
+        ("--cooldown=0 --floor=0.1", "--floor 0.1 has no effect with --cooldown 0"),
     ],
 )
 def test_what_the_schedule_does_not_heed_is_refused(flags, message):
