@@ -19,7 +19,9 @@ section 7: a hypothesis of L tokens scores log-probability / ((5 + L) / 6)^Î±, Î
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 import torch.nn as nn
@@ -135,12 +137,14 @@ def generate(
     `pick` with the methods that it needs.
 
     The model has features(tokens, caches=None) -> (B, T, C), head(features) -> logits,
-    make_caches(), and config.block_size. Raises ValueError for a prompt without tokens, and for
-    logits that are NaN.
+    make_caches(), and config.block_size, the number of tokens that it sees at most; or it is
+    `endless`, and sees them all. Raises ValueError for a prompt without tokens, and for logits that
+    are NaN.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no tokens: begin it with <|endoftext|>")
-    device, block_size = next(model.parameters()).device, model.config.block_size
+    device = next(chain(model.parameters(), model.buffers())).device  # some models only count
+    block_size = sys.maxsize if getattr(model, "endless", False) else model.config.block_size
     # What no row looks at is not read: 100,000 tokens next to a short prompt took minutes.
     prompts = [prompt[context_start(len(prompt), block_size) :] for prompt in prompts]
     lengths = [len(p) for p in prompts]

@@ -12,6 +12,7 @@ A checkpoint knows its task, the task's file has the flags and says what is made
                                        tasks/translation.py, tasks/masked.py, …
 """
 
+import engine.waiting  # isort: skip  # noqa: F401  (before torch is loaded)
 import sys
 from functools import partial
 from pathlib import Path

@@ -19,6 +19,7 @@ network's forward, and a network that returns one summed loss for each "…targe
 Left out: fp16 with loss scaling (bf16 needs none), learning-rate search.
 """
 
+import engine.waiting  # isort: skip  # noqa: F401  (before torch is loaded)
 import gc
 import math
 import sys
@@ -32,7 +33,19 @@ from torch import Tensor
 
 import optim
 import tasks
-from engine import cli, closing, kernels, plan, processes, saving, seeds, setup, sharding, steps
+from engine import (
+    cli,
+    closing,
+    counting,
+    kernels,
+    plan,
+    processes,
+    saving,
+    seeds,
+    setup,
+    sharding,
+    steps,
+)
 from engine.checkpoint import LATEST
 from engine.config import divide_step, resolve
 from engine.evaluation import count_targets, evaluate, to_device, to_minimise
@@ -354,7 +367,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     group = processes.start(config.device, config.timeout)
     with processes.failing(group):
-        if getattr(config, "seeds", 1) > 1:
+        if hasattr(tasks.network(config.model), "count"):
+            counting.count(config, sizes, group)
+        elif getattr(config, "seeds", 1) > 1:
             seeds.repeat(train, config, sizes, checkpoint, group)
         else:
             train(config, sizes, checkpoint, group)

@@ -28,6 +28,12 @@ FREE_ON_RESUME = {
     *("timeout", "shard"),
 }
 
+# The flags that a network heeds which counts its text once (engine/counting.py), beside its sizes.
+HEEDED_IN_COUNTING = {
+    *("model", "data", "tokenizer", "pattern", "cache_dir", "out", "batch_size", "eval_tokens"),
+    *("preset", "seed", "device"),
+}
+
 # The settings of a network on which no weight's shape depends: --init may change them.
 RATES = {"dropout", "attention_dropout", "label_smoothing"}
 
@@ -60,6 +66,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     cli.add_flags(parser, Flags, "")
     cli.add_flags(parser, Config, "")
     given |= parser.parse(argv, flags_of_others)
+    if hasattr(tasks.network(name), "count"):
+        refuse_steps(name, given, {field.name for field in fields(Config)})
 
     if given.get("resume"):
         base = {**checkpoint["train_config"], "out": str(path.parent), "stop_after": 0}
@@ -223,6 +231,15 @@ def refuse_unheeded(given: dict, schedule: str) -> None:
                 f"--{name} has no effect with the schedule {schedule}: leave it out, or choose "
                 f"--schedule {others}"
             )
+
+
+def refuse_steps(name: str, given: dict, sizes: set[str]) -> None:
+    """Raises ValueError for a flag about steps, which a network that counts does not take."""
+    for flag in given.keys() - HEEDED_IN_COUNTING - sizes:
+        raise ValueError(
+            f"--{flag} has no effect with --model {name}, which counts its text in one pass "
+            "instead of learning by steps: leave it out"
+        )
 
 
 def default_of(field: Field):

@@ -67,11 +67,16 @@ def use_onednn() -> None:
     torch calls this "medium" precision, because a processor with matrix units (AMX) would then
     multiply in bf16. That is not wanted: where the digits beyond bf16 get lost, MKL stays.
     """
+    global by_onednn
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     x = torch.full((128, 128), 1 + 2**-20)
-    if not torch.equal(x @ torch.eye(128), x):
+    by_onednn = torch.equal(x @ torch.eye(128), x)
+    if not by_onednn:
         torch.set_float32_matmul_precision(before)
+
+
+by_onednn = False  # whether oneDNN multiplies in fp32
 
 
 # ---- the kernels of model.py ---------------------------------------------------------------------
@@ -92,6 +97,14 @@ def multiply_by_mkl() -> Iterator[None]:
 
 
 LONG = 2**20  # from this many scores of a head on they are not kept, but computed twice
+LONG_IN_BF16 = 2**16  # from so many on torch's kernel is good at bf16, where there is AMX
+
+
+def writes_out(scores: int, dropout_p: float) -> bool:
+    """Whether `attention` writes the formula out where there is a gradient, for so many scores of a
+    head. torch's kernel has no dropout, and its tiles are too small for oneDNN; but not for MKL,
+    which multiplies where there are matrix units (AMX). docs/speed.md has the figures."""
+    return bool(dropout_p) or (by_onednn and scores < LONG)
 
 
 def attention(
@@ -106,15 +119,17 @@ def attention(
 
     torch's kernel for CPUs multiplies tiles that are too small for oneDNN: 16 sequences of 128
     tokens take 24 ms, forward and backward; the formula written out takes 5. Without a gradient
-    torch's kernel is faster, provided that MKL multiplies.
+    torch's kernel is faster, provided that MKL multiplies; on some processors it is with one too.
 
     q may be bf16 while k and v are fp32, see `lay_out_for_decoding`.
     """
     dtype, learns = q.dtype, torch.is_grad_enabled() and q.requires_grad
-    if dtype == torch.bfloat16 and (learns or k.dtype != dtype):
+    scores = q.size(2) * k.size(2)
+    short = by_onednn or dropout_p or scores < LONG_IN_BF16
+    if dtype == torch.bfloat16 and ((learns and short) or k.dtype != dtype):
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), mask, dropout_p, is_causal).to(dtype)
-    if learns and (q.size(2) * k.size(2) < LONG or dropout_p):
+    if learns and writes_out(scores, dropout_p):
         scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)
         if is_causal:
             mask = causal_mask(q.size(2), k.size(2))

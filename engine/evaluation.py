@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from itertools import chain
 from types import ModuleType
 
 import torch
@@ -89,7 +90,8 @@ def goal_of(task: ModuleType, minimised: float) -> tuple[str, float]:
 
 def score(model: nn.Module, data, progress: bool = False) -> dict[str, float]:
     """The figures of a model outside of training, in one process and in the model's precision."""
-    group = Processes(0, 1, next(model.parameters()).device)
+    device = next(chain(model.parameters(), model.buffers())).device
+    group = Processes(0, 1, device)
     return evaluate(model, data, group, nullcontext, progress)
 
 

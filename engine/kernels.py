@@ -1,7 +1,7 @@
 """The faster forms of functions that the concept files have in a plain form.
 
-`model.py`, `decoding.py` and `bpe.py` have named places for them. `install` fills these once, at
-the start of a process, for the device that it computes on; never per call.
+`model.py`, `models/recurrent.py`, `decoding.py` and `bpe.py` have named places for them. `install`
+fills these once, at the start of a process, for the device that it computes on; never per call.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 import decoding
 import model
 from engine import cpu, graphs, losses, splitting
+from models import recurrent
 
 
 def install(device: torch.device) -> None:
@@ -25,10 +26,31 @@ def install(device: torch.device) -> None:
     model.cross_entropy = losses.linear_cross_entropy
     model.attention_kernel = cpu.attention if on_cpu else F.scaled_dot_product_attention
     model.dropout_kernel = cpu.dropout if on_cpu else F.dropout
+    recurrent.layer_kernel = layer_by_torch
     decoding.text_steps = graphs.GPTSteps if on_cuda else None
     decoding.pair_steps = graphs.StaticAdvance if on_cuda else None
     if on_cuda:
         torch.backends.cuda.enable_cudnn_sdp(False)  # until `prefer_cudnn` has seen the batches
+
+
+def layer_by_torch(
+    cell: recurrent.Cell,
+    x: Tensor,
+    state: recurrent.State,
+    W: Tensor,
+    U: Tensor,
+    b_w: Tensor,
+    b_u: Tensor,
+) -> tuple[Tensor, recurrent.State]:
+    """The same as plain_layer of models/recurrent.py, by the functions behind torch.nn's LSTM, GRU
+    and RNN, which loop over places in C++, or on a GPU in cuDNN."""
+    functions = {recurrent.rnn_cell: torch.rnn_tanh, recurrent.gru_cell: torch.gru}
+    function, before = functions.get(cell, torch.lstm), tuple(h[None] for h in state)
+    before = before[0] if cell in functions else before
+    # has_biases, layers, dropout, train, bidirectional, batch_first
+    settings = True, 1, 0.0, torch.is_grad_enabled(), False, True
+    y, *after = function(x, before, (W, U, b_w, b_u), *settings)
+    return y, tuple(h[0] for h in after)
 
 
 def prefer_cudnn(network: nn.Module, batches: list[dict[str, Tensor]]) -> None:

@@ -37,6 +37,21 @@ SHAKESPEARE = {
     "eval_tokens": 0,
 }
 
+# The rungs of lab/ladder.py: the same single characters for all, and a minute and a half.
+LADDER = {
+    "data": "shakespeare",
+    "pattern": "char",
+    "vocab_size": 257,
+    "block_size": 64,
+    "batch_size": 32,
+    "tokens_per_step": 2048,
+    "optimizer": "adamw",
+    "cooldown": 1.0,
+    "eval_interval": 500,
+    "eval_tokens": 0,
+}
+LADDER_STREAM = {**LADDER, "block_size": 128, "tokens_per_step": 4096}
+
 # The recipe of the 2017 paper (section 5): Adam, warmup, then the inverse square root of the step,
 # in batches of about 25,000 tokens; the peak rate is (512 · 4000)^-0.5.
 TRANSFORMER = {
@@ -156,6 +171,30 @@ PRESETS = {
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
+    "ngram-shakespeare": {
+        "model": "ngram",
+        "data": "shakespeare",
+        "pattern": "char",
+        "vocab_size": 257,
+        "order": 7,
+        "eval_tokens": 0,
+    },
+    "cbow-shakespeare": {**LADDER, "model": "cbow", "lr": 1e-2, "steps": 10_000},
+    "nnlm-shakespeare": {**LADDER, "model": "nnlm", "lr": 2e-3, "steps": 5000},
+    "cnn-shakespeare": {**LADDER, "model": "cnn", "lr": 5e-3, "steps": 1000},
+    "rnn-shakespeare": {**LADDER_STREAM, "model": "rnn", "lr": 2e-3, "steps": 1000},
+    "gru-shakespeare": {**LADDER_STREAM, "model": "gru", "lr": 5e-3, "steps": 700},
+    "lstm-shakespeare": {**LADDER_STREAM, "model": "lstm", "lr": 5e-3, "steps": 600},
+    "gpt-shakespeare": {
+        **LADDER,
+        "model": "gpt",
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "optimizer": "muon",
+        "lr": 7e-3,
+        "steps": 1000,
+    },
     "shakespeare-10min": {
         **SHAKESPEARE,
         "n_head": 3,

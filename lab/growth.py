@@ -28,12 +28,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.lines import new_file
 from engine import cli
-from engine.cpu import LONG
+from engine.cpu import writes_out
 from engine.losses import CHUNK
 from engine.memory import Ledger, bytes_of
 from engine.processes import Processes, pick_device
+from lab.pictures import new_figure, new_picture, save
 from lab.turns import take_turns
 from model import GPT, GPTConfig
 from tasks.flags import check, ranged
@@ -112,7 +112,7 @@ def stored(size: Size, device: str) -> dict[str, float]:
     of attention (4), and 4 + 4 inside the MLP. Where attention is written out, it keeps each head's
     T weights for each token too. The loss holds a chunk of logits and of log-probabilities."""
     T, C, L, B, V = size
-    written_out = device == "cpu" and T * T < LONG
+    written_out = device == "cpu" and writes_out(T * T, 0.0)
     return {
         "blocks": 8 * L * 12 * C * C,
         "embeddings": 8 * V * C,
@@ -262,12 +262,9 @@ def exponent_table(cost: str, sweeps: dict[str, list[Size]], series: Series) -> 
 def draw(sweeps: dict[str, list[Size]], costs: dict[str, Series], path: Path) -> Path | None:
     """Draws a panel for each axis and cost, with logarithmic scales: an exponent is a slope there.
     Returns the path, or None if matplotlib is missing: the table must not fail for a picture."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path.name} is not drawn: pip install matplotlib")
+    figure = new_figure(path, 13, 6.2)
+    if figure is None:
         return None
-    figure = Figure(figsize=(13, 6.2), layout="constrained")
     panels = figure.subplots(len(costs), len(sweeps), sharey="row")
     styles = {"formula": ("--", "tab:gray"), "fitted": ("-", "tab:orange")}
     styles["measured"] = ("o", "tab:blue")  # above the lines
@@ -289,23 +286,13 @@ def draw(sweeps: dict[str, list[Size]], costs: dict[str, Series], path: Path) ->
             axes.minorticks_off()
             axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=8, loc="upper left")
-    figure.savefig(path, dpi=90, metadata={"Software": OURS})
+    save(figure, path, OURS)
     return path
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
 OURS = "growth.py of this project"  # marks both files as ours, which may be overwritten
-
-
-def files(out: str) -> list[Path]:
-    """[picture, table]: the paths of both files. Raises ValueError if they cannot be written."""
-    picture = Path(out)
-    if picture.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} is no PNG picture: end it in .png")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    names = (out, str(picture.with_suffix(".md")))
-    return [new_file("out", name, lambda p: OURS.encode() in p.read_bytes()) for name in names]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -315,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(config.device)
     if device.type not in SIZES:
         raise ValueError(f"--device {device.type} is not measured: choose {' or '.join(SIZES)}")
-    picture, beside = files(config.out)
+    picture, beside = new_picture(config.out, OURS, ".md")
     torch.manual_seed(0)
     base, first = SIZES[device.type]
     sweeps = sweep(base, first)

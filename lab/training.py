@@ -1,4 +1,5 @@
-"""Training steps and evaluations of the three families beside Hugging Face's models.
+"""Training steps and evaluations beside Hugging Face's models, and of recurrent networks beside
+torch.nn's.
 
 A step is a whole training step: forward, loss, backward, clipping, AdamW (torch's fused one for
 both). Tokens are random, so the loss does not fall, but no gradient is zero.
@@ -22,6 +23,7 @@ from engine.setup import compiled
 from engine.steps import update
 from lab.turns import BenchConfig, peer_turns, print_table, take_turns, time_copies
 from model import GPT, GPTConfig
+from models.recurrent import GRU, LSTM, RecurrentConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from train import gradients
 
@@ -85,6 +87,7 @@ def training_steps(
     batch: dict[str, Tensor],
     their_loss: Callable[[nn.Module], Tensor],
     config: BenchConfig,
+    they: str = THEIRS,
 ) -> dict[str, Callable[[], None]]:
     """{contestant: its step}, all with the same optimizer. their_loss(model) is the peer's loss on
     the batch."""
@@ -117,7 +120,7 @@ def training_steps(
         loss.backward()
 
     their_step = step_of(theirs, their_backward)
-    return {"ours": our_step, **peer_turns(THEIRS, their_step, device)}
+    return {"ours": our_step, **peer_turns(they, their_step, device)}
 
 
 def bench_family(
@@ -129,11 +132,12 @@ def bench_family(
     work: int,
     config: BenchConfig,
     flops: float = 0.0,
+    they: str = THEIRS,
 ) -> list[dict]:
     """Compares a training step, then an evaluation, which is the loss alone. `work` is the tokens
     of a step, `flops` its floating-point operations."""
     device = next(ours.parameters()).device
-    steps = training_steps(ours, theirs, batch, their_loss, config)
+    steps = training_steps(ours, theirs, batch, their_loss, config, they)
     times = take_turns(steps, config.repeats, device)
     autocast = autocast_of(config, device)
     how = named(autocast, device, config)
@@ -153,7 +157,7 @@ def bench_family(
 
     found = {"ours": our_evaluation}
     if theirs:
-        found |= peer_turns(THEIRS, their_evaluation, device)
+        found |= peer_turns(they, their_evaluation, device)
     times = take_turns(found, config.repeats, device)
     return [*results, print_table(f"evaluation, {what}, {how}", times, work, "tokens")]
 
@@ -254,3 +258,42 @@ def bench_seq2seq(config: BenchConfig, device: torch.device) -> list[dict]:
         f"vocabulary {sizes.vocab_size:,}, {B} pairs of {S} tokens, dropout {sizes.dropout}"
     )
     return bench_family(what, ours, theirs, batch, their_loss, B * S, config)
+
+
+class TorchRecurrent(nn.Module):
+    """The network of torch's own example, word_language_model in pytorch/examples, with tied
+    embeddings: torch.nn's layers, dropout before, between and behind them."""
+
+    def __init__(self, kind: str, V: int, C: int, layers: int, dropout: float):
+        super().__init__()
+        self.embedding, self.dropout = nn.Embedding(V, C), nn.Dropout(dropout)
+        self.layers = getattr(nn, kind)(C, C, layers, dropout=dropout)
+        self.output = nn.Linear(C, V)
+        self.output.weight = self.embedding.weight
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (T, B) -> log p (T, B, V)"""
+        y = self.layers(self.dropout(self.embedding(tokens)))[0]
+        return self.output(self.dropout(y)).log_softmax(-1)
+
+
+def bench_recurrent(config: BenchConfig, device: torch.device) -> list[dict]:
+    """LSTM and GRU at the sizes of torch's example."""
+    V, C, L, B, T = (320, 16, 2, 4, 8) if config.small else (33_278, 200, 2, 20, 35)
+    (tokens, targets), results = torch.randint(V, (2, B, T), device=device), []
+    batch = {"tokens": tokens, "targets": targets}
+
+    def their_loss(model: nn.Module) -> Tensor:
+        log_p = model(tokens.t())
+        return F.nll_loss(log_p.flatten(0, 1), targets.t().flatten())
+
+    for Model in (LSTM, GRU):
+        kind = Model.__name__
+        ours = Model(RecurrentConfig(V, T, L, C, dropout=0.2)).to(device)
+        theirs = TorchRecurrent(kind, V, C, L, 0.2).to(device)
+        what = f"{kind}, {L} layers, width {C}, vocabulary {V:,}, T {T}, batch {B}, dropout 0.2"
+        flops = ours.flops_per_token() * B * T
+        they = "torch's example"
+        results += bench_family(what, ours, theirs, batch, their_loss, B * T, config, flops, they)
+    return results

@@ -20,6 +20,7 @@ and, where it is to do more:
     features, head, make_caches      as GPT has them: tasks/text.py and complete.py write with them
     model.Block inside               for --recompute, and for the blocks of --shard model
     names as in finetune.py          (blocks, …embedding, HEADS) to be fine-tuned
+    count(ids)                       reads all of Data.ids once instead of learning by steps
 
 A task's module has
 
@@ -63,6 +64,14 @@ from types import ModuleType
 
 TABLE = {
     "gpt": ("model.GPT", "tasks.text"),
+    # Before the Transformer.
+    "ngram": ("models.ngram.NGram", "tasks.text"),
+    "cbow": ("models.feedforward.CBOW", "tasks.text"),
+    "nnlm": ("models.feedforward.NNLM", "tasks.text"),
+    "cnn": ("models.feedforward.GatedCNN", "tasks.text"),
+    "rnn": ("models.recurrent.RNN", "tasks.stream"),
+    "gru": ("models.recurrent.GRU", "tasks.stream"),
+    "lstm": ("models.recurrent.LSTM", "tasks.stream"),
     "bert": ("bert.BERT", "tasks.masked"),
     "seq2seq": ("seq2seq.Seq2Seq", "tasks.translation"),
     # Fine-tuning: a pretrained encoder, or GPT, with labelled data.

@@ -145,6 +145,11 @@ class Data:
         return {"tokens": tokens.clamp(min=0), "targets": targets.contiguous()}
 
     @property
+    def boundary(self) -> int:
+        """The id between two documents, which a model that counts must know."""
+        return self.tokenizer.special_tokens[END_OF_TEXT]
+
+    @property
     def scored_bytes(self) -> int:
         """The number of bytes of the evaluation's targets; <|endoftext|> has none."""
         if not hasattr(self, "_scored_bytes"):
@@ -395,7 +400,9 @@ def print_completions(
 # ---- what sample.py and the end of a run print ---------------------------------------------------
 
 
-def eval_data(model: nn.Module, tokenizer: Tokenizer, flags: SampleFlags) -> Data:
+def eval_data(
+    model: nn.Module, tokenizer: Tokenizer, flags: SampleFlags, Data: type[Data] = Data
+) -> Data:
     """The text that --eval names, in windows of block_size: the validation part of a named text, or
     all of one's own."""
     cache = Path(flags.cache_dir)

@@ -17,7 +17,8 @@ import bpe
 import decoding
 import model
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
-from engine import kernels
+from engine import cpu, kernels
+from models import recurrent
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -107,6 +108,7 @@ PLACES = {
     model: ("attention_kernel", "dropout_kernel", "cross_entropy"),
     decoding: ("text_steps", "pair_steps"),
     bpe: ("make_splitter", "count_chunks"),
+    recurrent: ("layer_kernel",),
 }
 
 
@@ -120,6 +122,7 @@ def plain_kernels():
     for (file, name), plain in PLAIN.items():
         setattr(file, name, plain)
     torch.set_float32_matmul_precision("highest")  # on CUDA, `cpu.prepare` would have meant TF32
+    cpu.by_onednn = True  # on every machine, until a run asks its processor
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def run_alone(file: str, needed: tuple[str, ...], folder: Path) -> str:
         shutil.copy(ROOT / name, folder)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", RUN, file],
+        [sys.executable, "-I", "-c", RUN, Path(file).name],
         cwd=folder,
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -82,6 +82,21 @@ def adapts_and_merges(said: str) -> None:
     assert float(re.search(r"more than (\S+)$", said)[1]) < 1e-5
 
 
+def counts_a_verse(said: str) -> None:
+    written = dict(re.findall(r"order (\d)   '(.*)'", said))
+    assert list(written) == list("12345") and all(len(text) > 60 for text in written.values())
+
+
+def three_learn_the_verse(said: str) -> None:
+    """The first and the last loss of each of three networks, and what they write."""
+    verses = re.findall(r"(\w+) +(loss .*)\n'(.*)'", said)
+    assert len(verses) == 3
+    for name, losses, verse in verses:
+        first, *_, last = losses_in(losses)
+        assert last < (0.6 if name == "CBOW" else 0.05) * first, name
+        assert name == "CBOW" or verse.endswith("What immortal hand or eye"), name
+
+
 # file: (the others of ours that it needs, what its output must show)
 CONCEPTS = {
     "model.py": ((), says_the_verse),
@@ -90,6 +105,9 @@ CONCEPTS = {
     "optim.py": ((), draws_the_schedules),
     "decoding.py": ((), shows_the_settings),
     "finetune.py": ((), adapts_and_merges),
+    "models/ngram.py": ((), counts_a_verse),
+    "models/feedforward.py": (("model.py",), three_learn_the_verse),
+    "models/recurrent.py": (("model.py",), three_learn_the_verse),
 }
 
 

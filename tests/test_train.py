@@ -632,7 +632,7 @@ def run_script(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["--device=meta"], "--device meta is not known: choose auto, cpu"),
         (["--device=tpu9"], "--device tpu9 is not known"),
         (["--preset=gpt5"], "--preset gpt5 is not known"),
-        (["--model=rnn"], "--model rnn is not known: choose gpt"),
+        (["--model=elmo"], "--model elmo is not known: choose gpt"),
         (["--pattern=words"], "--pattern words is not one of gpt2, gpt4, char"),
         (["--n_head=5"], "n_head=5 does not divide n_embd=24: choose 4 or 6"),
         (["--tokens_per_step=100"], "is no multiple of 16.*choose 96"),

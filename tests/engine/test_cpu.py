@@ -95,7 +95,8 @@ print(*[faults() for _ in range(14)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["none", "causal", "bool"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_attention_written_out_equals_torch_with_gradients(kind, dropout, dtype):
+def test_attention_written_out_equals_torch_with_gradients(kind, dropout, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "by_onednn", True)  # as on AMD's processors
     q, k, v = (torch.randn(2, 3, n, 5, dtype=dtype, requires_grad=True) for n in (7, 7, 7))
     mask = {"none": None, "causal": "causal", "bool": torch.rand(2, 1, 7, 7) < 0.6}[kind]
     if kind == "bool":
@@ -118,13 +119,42 @@ def test_attention_written_out_equals_torch_with_gradients(kind, dropout, dtype)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_long_rows_do_not_hold_their_scores(monkeypatch):
+@pytest.fixture
+def called(monkeypatch) -> list:
+    """The dtypes in which torch's own attention was called."""
+    called, real = [], F.scaled_dot_product_attention
+
+    def spy(q, *args, **kwargs):
+        called.append(q.dtype)
+        return real(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return called
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_kernel_is_chosen_by_who_multiplies(by_onednn, dtype, dropout, called, monkeypatch):
+    monkeypatch.setattr(cpu, "by_onednn", by_onednn)
+    for T in (9, 256):
+        called.clear()
+        q = torch.randn(1, 2, T, 4, dtype=dtype, requires_grad=True)
+        got = cpu.attention(q, q, q, None, dropout, True)
+        assert got.dtype == dtype
+        if by_onednn or dropout:
+            assert not called  # written out
+        else:
+            long = dtype == torch.bfloat16 and T == 256
+            assert called == [torch.bfloat16 if long else torch.float32]
+        if not dropout:
+            want = F.scaled_dot_product_attention(q.float(), q.float(), q.float(), is_causal=True)
+            assert (got - want).abs().max() < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_long_rows_do_not_hold_their_scores(called, monkeypatch):
     monkeypatch.setattr(cpu, "LONG", 49)
-    called = []
-    real = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or real(*a, **k)
-    )
+    monkeypatch.setattr(cpu, "by_onednn", True)
     for T, calls in ((6, 0), (7, 1)):
         q = torch.randn(1, 2, T, 4, requires_grad=True)
         got = attend(q, q, q, "causal", 0.0)
