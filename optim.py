@@ -244,9 +244,10 @@ def make_optimizer(
     rate_scale: Callable[[str], float] = lambda name: 1.0,
     muon: type[Muon] = Muon,
 ) -> torch.optim.Optimizer | ChainedOptimizer:
-    """name is one of OPTIMIZERS. With "muon", Muon gets the matrices of the hidden layers and AdamW
-    the rest. dtype is for Muon's iteration; weights and states keep theirs. rate_scale: a
-    parameter's name -> factor of its learning rate. muon: Muon or a subclass.
+    """name is one of OPTIMIZERS. With "muon", Muon gets the matrices of the hidden layers, and
+    AdamW the rest, an output layer called `head` among it. dtype is for Muon's iteration; weights
+    and states keep theirs. rate_scale: a parameter's name -> factor of its learning rate. muon:
+    Muon or a subclass.
 
     Every trainable parameter is in exactly one group. Raises ValueError for an unknown name.
     """
@@ -255,7 +256,8 @@ def make_optimizer(
     trainable = [p for p in model.parameters() if p.requires_grad]
     hidden: list[nn.Parameter] = []
     if name == "muon":
-        linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        named = model.named_modules()
+        linear = [m.weight for name, m in named if isinstance(m, nn.Linear) and name != "head"]
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         hidden = [p for p in linear if p.requires_grad and id(p) not in embeddings]
     taken = {id(p) for p in hidden}

@@ -263,6 +263,8 @@ def load_model(
     checkpoint = checkpoint or load(path)
     model, tokenizer = restore(path, checkpoint)
     checkpoint = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
+    if next(model.parameters(), None) is None:
+        dtype = torch.float32  # tables of logarithms, which bf16 would round to three digits
     model.to(device, dtype).eval()
     if device.type == "cpu":
         lay_out_for_decoding(model)

@@ -7,6 +7,7 @@ the network's sizes are the checkpoint's.
 import difflib
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
@@ -28,7 +29,7 @@ FREE_ON_RESUME = {
     *("timeout", "shard"),
 }
 
-# The flags that a network heeds which counts its text once (engine/counting.py), beside its sizes.
+# The flags that a network that counts (engine/counting.py) heeds, beside its sizes.
 HEEDED_IN_COUNTING = {
     *("model", "data", "tokenizer", "pattern", "cache_dir", "out", "batch_size", "eval_tokens"),
     *("preset", "seed", "device"),
@@ -55,6 +56,9 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         near = nearest(preset, PRESETS)
         near = f"did you mean {near}? There are" if near else "choose"
         raise ValueError(f"--preset {preset} is not known: {near} {', '.join(PRESETS)}")
+    new = given.get("model") or preset_task(preset)
+    if new in tasks.TABLE and hasattr(tasks.network(new), "count"):
+        refuse_steps(new, given.keys() & {"resume", "init"}, set())
     path = start_from(given)
     load = checkpoints.load_newest if given.get("resume") else checkpoints.load
     checkpoint = load(path) if path else None
@@ -67,7 +71,7 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     cli.add_flags(parser, Config, "")
     given |= parser.parse(argv, flags_of_others)
     if hasattr(tasks.network(name), "count"):
-        refuse_steps(name, given, {field.name for field in fields(Config)})
+        refuse_steps(name, given.keys(), {field.name for field in fields(Config)})
 
     if given.get("resume"):
         base = {**checkpoint["train_config"], "out": str(path.parent), "stop_after": 0}
@@ -235,9 +239,9 @@ def refuse_unheeded(given: dict, schedule: str) -> None:
             )
 
 
-def refuse_steps(name: str, given: dict, sizes: set[str]) -> None:
-    """Raises ValueError for a flag about steps, which a network that counts does not take."""
-    for flag in given.keys() - HEEDED_IN_COUNTING - sizes:
+def refuse_steps(name: str, given: Iterable[str], sizes: set[str]) -> None:
+    """Raises ValueError for a given flag about steps, which a network that counts does not take."""
+    for flag in sorted(set(given) - HEEDED_IN_COUNTING - sizes):
         raise ValueError(
             f"--{flag} has no effect with --model {name}, which counts its text in one pass "
             "instead of learning by steps: leave it out"

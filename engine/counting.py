@@ -19,19 +19,25 @@ from tasks.flags import TrainConfig
 
 
 def count(config: TrainConfig, sizes: dict, group: Processes) -> None:
-    """The whole run: data, one pass, figures, a checkpoint, samples."""
+    """The whole run: data, one pass, figures, a checkpoint, samples. Raises ValueError for several
+    processes."""
     if group.world > 1:
         raise ValueError(
             f"--model {config.model} counts in one process, not {group.world}: start it without "
             "torchrun"
         )
+    setup.check_sizes(config, sizes)
     begin, folder = time.perf_counter(), saving.prepare_folder(config)
     config.out = str(folder)
-    with saving.locked(folder):
-        run = CountingRun(config, sizes, group, folder, begin)
-        print(run.describe(), flush=True)
-        run.count()
-    closing.show_results(run)
+    try:
+        with saving.locked(folder):
+            run = CountingRun(config, sizes, group, folder, begin)
+            print(run.describe(), flush=True)
+            run.count()
+        closing.show_results(run)
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()  # the run could not even start
 
 
 class CountingRun:
@@ -45,24 +51,28 @@ class CountingRun:
         self.model = setup.make_network(config, sizes, None, self.data, group, torch.float32, print)
 
     def describe(self) -> str:
+        """The plan, one line for each topic."""
         config, data = self.config, self.data
+        settings = ", ".join(f"{name} {value}" for name, value in vars(self.model.config).items())
         plan = {
             "data": f"{config.data}: {data.rule}",
             "training": data.describe(),
             "validation": self.validation.describe(),
             "tokenizer": f"{data.tokenizer.vocab_size:,} tokens, {data.tokenizer.hash[:12]}",
-            "model": f"{config.model}, "
-            + ", ".join(f"{k} {v}" for k, v in vars(self.model.config).items()),
+            "model": f"{config.model}, {settings}",
             "steps": "none: the text is counted in one pass",
             "run": f"{self.out}: best.pt, log.jsonl, config.json",
         }
         return "\n".join(f"{title:>10}  {text}" for title, text in plan.items())
 
     def count(self) -> None:
-        """Counts the training text, and writes what that has taught to the run's folder."""
+        """Counts the training text, and writes what that has taught to the run's folder. The model
+        is let go then: what is shown is loaded from there."""
         start = time.perf_counter()
         self.model.count(self.data.ids[:])
-        print(f"counted in {time.perf_counter() - start:.1f} s", flush=True)
+        size = sum(buffer.nbytes for buffer in self.model.buffers())
+        seconds = time.perf_counter() - start
+        print(f"counted in {seconds:.1f} s; the tables have {size / 1e6:,.1f} MB", flush=True)
         report = score(self.model, self.validation, progress=True)
         self.best = to_minimise(tasks.task(self.config.model), report)
         log = RunLog(self.out, 0, 1, len(self.data.ids))
@@ -81,6 +91,8 @@ class CountingRun:
             skipped=0,
         )
         checkpoints.save(self.out / "best.pt", checkpoint)
+        self.model = None
 
     def command(self, script: str, *flags: str) -> str:
+        """The line that asks the model for more."""
         return cli.command_line("python", script, *flags)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Attention, causal_mask
+from models.recurrent import Layer
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": 0.2 s of processor time in each 0.1 s
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as in malloc.h
@@ -119,17 +120,17 @@ def attention(
 
     torch's kernel for CPUs multiplies tiles that are too small for oneDNN: 16 sequences of 128
     tokens take 24 ms, forward and backward; the formula written out takes 5. Without a gradient
-    torch's kernel is faster, provided that MKL multiplies; on some processors it is with one too.
+    torch's kernel is faster, provided that MKL multiplies; on some processors also with a gradient.
 
     q may be bf16 while k and v are fp32, see `lay_out_for_decoding`.
     """
     dtype, learns = q.dtype, torch.is_grad_enabled() and q.requires_grad
-    scores = q.size(2) * k.size(2)
-    short = by_onednn or dropout_p or scores < LONG_IN_BF16
+    count = q.size(2) * k.size(2)  # of scores of a head
+    short = by_onednn or dropout_p or count < LONG_IN_BF16
     if dtype == torch.bfloat16 and ((learns and short) or k.dtype != dtype):
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), mask, dropout_p, is_causal).to(dtype)
-    if learns and writes_out(scores, dropout_p):
+    if learns and writes_out(count, dropout_p):
         scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)
         if is_causal:
             mask = causal_mask(q.size(2), k.size(2))
@@ -173,8 +174,12 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     """
     pack = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # whether torch has oneDNN
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    # Their matrices are read, and not called.
+    recurrent = {
+        m for layer in model.modules() if isinstance(layer, Layer) for m in layer.modules()
+    }
     for module in model.modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or module in recurrent:
             continue
         if module.weight.dtype == torch.float32:
             module.weight.data = module.weight.data.t().contiguous().t()
@@ -184,7 +189,8 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     for attention in (m for m in model.modules() if half and isinstance(m, Attention)):
         for layer in (attention.k, attention.v):
             layer.forward = in_fp32(layer.forward)
-    if half and pack and hasattr(model, "head") and hasattr(model, "token_embedding"):
+    tied = hasattr(model, "token_embedding") and not isinstance(model.head, nn.Linear)
+    if half and pack and tied:
         # The embedding stays as it is, because its rows are looked up too.
         bias = getattr(model, "output_bias", None)
         model.head = packed(model.token_embedding.weight, bias)

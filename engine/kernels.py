@@ -26,7 +26,7 @@ def install(device: torch.device) -> None:
     model.cross_entropy = losses.linear_cross_entropy
     model.attention_kernel = cpu.attention if on_cpu else F.scaled_dot_product_attention
     model.dropout_kernel = cpu.dropout if on_cpu else F.dropout
-    recurrent.layer_kernel = layer_by_torch
+    recurrent.layer_kernel = torch.compiler.disable(layer_by_torch)  # it would unroll the loop
     decoding.text_steps = graphs.GPTSteps if on_cuda else None
     decoding.pair_steps = graphs.StaticAdvance if on_cuda else None
     if on_cuda:
@@ -44,13 +44,29 @@ def layer_by_torch(
 ) -> tuple[Tensor, recurrent.State]:
     """The same as plain_layer of models/recurrent.py, by the functions behind torch.nn's LSTM, GRU
     and RNN, which loop over places in C++, or on a GPU in cuDNN."""
-    functions = {recurrent.rnn_cell: torch.rnn_tanh, recurrent.gru_cell: torch.gru}
-    function, before = functions.get(cell, torch.lstm), tuple(h[None] for h in state)
-    before = before[0] if cell in functions else before
-    # has_biases, layers, dropout, train, bidirectional, batch_first
-    settings = True, 1, 0.0, torch.is_grad_enabled(), False, True
-    y, *after = function(x, before, (W, U, b_w, b_u), *settings)
+    if cell not in LAYERS:  # somebody's own
+        return recurrent.plain_layer(cell, x, state, W, U, b_w, b_u)
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device):  # by itself, on CUDA, it would compute in fp16
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        before = [h[None].to(dtype) for h in state]
+        # has_biases, layers, dropout, train, bidirectional, batch_first
+        settings = True, 1, 0.0, torch.is_grad_enabled(), False, True
+        y, *after = LAYERS[cell](
+            x.to(dtype),
+            before if len(before) > 1 else before[0],
+            [parameter.to(dtype) for parameter in (W, U, b_w, b_u)],
+            *settings,
+        )
     return y, tuple(h[0] for h in after)
+
+
+LAYERS = {
+    recurrent.rnn_cell: torch.rnn_tanh,
+    recurrent.gru_cell: torch.gru,
+    recurrent.lstm_cell: torch.lstm,
+}
 
 
 def prefer_cudnn(network: nn.Module, batches: list[dict[str, Tensor]]) -> None:

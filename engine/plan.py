@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 import tasks
-from engine import setup
+from engine import cpu, setup
 from engine.config import divide_step
 from engine.memory import Memory, bytes_of, full_batch_shape, make_model, plan_memory
 from engine.processes import precision
@@ -119,6 +119,7 @@ def describe_memory(config: TrainConfig, sizes: dict) -> str:
     rate of either."""
     device, dtype = "cuda", torch.float32 if config.dtype == "fp32" else torch.bfloat16
     if config.device == "cpu":
+        cpu.use_onednn()  # who multiplies decides what attention keeps
         device, dtype = "cpu", precision(config.dtype, torch.device("cpu"))
     world = config.world
     shard = getattr(config, "shard", "") if world > 1 else ""

@@ -50,6 +50,15 @@ LADDER = {
     "eval_interval": 500,
     "eval_tokens": 0,
 }
+NGRAM = {
+    "model": "ngram",
+    "data": "shakespeare",
+    "pattern": "char",
+    "vocab_size": 257,
+    "block_size": 2**15,  # of an evaluation, where each window begins without a context
+    "order": 7,
+    "eval_tokens": 0,
+}
 LADDER_STREAM = {**LADDER, "block_size": 128, "tokens_per_step": 4096}
 
 # The recipe of the 2017 paper (section 5): Adam, warmup, then the inverse square root of the step,
@@ -171,14 +180,9 @@ PRESETS = {
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
-    "ngram-shakespeare": {
-        "model": "ngram",
-        "data": "shakespeare",
-        "pattern": "char",
-        "vocab_size": 257,
-        "order": 7,
-        "eval_tokens": 0,
-    },
+    "ngram-shakespeare": NGRAM,
+    "addk-shakespeare": {**NGRAM, "order": 4, "smoothing": "add_k", "added": 0.1},
+    "backoff-shakespeare": {**NGRAM, "smoothing": "stupid_backoff"},
     "cbow-shakespeare": {**LADDER, "model": "cbow", "lr": 1e-2, "steps": 10_000},
     "nnlm-shakespeare": {**LADDER, "model": "nnlm", "lr": 2e-3, "steps": 5000},
     "cnn-shakespeare": {**LADDER, "model": "cnn", "lr": 5e-3, "steps": 1000},
@@ -343,5 +347,5 @@ def first_hour(task: str, device: str, data: str) -> str:
     if task == "bert":
         return "pydocs"
     if task != "gpt":
-        return ""  # fine-tuning: its recipe is the defaults
+        return ""  # its recipe is the defaults
     return "toy-gpu" if device == "cuda" else "toy"

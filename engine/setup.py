@@ -153,7 +153,9 @@ def make_network(
         fresh = take_weights(model, other.state_dict())
         say(f"from {path}; freshly initialised: {', '.join(fresh) or 'nothing'}")
     else:
-        vocab_size = padded(data.tokenizer.vocab_size)
+        vocab_size = data.tokenizer.vocab_size
+        if not hasattr(Model, "count"):  # what is counted is no matrix, and needs no padding
+            vocab_size = padded(vocab_size)
         model = Model(Model.Config(**{**sizes, "vocab_size": vocab_size}))
     if group.world > 1 and checkpoint and not group.all_equal(digest(model)):
         raise ValueError(f"the machines do not have the same {path}: give each the same files")
@@ -252,6 +254,7 @@ def compiled(
     anything, and afterwards the processes tell each other how it went.
     """
     group, errors = group or Processes(0, 1, next(model.parameters()).device), []
+    buffers = dict(model.named_buffers())
     with noted(errors):
         losses.use_compiler(group.device)
         torch._dynamo.config.suppress_errors = False
@@ -279,6 +282,9 @@ def compiled(
         torch._dynamo.config.suppress_errors = True
     fast.train()
     model.zero_grad(set_to_none=True)
+    for name, buffer in buffers.items():  # a state that the trial has carried on
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer)
     return fast
 
 

@@ -14,16 +14,21 @@ import os
 import time
 from pathlib import Path
 
-STAT = Path("/proc/stat")  # "cpu  user nice system idle iowait …" in ticks, of all cores together
+STAT = Path("/proc/stat")  # a line for each core: "cpu0 user nice system idle …", in ticks
 SECONDS = 0.1  # that the machine is looked at
 BUSY = 0.5  # cores that others must take
 
 
 def busy_ticks() -> int:
-    """The ticks that all cores have worked since the machine was started, but not for programs of
-    low priority: `nice` ones make room by themselves."""
-    user, _, system = STAT.read_text(encoding="ascii").split()[1:4]
-    return int(user) + int(system)
+    """The ticks that the cores of this process have worked since the machine was started, but not
+    for programs of low priority: `nice` ones make room by themselves."""
+    ticks, cores = 0, {f"cpu{n}" for n in os.sched_getaffinity(0)}
+    for line in STAT.read_text(encoding="ascii").splitlines():
+        name, *numbers = line.split()
+        if name in cores:
+            user, _, system, *_ = map(int, numbers)
+            ticks += user + system
+    return ticks
 
 
 def taken_by_others(seconds: float = SECONDS) -> float:

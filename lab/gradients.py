@@ -45,6 +45,8 @@ class GradientsConfig:
 
     def __post_init__(self):
         check(self)
+        if self.width % 4:
+            raise ValueError(f"--width {self.width} cannot be divided by 4 heads: choose another")
 
 
 # ---- node by node --------------------------------------------------------------------------------

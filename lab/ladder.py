@@ -3,13 +3,17 @@
     python -m lab.ladder --minutes 1        a table and a picture: seven trainings of a minute
     python -m lab.ladder --only lstm,gpt    some of them
 
-Each rung is one run of train.py with a preset, on single characters. The n-gram model counts once,
-in seconds. In the end its probabilities are mixed with those of GPT, with weights found on
-the first half of the validation text and scored on the second, where both are scored alone too.
+Each rung is one run of train.py with a preset, on single characters. Those that count do it once,
+in seconds. In the end the probabilities of the n-grams are mixed with those of GPT, with weights
+found on the first half of the validation text and scored on the second, as both are alone too.
+Stupid backoff is in the table, but its values are no probabilities: their sum is above 1.
 """
 
+import json
+import math
 import statistics
 import sys
+import textwrap
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -21,9 +25,9 @@ from torch import Tensor
 
 import tasks
 import train
-from engine import cli
+from engine import cli, presets
 from engine.checkpoint import load_model
-from engine.logs import read_log
+from engine.logs import mix, read_log
 from lab.pictures import new_figure, new_picture, save
 from model import count_parameters
 from models.ngram import mixture_weights
@@ -32,6 +36,8 @@ from tasks.flags import check, ranged
 # Presets: the rungs are what comes before the hyphen.
 PRESETS = (
     "ngram-shakespeare",
+    "addk-shakespeare",
+    "backoff-shakespeare",
     "cbow-shakespeare",
     "nnlm-shakespeare",
     "rnn-shakespeare",
@@ -41,7 +47,7 @@ PRESETS = (
     "gpt-shakespeare",
 )
 RUNGS = {name.partition("-")[0]: name for name in PRESETS}
-COUNTING, *_, LAST = RUNGS  # the first takes no steps
+COUNTING, *_, LAST = RUNGS
 
 
 @dataclass
@@ -75,45 +81,66 @@ class Result:
     seconds: list[float]
     loss: list[float]  # nats per character
     bits: list[float]  # per byte
-    curve: list[tuple[float, float]]  # of the first seed: seconds, validation loss
+    # of the first seed: seconds, training loss; at the end the validation loss
+    curve: list[tuple[float, float]]
+
+
+def counts(name: str) -> bool:
+    """Whether a rung takes no steps."""
+    return hasattr(tasks.network(presets.PRESETS[RUNGS[name]]["model"]), "count")
 
 
 def climb(name: str, seed: int, config: LadderConfig) -> Path:
-    """The folder of a run of train.py, which is made if it is not there."""
+    """The folder of a run of train.py, which is made if it is not there. Raises ValueError for a
+    folder with a run of other flags, or one that was interrupted."""
     folder = Path(config.runs) / f"{name}-{seed}"
-    if (folder / "seconds").is_file():
-        return folder
     flags = [f"--preset={RUNGS[name]}", f"--data={config.data}", f"--cache_dir={config.cache_dir}"]
-    flags += [f"--out={folder}", "--device=cpu"]
-    if name != COUNTING:
-        length = f"--steps={config.steps}" if config.steps else f"--minutes={config.minutes}"
-        flags += [length, f"--seed={seed}"]
+    flags += [f"--out={folder}", "--device=cpu", f"--seed={seed}"]
+    if not counts(name):
+        flags.append(f"--steps={config.steps}" if config.steps else f"--minutes={config.minutes}")
+    if folder.exists():
+        note = folder / NOTE
+        if not note.is_file() or json.loads(note.read_text(encoding="utf-8"))["flags"] != flags:
+            raise ValueError(
+                f"{folder} has a run with other flags, or one that was interrupted: delete it, or "
+                "choose another --runs"
+            )
+        return folder
     start = time.perf_counter()
     print(f"{folder}: training", file=sys.stderr)
     with redirect_stdout(sys.stderr):
         train.main(flags)
-    seconds = time.perf_counter() - start
-    (folder / "seconds").write_text(f"{seconds}\n", encoding="utf-8")
+    record = {"seconds": time.perf_counter() - start, "flags": flags}
+    (folder / NOTE).write_text(json.dumps(record), encoding="utf-8")
     return folder
+
+
+NOTE = "ladder.json"  # in the folder of a run: how long it took, with which flags
 
 
 def read_result(folders: list[Path]) -> Result:
     """The figures of one rung's runs, from their logs."""
     result = Result(0, [], [], [], [])
     for folder in folders:
-        seconds = float((folder / "seconds").read_text(encoding="utf-8"))
-        found = [r for r in read_log(folder / "log.jsonl") if r["split"] == "validation"]
+        seconds = json.loads((folder / NOTE).read_text(encoding="utf-8"))["seconds"]
+        records = read_log(folder / "log.jsonl")
+        found = [r for r in records if r["split"] == "validation" and r["loss"] is not None]
         best = min(found, key=lambda record: record["loss"])
         result.seconds.append(seconds)
         result.loss.append(best["loss"])
         result.bits.append(best["bits_per_byte"])
-        if not result.curve:  # steps take equally long
-            last = found[-1]["step"]
-            result.curve = [(seconds * r["step"] / last, r["loss"]) for r in found]
-            network = load_model(folder / "best.pt", torch.device("cpu"))[0]
-            result.parameters = count_parameters(network) or sum(
-                buffer.numel() for buffer in network.buffers() if buffer.is_floating_point()
-            )
+        if result.curve:
+            continue
+        network = load_model(folder / "best.pt", torch.device("cpu"))[0]
+        result.parameters = count_parameters(network) or sum(
+            buffer.numel() for buffer in network.buffers() if buffer.is_floating_point()
+        )
+        smooth, last = math.nan, records[-1]["step"]
+        for r in records:  # steps take equally long
+            if r["split"] == "train" and r["loss"] is not None:
+                smooth = mix(smooth, r["loss"])
+                result.curve.append((seconds * r["step"] / last, smooth))
+        result.curve.append((seconds, result.loss[0]))
     return result
 
 
@@ -183,7 +210,7 @@ def lesson(results: dict[str, Result]) -> str:
     counting = results.get(COUNTING)
     if counting is None or len(results) < 2:
         return "Every rung has learnt the same text for the same time."
-    better = [name for name, r in results.items() if r.loss[0] < counting.loss[0]]
+    better = [n for n, r in results.items() if not counts(n) and r.loss[0] < counting.loss[0]]
     return (
         f"Counting takes {counting.seconds[0]:.0f} seconds for {counting.loss[0]:.3f} nats per "
         f"character. In {max(r.seconds[0] for r in results.values()):.0f} seconds "
@@ -191,21 +218,22 @@ def lesson(results: dict[str, Result]) -> str:
     )
 
 
-def draw(results: dict[str, Result], path: Path) -> None:
+def draw(results: dict[str, Result], caption: str, path: Path) -> None:
     """Loss against time, and against the number of parameters."""
     figure = new_figure(path, 10, 4.5)
     if figure is None:
         return
     time_panel, size_panel = figure.subplots(1, 2, sharey=True)
     for name, r in results.items():
-        (line,) = time_panel.plot(*zip(*r.curve, strict=True), "o-", ms=3, label=name)
+        (line,) = time_panel.plot(*zip(*r.curve, strict=True), "o-", markevery=[-1], label=name)
         size_panel.plot(r.parameters, r.loss[0], "o", color=line.get_color())
         size_panel.annotate(f" {name}", (r.parameters, r.loss[0]), fontsize=8)
-    time_panel.set(xscale="log", xlabel="seconds", ylabel="validation loss, nats per character")
+    time_panel.set(xscale="log", xlabel="seconds", ylabel="nats per character")
     size_panel.set(xscale="log", xlabel="parameters (of n-grams: numbers)")
     time_panel.set_ylim(top=3.0)
     time_panel.legend(fontsize=8)
-    figure.suptitle(lesson(results), fontsize=10)
+    time_panel.set_title("training loss, and validation loss at the end", fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(caption, 120)), fontsize=9)
     save(figure, path, OURS)
 
 
@@ -216,16 +244,16 @@ def main(argv: list[str] | None = None) -> None:
     picture, beside = new_picture(config.out, OURS, ".md")
     results, folders = {}, {}
     for name in config.rungs:
-        seeds = range(1 if name == COUNTING else config.seeds)  # counting has no chance in it
+        seeds = range(1 if counts(name) else config.seeds)  # there is no chance in counting
         folders[name] = [climb(name, 1337 + seed, config) for seed in seeds]
         results[name] = read_result(folders[name])
-    parts = [f"Measured by {OURS}.", table(results), lesson(results)]
+    caption = lesson(results)
     if {COUNTING, LAST} <= folders.keys():
-        parts.append(mixture(folders[COUNTING][0], folders[LAST][0]))
-    text = "\n\n".join(parts)
+        caption += " " + mixture(folders[COUNTING][0], folders[LAST][0])
+    text = "\n\n".join([f"Measured by {OURS}.", table(results), caption])
     print(text)
     beside.write_text(f"{text}\n", encoding="utf-8")
-    draw(results, picture)
+    draw(results, caption, picture)
     print(f"\nthe same in {beside}, drawn in {picture}")
 
 

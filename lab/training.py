@@ -290,7 +290,7 @@ def bench_recurrent(config: BenchConfig, device: torch.device) -> list[dict]:
 
     for Model in (LSTM, GRU):
         kind = Model.__name__
-        ours = Model(RecurrentConfig(V, T, L, C, dropout=0.2)).to(device)
+        ours = Model(RecurrentConfig(V, T, L, C, dropout=0.2, tied=True)).to(device)
         theirs = TorchRecurrent(kind, V, C, L, 0.2).to(device)
         what = f"{kind}, {L} layers, width {C}, vocabulary {V:,}, T {T}, batch {B}, dropout 0.2"
         flops = ours.flops_per_token() * B * T

@@ -28,6 +28,8 @@ from torch import Tensor
 
 import model
 
+LARGEST = 2**24  # of each size: beyond that, even describing a network takes minutes
+
 
 @dataclass
 class FeedforwardConfig:
@@ -37,8 +39,10 @@ class FeedforwardConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, bool) and value < (0 if name == "dropout" else 1):
-                raise ValueError(f"{name}={value} is out of range: choose more")
+            if name == "dropout" and not 0 <= value < 1:
+                raise ValueError(f"{name}={value} is out of range: choose 0 or more, less than 1")
+            if name not in ("dropout", "direct") and not 1 <= value <= LARGEST:
+                raise ValueError(f"{name}={value} is out of range: choose 1 to {LARGEST:,}")
 
 
 @dataclass
@@ -68,7 +72,7 @@ class GatedCNNConfig(FeedforwardConfig):
 class Feedforward(nn.Module):
     """A network whose features at a place depend on `reach` tokens, the last of which is there.
 
-    Subclasses make `features_of`, and `output`, the matrix and the bias of the head.
+    Subclasses make `features_of`, and `head`, the linear layer from features (..., C) to logits.
     """
 
     reach: int
@@ -81,7 +85,7 @@ class Feedforward(nn.Module):
         features = self.features(tokens, caches)
         if targets is None:
             return self.head(features)
-        weight, bias = self.output.weight, self.output.bias
+        weight, bias = self.head.weight, self.head.bias
         return {"loss": model.cross_entropy(features, weight, targets, bias=bias)[0]}
 
     def features(self, tokens: Tensor, caches: list[Tensor] | None = None) -> Tensor:
@@ -91,10 +95,6 @@ class Feedforward(nn.Module):
             tokens = torch.cat([*caches, tokens], 1)
             caches[:] = [tokens[:, max(0, tokens.size(1) - self.reach + 1) :]]
         return self.features_of(tokens)[:, -T:]
-
-    def head(self, features: Tensor) -> Tensor:
-        """features (..., C) -> logits (..., V)"""
-        return self.output(features)
 
     def make_caches(self) -> list[Tensor]:
         return []
@@ -125,7 +125,7 @@ class NNLM(Feedforward):
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.hidden = nn.Linear(inputs, config.n_hidden)
         self.dropout = model.Dropout(config.dropout)
-        self.output = nn.Linear(config.n_hidden + inputs * config.direct, config.vocab_size)
+        self.head = nn.Linear(config.n_hidden + inputs * config.direct, config.vocab_size)
         init_feedforward(self)
 
     def features_of(self, tokens: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class CBOW(Feedforward):
         super().__init__()
         self.config, self.reach = config, config.context
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.output = nn.Linear(config.n_embd, config.vocab_size)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
         init_feedforward(self)
 
     def features_of(self, tokens: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class GatedCNN(Feedforward):
             for _ in range(config.n_layer)
         )
         self.norm = nn.LayerNorm(config.n_embd)
-        self.output = nn.Linear(config.n_embd, config.vocab_size)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
         init_feedforward(self)
 
     def features_of(self, tokens: Tensor) -> Tensor:

@@ -47,17 +47,19 @@ SMOOTHINGS = ("kneser_ney", "add_k", "stupid_backoff")
 @dataclass
 class NGramConfig:
     vocab_size: int = 8192  # tokens to learn (GPT-2's: 50257)
-    block_size: int = 4096  # tokens of a window; the first ones of each have a shorter context
+    block_size: int = 4096  # tokens of a window to score: the first have shorter contexts
     order: int = 5  # tokens of the longest n-gram: a context has one less
-    # kneser_ney, add_k or stupid_backoff (no probabilities: they add up to more than 1)
+    # kneser_ney, add_k or stupid_backoff (whose values are no probabilities: their sum is above 1)
     smoothing: str = field(default="kneser_ney", metadata={"choices": SMOOTHINGS})
     added: float = 0.01  # what add_k adds to each count
     # the token between documents: it ends one and begins the next; -1: there is none
     boundary: int = field(default=-1, metadata={"flag": False, "from_data": True})
 
     def __post_init__(self):
-        if not 1 <= self.order <= 100:
-            raise ValueError(f"order={self.order} is out of range: choose 1 to 100")
+        for name, most in (("vocab_size", 2**31), ("block_size", 2**31), ("order", 100)):
+            if not 1 <= getattr(self, name) <= most:
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value} is out of range: choose 1 to {most:,}")
         if self.smoothing not in SMOOTHINGS:
             known = ", ".join(SMOOTHINGS)
             raise ValueError(f"smoothing={self.smoothing} is not known: choose {known}")
@@ -74,17 +76,20 @@ class Level(NamedTuple):
     keys: np.ndarray  # (G,) (number of the first n - 1 tokens in the level below) · V + last token
     counts: np.ndarray  # (G,) how often each occurs
     suffix: np.ndarray  # (G,) numbers of the last n - 1 tokens in the level below
-    adjusted: np.ndarray  # (G,) how many different tokens occur in front of each
+    # (G,) how many different tokens occur in front of each; the count itself for the longest
+    # n-grams, and for those at the beginning of a document, where nothing is in front
+    adjusted: np.ndarray
 
 
 def count_ngrams(ids: np.ndarray, order: int, V: int, boundary: int = -1) -> list[Level]:
     """The levels 1 to `order` of a text, whose ids are below V. n-grams of one token are all V ids,
     seen or not. No n-gram goes over a boundary: it is only the first or the last of its tokens. The
-    text begins with one that is not counted itself."""
+    text begins and ends with one, added where it is not there; the first is not counted itself."""
     if not len(ids):
         raise ValueError("a text without tokens has no n-grams: give more text")
     if boundary >= 0:
-        ids = np.concatenate([[boundary], ids])
+        first, last = ([boundary] * int(ids[end] != boundary) for end in (0, -1))
+        ids = np.concatenate([first, ids, last])
     ids = np.asarray(ids, dtype=np.int64)
     places = np.arange(len(ids))
     # The tokens from the last boundary before each place to the place itself, both included.
@@ -156,7 +161,8 @@ def stupid_backoff(level: Level, context: np.ndarray, below: np.ndarray, n_conte
 
 
 def add_k(level: Level, context: np.ndarray, n_contexts: int, V: int, k: float) -> Table:
-    """(count + k) / (count of the context + k·V): the level below must say 1 / V."""
+    """(count + k) / (count of the context + k·V): the level below must say 1 / V. Where there is no
+    context of full length, at the beginning of a document, it knows nothing."""
     total = np.bincount(context, level.counts, n_contexts)
     return Table((level.counts + k) / (total + k * V)[context], k * V / (total + k * V))
 
@@ -172,7 +178,7 @@ def smooth(levels: list[Level], config: NGramConfig) -> list[Table]:
             tables.append(kneser_ney(level, context, below, n_contexts))
         elif config.smoothing == "stupid_backoff":
             tables.append(stupid_backoff(level, context, below, n_contexts))
-        elif n == config.order:
+        elif n == len(levels):
             tables.append(add_k(level, context, n_contexts, V, config.added))
         else:  # of add-k, which looks at the longest n-grams alone
             tables.append(Table(np.full(len(level.keys), 1 / V), np.ones(n_contexts)))
@@ -193,7 +199,11 @@ class NGram(nn.Module):
     def __init__(self, config: NGramConfig):
         super().__init__()
         self.config = config
-        for n in range(1, config.order + 1):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all n-grams."""
+        for n in range(1, self.config.order + 1):
             self.set_level(n, torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0))
 
     def set_level(self, n: int, keys: Tensor, log_p: Tensor, log_backoff: Tensor) -> None:
@@ -208,6 +218,7 @@ class NGram(nn.Module):
     def count(self, ids: np.ndarray) -> None:
         """Reads a text, (n,), and makes the tables. What was counted before is forgotten."""
         config = self.config
+        self.clear()
         levels = count_ngrams(ids, config.order, config.vocab_size, config.boundary)
         tables = smooth(levels, config)
         for n, (level, table) in enumerate(zip(levels, tables, strict=True), 1):

@@ -37,6 +37,8 @@ from torch import Tensor
 
 import model
 
+LARGEST = 2**24  # of each size: beyond that, even describing a network takes minutes
+
 
 @dataclass
 class RecurrentConfig:
@@ -46,11 +48,14 @@ class RecurrentConfig:
     n_embd: int = 384  # width of embeddings and states
     dropout: float = 0.0  # of embeddings and states, the same at all places of a window
     weight_dropout: float = 0.0  # of the matrices from state to state, new for each window
+    # let the embeddings be the output matrix too. The embedding of a token that is hardly ever seen
+    # then becomes large, because it is never right, and where it is read it spoils the state
+    tied: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range: choose 1 or more")
+            if not 1 <= (value := getattr(self, name)) <= LARGEST:
+                raise ValueError(f"{name}={value} is out of range: choose 1 to {LARGEST:,}")
         for name in ("dropout", "weight_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 value = getattr(self, name)
@@ -121,7 +126,7 @@ class Layer(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Embeddings, layers of one kind of cell, and the embeddings once more as output matrix."""
+    """Embeddings, layers of one kind of cell, and a linear layer to logits."""
 
     Config = RecurrentConfig
     cell: Cell
@@ -137,6 +142,9 @@ class Recurrent(nn.Module):
             Layer(self.cell, self.gates, config.n_embd, config.weight_dropout)
             for _ in range(config.n_layer)
         )
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+        if config.tied:
+            self.head.weight = self.token_embedding.weight
         # What is carried from window to window in training, and in an evaluation. The first is part
         # of a checkpoint: a resumed run goes on with it.
         self.register_buffer("state", self.empty_state(0))
@@ -162,11 +170,12 @@ class Recurrent(nn.Module):
             state = getattr(self, name)
             if state.size(2) != len(keep):
                 state = self.empty_state(len(keep))
-            features, state = self.read(tokens, state * keep[:, None])
+            features, state = self.read(tokens, state.masked_fill(~keep[:, None], 0.0))
             setattr(self, name, state.detach())
         if targets is None:
             return self.head(features)
-        return {"loss": model.cross_entropy(features, self.token_embedding.weight, targets)[0]}
+        weight, bias = self.head.weight, self.head.bias
+        return {"loss": model.cross_entropy(features, weight, targets, bias=bias)[0]}
 
     def empty_state(self, B: int) -> Tensor:
         """(parts of a cell's state, layers, B, C), zeros"""
@@ -195,16 +204,13 @@ class Recurrent(nn.Module):
             caches[:] = [state]
         return features
 
-    def head(self, features: Tensor) -> Tensor:
-        """features (..., C) -> logits (..., V)"""
-        return F.linear(features, self.token_embedding.weight)
-
     def make_caches(self) -> list[Tensor]:
         return []
 
     def flops_per_token(self) -> int:
-        """Of training: 6 for each weight, all of which multiply."""
-        return 6 * model.count_parameters(self)
+        """Of training: 6 for each weight that multiplies, which embeddings do not."""
+        embeddings = 0 if self.config.tied else self.token_embedding.weight.numel()
+        return 6 * (model.count_parameters(self) - embeddings)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
         """Makes room for a state that was carried: its rows are those of the batch."""
@@ -229,7 +235,7 @@ def init_recurrent(network: Recurrent) -> None:
     """Sets all weights.
 
     tensor                        law
-    token_embedding               uniform, -0.1 to 0.1
+    token_embedding, head weight  uniform, -0.1 to 0.1
     input, recurrent     weight   uniform, ± 1 / sqrt(C)
     every                bias     0; 1 for the LSTM's f, so that it remembers at first (Jozefowicz
                                   et al. 2015, section 2.2)
@@ -239,7 +245,7 @@ def init_recurrent(network: Recurrent) -> None:
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         else:
-            bound = 0.1 if name.startswith("token") else C**-0.5
+            bound = 0.1 if name.startswith(("token", "head")) else C**-0.5
             nn.init.uniform_(parameter, -bound, bound)
     if network.cell is lstm_cell:
         for layer in network.layers:

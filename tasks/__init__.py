@@ -21,6 +21,11 @@ and, where it is to do more:
     model.Block inside               for --recompute, and for the blocks of --shard model
     names as in finetune.py          (blocks, …embedding, HEADS) to be fine-tuned
     count(ids)                       reads all of Data.ids once instead of learning by steps
+                                     (engine/counting.py); then it has buffers, not parameters
+    endless = True                   what writes goes on past block_size: nothing is dropped
+    keep, a tensor of the batch      says which rows go on from the last batch (tasks/stream.py).
+                                     The state is a buffer, another one in evaluations, and new in
+                                     each call, so that the compiler's trial can be undone
 
 A task's module has
 

@@ -17,10 +17,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import optim
 from bpe import Tokenizer
 from tasks import text
-from tasks.flags import TrainConfig, choice, ranged
+from tasks.flags import TrainConfig, ranged
 from tasks.text import GOAL, LOWER_IS_BETTER, SampleFlags, ask, show
 
 __all__ = ["GOAL", "LOWER_IS_BETTER", "SampleFlags", "ask", "show"]  # as they are for any text
@@ -32,8 +31,6 @@ ROWS = 8  # of an evaluation
 class Flags(TrainConfig):
     # tokens of one optimizer step: all of one micro-batch, because a state goes from step to step
     tokens_per_step: int = ranged(4096, 1, 2**26)
-    # adamw, adam, or muon (with AdamW for what is no matrix)
-    optimizer: str = choice("adamw", *optim.OPTIMIZERS)
     shuffle: bool = False  # windows in any order instead, each from an empty state
 
 
@@ -68,8 +65,8 @@ class Data(text.Data):
         if flags.tokens_per_step != whole:
             raise ValueError(
                 f"--tokens_per_step {flags.tokens_per_step} is more than the {whole} of one "
-                "micro-batch in one process, and a state is carried from step to step: choose "
-                f"--tokens_per_step {whole}, another --batch_size, or --shuffle"
+                "micro-batch, and a state is carried from step to step: choose --tokens_per_step "
+                f"{whole} or a larger --batch_size, and one process; or --shuffle"
             )
         return super().splits(flags, sizes, tokenizer)
 

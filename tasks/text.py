@@ -379,7 +379,7 @@ def print_completions(
     all are complete. `encode` is as in `complete`."""
     prompts = flags.prompt or [""]
     longest = max(len(encode(tokenizer, p)[0]) for p in prompts) + flags.max_new_tokens
-    if longest > model.config.block_size:
+    if longest > model.config.block_size and not getattr(model, "endless", False):
         print(
             f"note: prompt and new tokens may reach {longest} tokens, the "
             f"model sees {model.config.block_size}: the oldest are dropped, half a block at a time",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import model as model_file
+import tasks
 from engine import cpu
 from model import GPT, Dropout, GPTConfig, attend, causal_mask
 
@@ -277,3 +278,17 @@ def test_dropout_near_its_limits_stays_finite(p):
     """Rounded to 16 bits these are 0 and 1; at 1 the scale would be a division by zero."""
     y = Dropout(p)(torch.ones(10_000))
     assert y.isfinite().all() and (y == 0).float().mean().item() == pytest.approx(p, abs=0.002)
+
+
+@pytest.mark.parametrize("name", ["cbow", "nnlm", "cnn", "rnn", "gru", "lstm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_other_language_model_is_laid_out_too(name, dtype):
+    Model = tasks.network(name)
+    model = Model(Model.Config(vocab_size=101, block_size=16, n_embd=32)).to(dtype).eval()
+    tokens = torch.randint(101, (3, 13))
+    with torch.no_grad():
+        want = model(tokens)
+        cpu.lay_out_for_decoding(model)
+        got = model(tokens)
+    near = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(got, want, rtol=near, atol=near)

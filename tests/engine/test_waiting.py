@@ -36,15 +36,22 @@ def test_what_the_user_has_chosen_stays(name, environment, monkeypatch):
 def test_the_time_of_others_is_all_but_ones_own(tmp_path, monkeypatch):
     """100 ticks a second: in 0.1 s of two cores at work, one of them for this process."""
     stat, rate = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
-    stat.write_text("cpu  100 20 30 4000 50 0 6\ncpu0 50 10 15 2000\n", encoding="ascii")
+    monkeypatch.setattr(
+        os, "sched_getaffinity", lambda process: {0, 2}
+    )  # another may do as it likes
+
+    def write(first, second, third):
+        lines = (f"cpu{i} {n} 90 30 4000 50 0 6" for i, n in enumerate((first, second, third)))
+        stat.write_text("cpu  9 9 9 9\n" + "\n".join(lines) + "\nintr 17 4\n", encoding="ascii")
+
+    write(100, 0, 50)
     monkeypatch.setattr(waiting, "STAT", stat)
     clock = iter([0.0, 0.1, 5.0, 5.1])
     monkeypatch.setattr(waiting.time, "process_time", lambda: next(clock))
     monkeypatch.setattr(waiting.time, "perf_counter", iter([0.0, 0.1, 0.0, 0.1]).__next__)
 
     def sleep(seconds):
-        ticks = round(0.2 * rate)
-        stat.write_text(f"cpu  {100 + ticks} 90 30 4001 50 0 6\n", encoding="ascii")  # 90: nice
+        write(100 + round(0.1 * rate), 10**6, 50 + round(0.1 * rate))
 
     monkeypatch.setattr(waiting.time, "sleep", sleep)
     assert waiting.taken_by_others() == pytest.approx(1.0)

@@ -1,5 +1,8 @@
 """models/feedforward.py: what each may see, and values by the formulas, place by place."""
 
+import math
+from dataclasses import fields
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,9 +57,9 @@ def test_nnlm_by_bengios_formula(direct):
     tokens = torch.randint(37, (2, 9))
     x = torch.cat([net.token_embedding.weight[tokens[1, i]] for i in (5, 6, 7)])
     h = torch.tanh(net.hidden.weight @ x + net.hidden.bias)
-    y = net.output.weight[:, :11] @ h + net.output.bias
+    y = net.head.weight[:, :11] @ h + net.head.bias
     if direct:
-        y = y + net.output.weight[:, 11:] @ x
+        y = y + net.head.weight[:, 11:] @ x
     torch.testing.assert_close(net(tokens)[1, 7], y)
 
 
@@ -65,7 +68,7 @@ def test_an_average_does_not_know_the_order():
     tokens = torch.tensor([[1, 2, 3, 4], [4, 2, 1, 3]])
     torch.testing.assert_close(net(tokens)[0, 3], net(tokens)[1, 3])
     mean = net.token_embedding.weight[tokens[0, :2]].mean(0)  # at a beginning, of what is there
-    torch.testing.assert_close(net(tokens)[0, 1], net.output(mean))
+    torch.testing.assert_close(net(tokens)[0, 1], net.head(mean))
 
 
 def test_gated_convolutions_are_torchs():
@@ -112,5 +115,8 @@ def test_loss_and_initialisation(Model, settings, reach):
 
 @pytest.mark.parametrize("Model,settings,reach", MODELS)
 def test_sizes_that_cannot_be(Model, settings, reach):
-    with pytest.raises(ValueError, match="block_size=0 is out of range"):
-        Model(Model.Config(**{**SIZES, "block_size": 0}, **settings))
+    names = {*SIZES, *settings, "dropout"} & {field.name for field in fields(Model.Config)}
+    for name in names - {"direct"}:
+        for value in (1.0, math.nan, -0.1) if name == "dropout" else (0, -3, 2**40):
+            with pytest.raises(ValueError, match=f"{name}={value} is out of range"):
+                Model.Config(**{**SIZES, **settings, name: value})

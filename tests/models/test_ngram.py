@@ -140,6 +140,21 @@ def test_boundaries_and_a_text_without_them():
         count_ngrams(np.array([], dtype=int), 3, V)
 
 
+def test_token_files_begin_their_documents_with_a_boundary():
+    behind = count_ngrams(np.array([0, 1, BOUNDARY, 2, 0, BOUNDARY]), 3, V, BOUNDARY)
+    before = count_ngrams(np.array([BOUNDARY, 0, 1, BOUNDARY, 2, 0]), 3, V, BOUNDARY)
+    for one, other in zip(behind, before, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_what_was_counted_before_is_forgotten():
+    model = counted(documents(0), 5)
+    model.count(stream([[0], [1]]))
+    fresh = counted([[0], [1]], 5)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, dict(fresh.named_buffers())[name]), name
+
+
 def test_documents_shorter_than_the_order():
     model = counted([[0], [1], [0]], 9)
     text = torch.tensor([[BOUNDARY, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
