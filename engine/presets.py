@@ -45,11 +45,12 @@ LADDER = {
     "block_size": 64,
     "batch_size": 32,
     "tokens_per_step": 2048,
-    "optimizer": "adamw",
+    "optimizer": "muon",
     "cooldown": 1.0,
     "eval_interval": 500,
     "eval_tokens": 0,
 }
+RECURRENT = {**LADDER, "n_layer": 1, "n_embd": 256}
 NGRAM = {
     "model": "ngram",
     "data": "shakespeare",
@@ -59,7 +60,6 @@ NGRAM = {
     "order": 7,
     "eval_tokens": 0,
 }
-LADDER_STREAM = {**LADDER, "block_size": 128, "tokens_per_step": 4096}
 
 # The recipe of the 2017 paper (section 5): Adam, warmup, then the inverse square root of the step,
 # in batches of about 25,000 tokens; the peak rate is (512 · 4000)^-0.5.
@@ -183,19 +183,39 @@ PRESETS = {
     "ngram-shakespeare": NGRAM,
     "addk-shakespeare": {**NGRAM, "order": 4, "smoothing": "add_k", "added": 0.1},
     "backoff-shakespeare": {**NGRAM, "smoothing": "stupid_backoff"},
-    "cbow-shakespeare": {**LADDER, "model": "cbow", "lr": 1e-2, "steps": 10_000},
-    "nnlm-shakespeare": {**LADDER, "model": "nnlm", "lr": 2e-3, "steps": 5000},
-    "cnn-shakespeare": {**LADDER, "model": "cnn", "lr": 5e-3, "steps": 1000},
-    "rnn-shakespeare": {**LADDER_STREAM, "model": "rnn", "lr": 2e-3, "steps": 1000},
-    "gru-shakespeare": {**LADDER_STREAM, "model": "gru", "lr": 5e-3, "steps": 700},
-    "lstm-shakespeare": {**LADDER_STREAM, "model": "lstm", "lr": 5e-3, "steps": 600},
+    "cbow-shakespeare": {
+        **LADDER,
+        "model": "cbow",
+        "context": 3,
+        "optimizer": "adamw",
+        "lr": 1e-2,
+        "steps": 8000,
+    },
+    "nnlm-shakespeare": {
+        **LADDER,
+        "model": "nnlm",
+        "n_embd": 32,
+        "n_hidden": 512,
+        "lr": 1e-2,
+        "steps": 1600,
+    },
+    "cnn-shakespeare": {
+        **LADDER,
+        "model": "cnn",
+        "n_layer": 4,
+        "n_embd": 128,
+        "lr": 1e-2,
+        "steps": 1100,
+    },
+    "rnn-shakespeare": {**RECURRENT, "model": "rnn", "lr": 7e-3, "steps": 2200},
+    "gru-shakespeare": {**RECURRENT, "model": "gru", "lr": 2e-2, "steps": 1200},
+    "lstm-shakespeare": {**RECURRENT, "model": "lstm", "lr": 2e-2, "steps": 1100},
     "gpt-shakespeare": {
         **LADDER,
         "model": "gpt",
         "n_layer": 4,
         "n_head": 4,
         "n_embd": 128,
-        "optimizer": "muon",
         "lr": 7e-3,
         "steps": 1000,
     },

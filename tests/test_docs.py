@@ -16,8 +16,18 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import LABELLED, ROOT, TOYS, write_labelled, write_pairs, write_texts
+from conftest import (
+    LABELLED,
+    ROOT,
+    TOY_LSTM,
+    TOY_NGRAM,
+    TOYS,
+    write_labelled,
+    write_pairs,
+    write_texts,
+)
 
+import tasks
 import train
 from engine.presets import PRESETS
 
@@ -49,8 +59,9 @@ QUICK = {
     'python sample.py --prompt "def "',
 }
 FOLDERS = {"out/gpt": "gpt", "out/gpt2": "gpt", "out/bert": "bert", "out/crammed": "bert"}
+FOLDERS |= {"out/lstm": "lstm", "out/ngram": "ngram"}
 FOLDERS |= {"out/minilm": "bert", **{f"out/{task}": task for task in LABELLED}}  # else seq2seq
-STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt"}
+STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt", "shakespeare": "toy.txt"}
 STAND_INS |= {"queries.txt": "toy-docs.txt", "lines.txt": "toy.txt"}
 STAND_INS |= {"text.txt": "toy.txt", "dev.csv": "toy.csv", "my.txt": "toy.txt"}
 FILES = ("--data", "--valid", "--languages", "--layout", "--tokenizer", "--minutes")
@@ -58,12 +69,15 @@ SIZES = ("--vocab_size", "--block_size", "--n_layer", "--n_head", "--n_embd", "-
 LABS = {
     "lab.bench": ["--only=optim", "--repeats=2"],
     "lab.runs": ["--only=saving", "--small", "--repeats=1", "--steps=6"],
+    "lab.ladder": ["--data=toy.txt", "--only=ngram,addk"],
+    "lab.gradients": ["--length=12", "--width=8"],
     "lab.growth": ["--help"],  # runs in tests/lab/test_growth.py, with smaller sizes
     "lab.finetuning": [
         *("--model=classify", "--init=out/minilm/best.pt", "--repeats=2"),
         *("--data=toy.csv", "--valid=toy.csv"),
     ],
 }
+ALL_TOYS = {**TOYS, "ngram": TOY_NGRAM, "lstm": TOY_LSTM}
 IN_LABS = {c for c in SCRIPTS if any(name in c for name in LABS)}
 
 
@@ -107,7 +121,8 @@ def trained(tmp_path_factory) -> Callable[..., Path]:
         out = folder / "out" / "-".join((task, *flags))
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            train.main([*TOYS[task], "--steps=4", "--keep=2", *flags, f"--out={out}"])
+            length = [] if task == "ngram" else ["--steps=4", "--keep=2"]
+            train.main([*ALL_TOYS[task], *length, *flags, f"--out={out}"])
         return out
 
     return run_of
@@ -156,8 +171,10 @@ def for_training(have, flags: list[str]) -> list[str]:
     if "--dry_run" in flags or "--help" in flags:
         return flags
     task = value(flags, "--model") or PRESETS.get(value(flags, "--preset"), {}).get("model", "gpt")
-    small = TOYS[task]
+    small = ALL_TOYS[task]
     keep = without(flags, *FILES, *(flag.partition("=")[0] for flag in small))
+    if hasattr(tasks.network(task), "count"):
+        return [*keep, *small]
     if "--resume" in keep:  # then there must be something to resume
         have(value(flags, "--out"), task, "--stop_after=1")
         return keep
@@ -173,7 +190,7 @@ def for_sampling(have, flags: list[str]) -> list[str]:
     folder = folder_of(flags, "--checkpoint")
     task = task_of(folder)
     have(folder, task)
-    short = task in ("gpt", "seq2seq", "complete") and "--eval" not in flags
+    short = task in ("gpt", "seq2seq", "complete", "lstm", "ngram") and "--eval" not in flags
     flags = [STAND_INS.get(flag, flag) for flag in flags]
     return [*flags, "--device=cpu", *["--max_new_tokens=5"] * short]
 

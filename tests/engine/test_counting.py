@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import TOY_NGRAM as RUN
 
 import sample
 import train
 from engine import checkpoint as checkpoints
-
-RUN = ["--model=ngram", "--data=toy.txt", "--vocab_size=300", "--block_size=16", "--device=cpu"]
 
 
 def test_a_run_is_scored_saved_shown_and_sampled(toy, capsys):

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, TOYS, write_labelled, write_pairs, write_texts
+from conftest import ROOT, TOY_LSTM, TOY_NGRAM, TOYS, write_labelled, write_pairs, write_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +41,7 @@ from data.layouts import LAYOUTS
 from engine import checkpoint as checkpoints
 from engine import cli
 from engine.presets import PRESETS
-from lab import bench, gpu, growth
+from lab import bench, gpu, gradients, growth, ladder
 from lab import finetuning as bench_finetune
 from lab import runs as bench_runs
 from lab import sampling as bench_sampling
@@ -167,6 +167,8 @@ SHORT = ["--steps=9", "--stop_after=1"]
 BEGUN = [flag for flag in TOYS["classify"] if not re.match("--(vocab|block|n)_", flag)]
 COMMANDS = {
     **{f"train {task}": Command(train.main, [*toy, *SHORT]) for task, toy in TOYS.items()},
+    "train ngram": Command(train.main, TOY_NGRAM),
+    "train lstm": Command(train.main, [*TOY_LSTM, *SHORT]),
     "train resumed": Command(train.main, ["--resume", "--out=out/gpt", "--stop_after=1"]),
     "train begun": Command(train.main, [*BEGUN, *SHORT, "--init=out/bert/best.pt"]),
     **{
@@ -193,6 +195,8 @@ COMMANDS = {
     ),
     "bench_runs": Command(bench_runs.main, ["--small", "--only=saving"]),
     "growth": Command(growth.main, ["--repeats=1"]),
+    "ladder": Command(ladder.main, ["--only=ngram,cbow", "--data=toy.txt", "--steps=1"]),
+    "gradients": Command(gradients.main, ["--length=3", "--width=4"]),
     "gpu": Command(gpu.main, ["--rehearse", "--only=ceilings"]),
     "bench_finetune": Command(
         bench_finetune.main, ["--init=out/bert/best.pt", "--data=toy.csv", "--repeats=2"]
@@ -202,7 +206,7 @@ COMMANDS = {
 # The flags that name what is to be written, and what is there already.
 WRITES = {
     **dict.fromkeys(
-        ("train gpt", "sample embeddings", "import", "bench", "growth", "gpu"), "--out"
+        ("train gpt", "sample embeddings", "import", "bench", "growth", "gradients", "gpu"), "--out"
     ),
     "sample attention": "--attention",
     "export": "--to",

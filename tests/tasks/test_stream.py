@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TOY
+from conftest import TOY_LSTM
 
 import train
 from engine import checkpoint as checkpoints
@@ -68,8 +68,7 @@ def test_a_step_of_several_micro_batches_is_refused(toy):
     assert type(data) is Windows and "keep" not in data.batch(0)
 
 
-RUN = [flag for flag in TOY if not flag.startswith(("--n_head", "--tokens_per_step"))]
-RUN += ["--tokens_per_step=64", "--model=lstm", "--eval_tokens=0", "--dropout=0.1"]
+RUN = [*TOY_LSTM, "--eval_tokens=0", "--dropout=0.1"]
 
 
 def weights(path):
