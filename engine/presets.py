@@ -209,7 +209,7 @@ PRESETS = {
     },
     "rnn-shakespeare": {**RECURRENT, "model": "rnn", "lr": 7e-3, "steps": 2200},
     "gru-shakespeare": {**RECURRENT, "model": "gru", "lr": 2e-2, "steps": 1200},
-    "lstm-shakespeare": {**RECURRENT, "model": "lstm", "lr": 2e-2, "steps": 1100},
+    "lstm-shakespeare": {**RECURRENT, "model": "lstm", "lr": 3e-2, "steps": 1400},
     "gpt-shakespeare": {
         **LADDER,
         "model": "gpt",
