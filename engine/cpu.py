@@ -189,8 +189,8 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     for attention in (m for m in model.modules() if half and isinstance(m, Attention)):
         for layer in (attention.k, attention.v):
             layer.forward = in_fp32(layer.forward)
-    tied = hasattr(model, "token_embedding") and not isinstance(model.head, nn.Linear)
-    if half and pack and tied:
+    tied = hasattr(model, "token_embedding") and hasattr(model, "head")
+    if half and pack and tied and not isinstance(model.head, nn.Module):
         # The embedding stays as it is, because its rows are looked up too.
         bias = getattr(model, "output_bias", None)
         model.head = packed(model.token_embedding.weight, bias)

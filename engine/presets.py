@@ -56,7 +56,6 @@ NGRAM = {
     "data": "shakespeare",
     "pattern": "char",
     "vocab_size": 257,
-    "block_size": 2**15,  # of an evaluation, where each window begins without a context
     "order": 7,
     "eval_tokens": 0,
 }

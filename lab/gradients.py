@@ -5,11 +5,11 @@
 1. The smallest examples, node by node: f = (x + y) · z, and a neuron with a sigmoid. The numbers
    behind the slash are the gradients of the last node; autograd confirms them.
 2. An RNN's gradient as a product of matrices: dh_T/dh_t is the product of diag(1 - h²) U over the
-   steps between, so its norm falls or rises like a power of U's largest eigenvalue, unless tanh
-   saturates. The picture shows that norm against the distance T - t, beside those of GRU, LSTM
-   and a pre-LN Transformer, all at their initialisation.
-3. Units that do not learn: sigmoids that are saturated, ReLUs that are never on, by the size of the
-   initial weights.
+   steps between, so its norm falls or rises like a power of U's largest eigenvalue; tanh, where it
+   saturates, makes it smaller. The picture shows that norm against the distance T - t, beside those
+   of GRU, LSTM and a pre-LN Transformer, all at their initialisation.
+3. Units that do not learn: sigmoids that are saturated, by the size of the initial weights, and
+   ReLUs that are never on, by that of the biases.
 
 Left out: clipping, and what training does to all this.
 
@@ -183,7 +183,7 @@ def transformer_curve(config: GradientsConfig) -> list[float]:
     return [norm(jacobian) for jacobian in jacobians.flip(0)]
 
 
-RADII = (0.5, 0.9, 1.0, 1.1, 1.5)
+RADII = (0.5, 0.9, 1.0, 1.5, 2.0)
 
 
 def all_curves(config: GradientsConfig) -> dict[str, list[float]]:
@@ -223,24 +223,29 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
 
 # ---- units that do not learn ---------------------------------------------------------------------
 
-SCALES = (0.1, 1.0, 2.0, 5.0, 20.0)  # of the weights, in units of 1 / sqrt(inputs)
+SCALES = (0.1, 1.0, 2.0, 5.0, 20.0)  # of weights, in units of 1 / sqrt(inputs)
+BIASES = (0.0, -0.25, -0.5, -1.0, -2.0)
+INPUTS, LAYERS = 256, 5
 
 
-def idle_units(config: GradientsConfig, inputs: int = 256, layers: int = 5) -> list[tuple]:
-    """[(scale, saturated sigmoids, dead ReLUs)]: the share of units in the last of some layers
-    whose sigmoid's slope is below a hundredth of its largest, and whose ReLU is on for none of 256
-    inputs, when all biases are minus the scale."""
-    rows = []
-    for scale in SCALES:
-        torch.manual_seed(config.seed)
-        x = relu = torch.randn(256, inputs)
-        for _ in range(layers):
-            W = torch.randn(inputs, inputs) * scale / math.sqrt(inputs)
-            x, relu = torch.sigmoid(x @ W), torch.relu(relu @ W - scale)
-        slope = x * (1 - x)
-        saturated, dead = (slope < 0.25 / 100).float(), (relu == 0).all(0).float()
-        rows.append((scale, saturated.mean().item(), dead.mean().item()))
-    return rows
+def saturated_sigmoids(scale: float, seed: int) -> float:
+    """The share of units in the last of some layers whose slope is below a hundredth of the largest
+    that a sigmoid has, for weights of this scale."""
+    torch.manual_seed(seed)
+    x = torch.randn(INPUTS, INPUTS)
+    for _ in range(LAYERS):
+        x = torch.sigmoid(x @ torch.randn(INPUTS, INPUTS) * scale / math.sqrt(INPUTS))
+    return (x * (1 - x) < 0.25 / 100).float().mean().item()
+
+
+def dead_relus(bias: float, seed: int) -> float:
+    """The share of units in the last of some layers that are on for none of 256 inputs, for weights
+    as of He et al. and this bias everywhere."""
+    torch.manual_seed(seed)
+    x = torch.randn(256, INPUTS)
+    for _ in range(LAYERS):
+        x = torch.relu(x @ torch.randn(INPUTS, INPUTS) * math.sqrt(2 / INPUTS) + bias)
+    return (x == 0).all(0).float().mean().item()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,9 +257,12 @@ def main(argv: list[str] | None = None) -> None:
         print(show_example(title, function, values), end="\n\n")
     curves = all_curves(config)
     print(show_curves(curves), end="\n\n")
-    print(f"{'weights · sqrt(inputs)':<24}{'sigmoids saturated':>20}{'ReLUs never on':>18}")
-    for scale, saturated, dead in idle_units(config):
-        print(f"{scale:<24}{saturated:>20.1%}{dead:>18.1%}")
+    print(f"{'weights · sqrt(inputs)':<24}{'sigmoids saturated':>20}")
+    for scale in SCALES:
+        print(f"{scale:<24}{saturated_sigmoids(scale, config.seed):>20.1%}")
+    print(f"\n{'bias':<24}{'ReLUs never on':>20}")
+    for bias in BIASES:
+        print(f"{bias:<24}{dead_relus(bias, config.seed):>20.1%}")
     print()
     draw(curves, picture)
 
