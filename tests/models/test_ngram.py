@@ -279,14 +279,18 @@ def shakespeare(separate: bool, order: int) -> tuple[float, int, int]:
 
 
 @pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="no Tiny Shakespeare here")
-@pytest.mark.parametrize("order,nats", [(5, 1.5613), (7, 1.5167)])
+@pytest.mark.parametrize(
+    "order,nats", [pytest.param(5, 1.5613, marks=pytest.mark.slow), (7, 1.5167)]
+)
 def test_kenlms_loss_on_one_stream_of_characters(order, nats):
     loss, characters, _ = shakespeare(False, order)
     assert loss / characters == pytest.approx(nats, abs=6e-5)  # KenLM's, in four digits
 
 
 @pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="no Tiny Shakespeare here")
-@pytest.mark.parametrize("order,perplexity", [(4, 5.753490), (6, 4.678999)])
+@pytest.mark.parametrize(
+    "order,perplexity", [(4, 5.753490), pytest.param(6, 4.678999, marks=pytest.mark.slow)]
+)
 def test_kenlms_perplexity_of_lines(order, perplexity):
     loss, _, targets = shakespeare(True, order)
     assert math.exp(loss / targets) == pytest.approx(perplexity, rel=2e-6)
