@@ -3,7 +3,7 @@ torch's profiler, which knows nothing of the ledger; on a GPU by max_memory_allo
 
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
