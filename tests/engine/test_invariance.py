@@ -67,9 +67,9 @@ def assert_same_gradients(found: dict, want: dict) -> None:
     softmax ignores, still has none."""
     assert found.keys() == want.keys()
     largest = {name: float(one.abs().max()) for name, one in want.items()}
-    noise = 1e-6 * max(largest.values())
+    noise = 2e-6 * max(largest.values())  # some attend by another kernel than the others
     for name, one in want.items():
-        limit = 1e-6 * largest[name] if largest[name] > noise else 2 * noise
+        limit = 2e-6 * largest[name] if largest[name] > noise else 2 * noise
         assert float((found[name] - one).abs().max()) <= limit, name
 
 
