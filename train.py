@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     group = processes.start(config.device, config.timeout)
     with processes.failing(group):
-        if hasattr(tasks.network(config.model), "count"):
+        if tasks.counts(config.model):
             counting.count(config, sizes, group)
         elif getattr(config, "seeds", 1) > 1:
             seeds.repeat(train, config, sizes, checkpoint, group)

@@ -57,7 +57,7 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         near = f"did you mean {near}? There are" if near else "choose"
         raise ValueError(f"--preset {preset} is not known: {near} {', '.join(PRESETS)}")
     new = given.get("model") or preset_task(preset)
-    if new in tasks.TABLE and hasattr(tasks.network(new), "count"):
+    if new in tasks.TABLE and tasks.counts(new):
         refuse_steps(new, given.keys() & {"resume", "init"}, set())
     path = start_from(given)
     load = checkpoints.load_newest if given.get("resume") else checkpoints.load
@@ -70,7 +70,7 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     cli.add_flags(parser, Flags, "")
     cli.add_flags(parser, Config, "")
     given |= parser.parse(argv, flags_of_others)
-    if hasattr(tasks.network(name), "count"):
+    if tasks.counts(name):
         refuse_steps(name, given.keys(), {field.name for field in fields(Config)})
 
     if given.get("resume"):
@@ -87,11 +87,6 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         refuse_ignored(given, base, path)
     wanted = {**base, **given}
     refuse_unheeded(given, wanted.get("schedule", Flags.schedule))
-    if given.get("floor") and not given.get("cooldown", True):
-        raise ValueError(
-            f"--floor {given['floor']} has no effect with --cooldown 0, which keeps the rate: "
-            "leave it out"
-        )
     if lengths := sorted({"steps", "minutes"} & given.keys()):
         if given.get("epochs"):
             raise ValueError(f"--epochs and --{lengths[0]} both say how long: give one of them")
@@ -228,7 +223,7 @@ def refuse_ignored(given: dict, base: dict, path: Path | None) -> None:
 
 
 def refuse_unheeded(given: dict, schedule: str) -> None:
-    """Raises ValueError for a flag that the schedule does not heed."""
+    """Raises ValueError for a flag that the schedule, or another flag of it, leaves no effect."""
     for name in ("warmup", "cooldown", "floor"):
         heeded = optim.SCHEDULES.get(schedule, (name,))  # of an unknown one, others say so
         if name in given and name not in heeded:
@@ -237,6 +232,11 @@ def refuse_unheeded(given: dict, schedule: str) -> None:
                 f"--{name} has no effect with the schedule {schedule}: leave it out, or choose "
                 f"--schedule {others}"
             )
+    if given.get("floor") and not given.get("cooldown", True):
+        raise ValueError(
+            f"--floor {given['floor']} has no effect with --cooldown 0, which keeps the rate: "
+            "leave it out"
+        )
 
 
 def refuse_steps(name: str, given: Iterable[str], sizes: set[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import tasks
 from engine import checkpoint as checkpoints
-from engine import cli, closing, saving, setup
+from engine import cli, closing, plan, saving, setup
 from engine.evaluation import score, to_minimise
 from engine.logs import RunLog
 from engine.processes import Processes
@@ -52,18 +52,15 @@ class CountingRun:
 
     def describe(self) -> str:
         """The plan, one line for each topic."""
-        config, data = self.config, self.data
         settings = ", ".join(f"{name} {value}" for name, value in vars(self.model.config).items())
-        plan = {
-            "data": f"{config.data}: {data.rule}",
-            "training": data.describe(),
-            "validation": self.validation.describe(),
-            "tokenizer": f"{data.tokenizer.vocab_size:,} tokens, {data.tokenizer.hash[:12]}",
-            "model": f"{config.model}, {settings}",
-            "steps": "none: the text is counted in one pass",
-            "run": f"{self.out}: best.pt, log.jsonl, config.json",
-        }
-        return "\n".join(f"{title:>10}  {text}" for title, text in plan.items())
+        return plan.in_lines(
+            {
+                **plan.about_data(self),
+                "model": f"{self.config.model}, {settings}",
+                "steps": "none: the text is counted in one pass",
+                "run": f"{self.out}: best.pt, log.jsonl, config.json",
+            }
+        )
 
     def count(self) -> None:
         """Counts the training text, and writes what that has taught to the run's folder. The model

@@ -54,10 +54,7 @@ def describe_run(run) -> str:
         how += f", {config.shard} divided into {group.world} parts"
     cut = run.warmup_steps < config.warmup
     plan = {
-        "data": f"{config.data}: {data.rule}",
-        "training": data.describe(),
-        "validation": run.validation.describe(),
-        "tokenizer": f"{data.tokenizer.vocab_size:,} tokens, {data.tokenizer.hash[:12]}",
+        **about_data(run),
         "model": f"{config.model}, preset {config.preset or 'none'}, "
         f"{count_parameters(run.model):,} parameters"
         + (f", of which {learning:,} learn" if learning < count_parameters(run.model) else ""),
@@ -73,6 +70,21 @@ def describe_run(run) -> str:
         "run": f"{run.out}: latest.pt, best.pt, log.jsonl, curves.png, config.json",
         "next": f"evaluation and checkpoint after step {next_stop:,}",
     }
+    return in_lines(plan)
+
+
+def about_data(run) -> dict[str, str]:
+    """{title: text} of what any run says of its data."""
+    data = run.data
+    return {
+        "data": f"{run.config.data}: {data.rule}",
+        "training": data.describe(),
+        "validation": run.validation.describe(),
+        "tokenizer": f"{data.tokenizer.vocab_size:,} tokens, {data.tokenizer.hash[:12]}",
+    }
+
+
+def in_lines(plan: dict[str, str]) -> str:
     return "\n".join(f"{title:>10}  {text}" for title, text in plan.items())
 
 

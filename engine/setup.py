@@ -154,7 +154,7 @@ def make_network(
         say(f"from {path}; freshly initialised: {', '.join(fresh) or 'nothing'}")
     else:
         vocab_size = data.tokenizer.vocab_size
-        if not hasattr(Model, "count"):  # what is counted is no matrix, and needs no padding
+        if not tasks.counts(config.model):  # what is counted is no matrix, and needs no padding
             vocab_size = padded(vocab_size)
         model = Model(Model.Config(**{**sizes, "vocab_size": vocab_size}))
     if group.world > 1 and checkpoint and not group.all_equal(digest(model)):

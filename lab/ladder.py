@@ -87,7 +87,7 @@ class Result:
 
 def counts(name: str) -> bool:
     """Whether a rung takes no steps."""
-    return hasattr(tasks.network(presets.PRESETS[RUNGS[name]]["model"]), "count")
+    return tasks.counts(presets.PRESETS[RUNGS[name]]["model"])
 
 
 def climb(name: str, seed: int, config: LadderConfig) -> Path:

@@ -94,6 +94,11 @@ def network(name: str) -> type:
     return getattr(importlib.import_module(module), cls)
 
 
+def counts(name: str) -> bool:
+    """Whether the network in the row `name` counts its text once instead of learning by steps."""
+    return hasattr(network(name), "count")
+
+
 def task(name: str) -> ModuleType:
     """The module of the task in the row `name`."""
     return importlib.import_module(TABLE[name][1])

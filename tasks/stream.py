@@ -79,10 +79,9 @@ class Data(text.Data):
             epoch, window = divmod(i, self.windows_of_row)
             offset = int(np.random.default_rng((self.seed, epoch)).integers(self.max_offset + 1))
         found = np.full((self.batch_size, T + 1), -100, dtype=np.int64)
-        for row, start in zip(
-            found, (rows * self.windows_of_row + window) * T + offset, strict=True
-        ):
-            ids = self.ids[int(start) : int(start) + T + 1]
+        starts = (rows * self.windows_of_row + window) * T + offset
+        for row, start in zip(found, starts.tolist(), strict=True):
+            ids = self.ids[start : start + T + 1]
             row[: len(ids)] = ids
         windows = torch.from_numpy(found)
         tokens, targets = windows[:, :-1].clamp(min=0), windows[:, 1:].contiguous()

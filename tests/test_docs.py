@@ -189,7 +189,7 @@ def for_training(have, flags: list[str]) -> list[str]:
     task = value(flags, "--model") or PRESETS.get(value(flags, "--preset"), {}).get("model", "gpt")
     small = ALL_TOYS[task]
     keep = without(flags, *FILES, *(flag.partition("=")[0] for flag in small))
-    if hasattr(tasks.network(task), "count"):
+    if tasks.counts(task):
         return [*keep, *small]
     if "--resume" in keep:  # then there must be something to resume
         have(value(flags, "--out"), task, "--stop_after=1")

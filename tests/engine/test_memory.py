@@ -408,7 +408,7 @@ def test_a_plan_for_a_cpu_names_no_gpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [t for t in tasks.TABLE if not hasattr(tasks.network(t), "count")])
+@pytest.mark.parametrize("task", [t for t in tasks.TABLE if not tasks.counts(t)])
 def test_every_task_has_a_plan(task, capsys):
     small = {"n_layer": 1, "n_embd": 48, "n_head": 3, "vocab_size": 300, "block_size": 32}
     there = {field.name for field in fields(tasks.network(task).Config)}
