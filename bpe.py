@@ -27,7 +27,8 @@ functions may be assigned when a program starts.
 Two special cases need no code of their own: CHAR_PATTERN makes each character a chunk, which gives
 one token per character; and a vocabulary of 256 plus the special tokens is plain bytes.
 
-Left out: normalisation (NFC, lower case), merges across chunks, WordPiece and Unigram, dropout.
+Left out: learning from normalised text (NFC, lower case), merges across chunks, WordPiece and
+Unigram, dropout.
 
 Papers: Sennrich, Haddow and Birch 2016, "Neural Machine Translation of Rare Words with Subword
 Units" (arXiv:1508.07909); Radford et al. 2019, "Language Models are Unsupervised Multitask
@@ -204,7 +205,7 @@ def learn_merges(chunks: dict[str, int], n_merges: int, progress: bool = False) 
 
 
 class Tokenizer:
-    """Its state is four plain values; everything else follows from them.
+    """Its state is five plain values; everything else follows from them.
 
     ranks           token bytes -> id. A token of a lower id is merged earlier, as in tiktoken. The
                     pair of a merge need not be stored: as long as no token crosses its borders, a
@@ -216,7 +217,11 @@ class Tokenizer:
                     may share an id, as in o200k_harmony.
     foreign         whether somebody else's ids are wanted (GPT-2's, a hub's): then characters that
                     are newer than this Python's Unicode are letters where tiktoken has them so,
-                    otherwise, as in learning, where the `regex` module does.
+                    otherwise, as in learning, where the `regex` module does. And then some bytes
+                    may have no token: they are left out of what is encoded, as Hugging Face's
+                    library does it (SmolLM2's lacks 21 that are rare or in no valid text).
+    nfc             whether text is brought into Unicode's composed form first, as Qwen's is. Then
+                    decode(encode(text)) is that form of the text.
     """
 
     def __init__(
@@ -225,17 +230,20 @@ class Tokenizer:
         pattern: str,
         special_tokens: dict[str, int],
         foreign: bool = False,
+        nfc: bool = False,
     ):
         """Raises ValueError for a state that cannot encode every text or decode every id."""
-        _check_state(ranks, pattern, special_tokens)
-        if type(foreign) is not bool:
-            raise ValueError(f"foreign={foreign!r} is neither True nor False")
+        _check_state(ranks, pattern, special_tokens, foreign)
+        for name, value in (("foreign", foreign), ("nfc", nfc)):
+            if type(value) is not bool:
+                raise ValueError(f"{name}={value!r} is neither True nor False")
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
-        self.foreign = foreign
+        self.foreign, self.nfc = foreign, nfc
         self.bytes_of = {i: token for token, i in ranks.items()}
         for text, i in special_tokens.items():  # of two names for one id, the first is decoded
             self.bytes_of.setdefault(i, text.encode("utf-8"))
         self.vocab_size = max(self.bytes_of) + 1  # cl100k_base, for one, has unused ids below this
+        self._lost = bytes(b for b in range(256) if bytes([b]) not in ranks)
         self._split = make_splitter(pattern)
         self._cache: dict[str, list[int]] = {}
 
@@ -274,7 +282,8 @@ class Tokenizer:
         return cls({token: i for i, token in enumerate(tokens)}, pattern, special)
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Ids of `text`. decode(encode(text)) == text for every str, lone surrogates included.
+        """Ids of `text`. decode(encode(text)) == text for every str, lone surrogates included
+        (without nfc, or bytes that have no token).
 
         allowed_special names the special tokens whose text becomes their id ("all": all of them);
         the text of the others is encoded as ordinary text. Raises ValueError for an unknown name.
@@ -312,6 +321,7 @@ class Tokenizer:
 
     def encode_numpy(self, text: str) -> np.ndarray:
         """Ids of `text` without special tokens, as a uint32 array that may be read-only."""
+        text = self._normalized(text)
         if self._rust_can_split(text):
             return self._rust.encode_to_numpy(text, disallowed_special=())
         return np.array(self._encode_chunks(text), dtype=np.uint32)
@@ -326,23 +336,33 @@ class Tokenizer:
         text = data.decode("utf-8", "surrogateescape")
         for i, part in enumerate(re.split("([\udc80-\udcff]+)", text)):
             invalid = part.encode("utf-8", "surrogateescape") if i % 2 else b""
+            invalid = invalid.translate(None, self._lost)
             ids += self._merge(invalid) if invalid else self.encode(part)
         return ids
 
+    def _normalized(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
     def _encode_rust(self, text: str) -> list[int]:
+        text = self._normalized(text)
         can = self._rust_can_split(text)
         return self._rust.encode_ordinary(text) if can else self._encode_chunks(text)
 
     def _rust_can_split(self, text: str) -> bool:
         r"""Whether tiktoken accepts this text and cuts it where it should be cut.
 
-        Three kinds of text stay in Python. Lone surrogates are not UTF-8. Characters newer than
+        Four kinds of text stay in Python. What has bytes without a token, of which tiktoken knows
+        nothing. Lone surrogates are not UTF-8. Characters newer than
         this Python's Unicode may be letters to one engine and unassigned to the other (17,480 are,
         with regex 2026.11 and tiktoken 0.14), and what was learnt with `regex` is cut by it; but
         foreign ids are those of tiktoken, which Hugging Face's library equals here. And the
         backtracking of `\s+(?!\S)` ends in a Rust panic somewhere between 600,000 and 1,000,000
         white-space characters in a row.
         """
+        if self._lost:
+            data = text.encode("utf-8", "surrogatepass")
+            if len(data.translate(None, self._lost)) < len(data):
+                return False
         # Every run of twice LONG_RUN fills one of these slices.
         for i in range(0, len(text) - LONG_RUN, LONG_RUN):
             if text[i : i + LONG_RUN].isspace():
@@ -354,10 +374,11 @@ class Tokenizer:
 
     def _encode_chunks(self, text: str) -> list[int]:
         ids, cache = [], self._cache
-        for chunk in self._split(text):
+        for chunk in self._split(self._normalized(text)):
             merged = cache.get(chunk)
             if merged is None:
-                merged = self._merge(chunk.encode("utf-8", "surrogatepass"))
+                data = chunk.encode("utf-8", "surrogatepass").translate(None, self._lost)
+                merged = self._merge(data)
                 if len(cache) >= CACHED_CHUNKS:
                     cache.clear()
                 if len(chunk) <= 64:
@@ -467,8 +488,9 @@ class Tokenizer:
             "special_tokens": dict(_by_id(self.special_tokens)),
             "ranks": {token.decode("latin-1"): i for token, i in _by_id(self.ranks)},
         }
-        # Left out where it is false, so that the hash of what was learnt stays what it was.
-        return json.dumps(state | ({"foreign": True} if self.foreign else {}))
+        # Left out where they are false, so that the hash of what was learnt stays what it was.
+        more = {"foreign": self.foreign, "nfc": self.nfc}
+        return json.dumps(state | {name: True for name, value in more.items() if value})
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
@@ -491,8 +513,8 @@ class Tokenizer:
             ranks = {token.encode("latin-1"): i for token, i in state["ranks"].items()}
         except UnicodeEncodeError as e:
             raise ValueError(f"token {e.object!r} is not written as Latin-1 characters") from None
-        foreign = state.get("foreign", False)
-        return cls(ranks, state["pattern"], state["special_tokens"], foreign)
+        more = (state.get(name, False) for name in ("foreign", "nfc"))
+        return cls(ranks, state["pattern"], state["special_tokens"], *more)
 
     def save(self, path: str | Path) -> None:
         """Writes beside `path`, then renames, so that an interruption leaves the old file whole."""
@@ -558,7 +580,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _check_state(ranks: Any, pattern: Any, special_tokens: Any) -> None:
+def _check_state(ranks: Any, pattern: Any, special_tokens: Any, foreign: bool = False) -> None:
     try:
         split = regex.compile(pattern)
     except (regex.error, TypeError) as e:
@@ -579,7 +601,7 @@ def _check_state(ranks: Any, pattern: Any, special_tokens: Any) -> None:
     if n > 1:
         raise ValueError(f"id {twice} stands for {n} tokens: ids must differ")
     missing = [b for b in range(256) if bytes([b]) not in ranks]
-    if missing or b"" in ranks:
+    if (missing and not foreign) or b"" in ranks:
         raise ValueError(f"{len(missing)} of the 256 bytes are no tokens, or the empty string is")
 
 

@@ -78,9 +78,9 @@ Mask = Tensor | str | Callable[..., Tensor] | None
 class KVCache:
     """Keys and values of the positions seen so far, for one attention layer.
 
-    It is made outside the model and passed in, so that the model has no state. The first append
-    allocates memory for all `max_len` positions, in the dtype of the keys: growing by
-    concatenation would copy everything at every token.
+    It is made outside the model and passed in, so that the model has no state. Its memory, in the
+    dtype of the keys, doubles when it is full, up to `max_len` positions: growing by concatenation
+    would copy everything at every token.
     """
 
     def __init__(self, max_len: int):
@@ -99,8 +99,12 @@ class KVCache:
                 f"the cache holds {self.max_len} positions, {self.length} are used and {T} more "
                 "were given: make a longer cache or start a new one"
             )
-        if self.k is None:
-            self.k, self.v = (x.new_empty(B, H, self.max_len, D) for x in (k, v))
+        end = self.length + T
+        if self.k is None or end > self.k.size(2):
+            before, size = self.filled() if self.length else None, min(self.max_len, 2 * end)
+            self.k, self.v = (x.new_empty(B, H, size, D) for x in (k, v))
+            if before:
+                self.k[:, :, : self.length], self.v[:, :, : self.length] = before
         self.k[:, :, self.length : self.length + T] = k
         self.v[:, :, self.length : self.length + T] = v
         self.length += T
@@ -320,6 +324,18 @@ class Block(nn.Module):
         return self.residual(x, self.mlp_norm, self.mlp)
 
 
+def next_positions(tokens: Tensor, caches: list[KVCache] | None, block_size: int) -> Tensor:
+    """The positions (T,) of tokens (B, T) behind what the caches hold. Raises ValueError where they
+    reach beyond block_size."""
+    past = caches[0].length if caches else 0
+    end = past + tokens.size(1)
+    if end > block_size:
+        raise ValueError(
+            f"{end} positions are more than block_size={block_size}: shorten the input"
+        )
+    return torch.arange(past, end, device=tokens.device)
+
+
 # About ten times what anybody has trained. Beyond that, even describing a model takes minutes.
 LARGEST = {"vocab_size": 2**24, "block_size": 2**24, "n_layer": 1000}
 LARGEST |= {"n_head": 2**16, "n_embd": 2**18, "n_ff": 2**20}
@@ -404,21 +420,20 @@ class GPT(nn.Module):
         return {"loss": cross_entropy(features, self.token_embedding.weight, targets)[0]}
 
     def features(
-        self, tokens: Tensor, mask: Mask = "causal", caches: list[KVCache] | None = None
+        self,
+        tokens: Tensor,
+        mask: Mask = "causal",
+        caches: list[KVCache] | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """tokens (B, T) -> features (B, T, C), which the head turns into logits.
 
-        With caches, one per block, the tokens continue what the caches hold. Raises ValueError
-        for more than block_size positions.
+        With caches, one per block, the tokens continue what the caches hold. positions (T,), where
+        they are given, say where the tokens stand. Raises ValueError for more than block_size
+        positions.
         """
-        T = tokens.size(1)
-        past = caches[0].length if caches else 0
-        if past + T > self.config.block_size:
-            raise ValueError(
-                f"{past + T} positions are more than block_size={self.config.block_size}: "
-                "shorten the input"
-            )
-        positions = torch.arange(past, past + T, device=tokens.device)
+        if positions is None:
+            positions = next_positions(tokens, caches, self.config.block_size)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, mask=mask, cache=cache)

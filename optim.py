@@ -231,6 +231,7 @@ def decay_groups(
 
 
 OPTIMIZERS = ("adamw", "adam", "muon")
+HEADS = ("head", "lm_head")  # output matrices, which Muon leaves to AdamW, as it does embeddings
 
 
 def make_optimizer(
@@ -257,7 +258,7 @@ def make_optimizer(
     hidden: list[nn.Parameter] = []
     if name == "muon":
         named = model.named_modules()
-        linear = [m.weight for name, m in named if isinstance(m, nn.Linear) and name != "head"]
+        linear = [m.weight for name, m in named if isinstance(m, nn.Linear) and name not in HEADS]
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         hidden = [p for p in linear if p.requires_grad and id(p) not in embeddings]
     taken = {id(p) for p in hidden}

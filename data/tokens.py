@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # a script loads only those that it needs
 
 AnyTokenizer = Union[Tokenizer, "WordPiece", "SentencePieces"]
 SPLITS = ("train", "validation")
+# What Llama's tokenizers put before a text, and what ends one: of ours, END_OF_TEXT does both.
+BEGINS = ("<|begin_of_text|>", "<s>")
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 TOKENIZER_CHARACTERS = 100_000_000  # of training text from which a new tokenizer is learnt
 
 
@@ -58,11 +61,22 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
         raise ValueError(f"{path}: {error}") from None
 
 
+def opening(tokenizer: AnyTokenizer) -> str:
+    """The special token that a text begins with."""
+    return next((name for name in BEGINS if name in tokenizer.special_tokens), END_OF_TEXT)
+
+
+def ending(tokenizer: AnyTokenizer) -> str:
+    """The special token that ends a text."""
+    return next((name for name in ENDS if name in tokenizer.special_tokens), END_OF_TEXT)
+
+
 def tokenize(
-    corpus: Corpus, split: str, tokenizer: AnyTokenizer, cache: Path, border: str = END_OF_TEXT
+    corpus: Corpus, split: str, tokenizer: AnyTokenizer, cache: Path, border: str = ""
 ) -> TokenFile:
     """The token file of one split, from `cache` or made now, in parallel. `border` is the special
-    token that stands before each document."""
+    token that stands before each document; "": the tokenizer's opening."""
+    border = border or opening(tokenizer)
     path = cache / f"{corpus.name}-{split}-{corpus.hash[:12]}-{tokenizer.hash[:12]}.tokens"
     origin = Origin(tokenizer.hash, corpus.hash, split)
     if path.is_file():
@@ -129,13 +143,13 @@ def both_splits(
     tokenizer: AnyTokenizer | None,
     *,
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
-    border: str = END_OF_TEXT,
+    border: str = "",
     **more,
 ):
     """(train, validation) of a data class that reads token files. The tokenizer and the files are
     made if they are not there yet.
 
-    special_tokens are those that the task needs; `border` is the one before each document.
+    special_tokens are those that the task needs; `border` is as in `tokenize`.
     """
     tokenizer = tokenizer or get_tokenizer(config, sizes, corpus, special_tokens)
     cache, more = Path(config.cache_dir), {**settings(config, sizes), **more}
@@ -187,12 +201,17 @@ def get_tokenizer(
     return tokenizer
 
 
+def lacking(tokenizer: AnyTokenizer, special_tokens: tuple[str, ...]) -> str:
+    """Which of these, the tokens that a task needs, the tokenizer does not have."""
+    needed = (ending(tokenizer) if name == END_OF_TEXT else name for name in special_tokens)
+    return ", ".join(name for name in needed if name not in tokenizer.special_tokens)
+
+
 def check_special(tokenizer: AnyTokenizer, special_tokens: tuple[str, ...], given: str) -> None:
     """Raises ValueError if the tokenizer of --tokenizer lacks a token that the task needs."""
-    lacking = [name for name in special_tokens if name not in tokenizer.special_tokens]
-    if lacking:
+    if missing := lacking(tokenizer, special_tokens):
         raise ValueError(
-            f"--tokenizer {given} lacks the special token {', '.join(lacking)}: "
+            f"--tokenizer {given} lacks the special token {missing}: "
             "choose another, or leave the flag out to train one"
         )
 

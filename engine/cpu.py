@@ -190,6 +190,7 @@ def lay_out_for_decoding(model: nn.Module) -> None:
         for layer in (attention.k, attention.v):
             layer.forward = in_fp32(layer.forward)
     tied = hasattr(model, "token_embedding") and hasattr(model, "head")
+    tied &= getattr(model.config, "tied", True)
     if half and pack and tied and not isinstance(model.head, nn.Module):
         # The embedding stays as it is, because its rows are looked up too.
         bias = getattr(model, "output_bias", None)

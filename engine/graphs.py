@@ -105,13 +105,18 @@ def adds(scores: Tensor) -> Mask:
     return lambda q, k, v, dropout: model_file.attention_kernel(q, k, v, scores, dropout_p=dropout)
 
 
-def empty_cache(rows: int, heads: int, length: int, weight: Tensor) -> KVCache:
-    """An empty cache that has its memory already, for a model with embeddings like `weight`. The
-    memory is zeroed: attention multiplies hidden positions by 0, and 0 times NaN is NaN."""
-    cache = KVCache(length)
-    shape = rows, heads, length, weight.size(1) // heads
-    cache.k, cache.v = weight.new_zeros(shape), weight.new_zeros(shape)
+def empty_cache(rows: int, heads: int, length: int, width: int, like: Tensor) -> KVCache:
+    """An empty cache that has its memory already, of the dtype and device of `like`. The memory is
+    zeroed: attention multiplies hidden positions by 0, and 0 times NaN is NaN."""
+    cache, shape = KVCache(length), (rows, heads, length, width)
+    cache.k, cache.v = like.new_zeros(shape), like.new_zeros(shape)
     return cache
+
+
+def heads_and_width(config) -> tuple[int, int]:
+    """(heads of keys and values, the width of each): groups of query heads may share one."""
+    heads = getattr(config, "n_kv_head", config.n_head)
+    return heads, getattr(config, "head_dim", config.n_embd // config.n_head)
 
 
 @torch.no_grad()
@@ -119,19 +124,20 @@ def join_projections(attention: nn.Module) -> None:
     """Lets an Attention of model.py make queries, keys and values in one product. Its weights
     become views of one matrix, so that it takes no more memory. Anything else is left as it is, and
     so are linear layers that have been changed, by adapters for example."""
-    if type(attention) is not Attention or "project" in vars(attention):
+    own = getattr(type(attention), "project", None) is not Attention.project
+    if own or "project" in vars(attention):
         return
     linears = attention.q, attention.k, attention.v
     if any(type(linear) is not nn.Linear for linear in linears):
         return
-    joined = {}
+    joined, sizes = {}, [linear.out_features for linear in linears]
     for name in ("weight", "bias"):
         parts = [getattr(linear, name) for linear in linears]
         if parts[0] is not None:
             joined[name] = torch.cat(parts)
-            for part, view in zip(parts, joined[name].chunk(3), strict=True):
+            for part, view in zip(parts, joined[name].split(sizes), strict=True):
                 part.data = view
-    attention.project = lambda x: F.linear(x, **joined).chunk(3, -1)
+    attention.project = lambda x: F.linear(x, **joined).split(sizes, -1)
 
 
 class StaticCache:
@@ -174,7 +180,8 @@ class CapturedSteps:
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.places = torch.arange(size, device=weight.device)
         c = model.config
-        self.caches = [empty_cache(rows, c.n_head, size, weight) for _ in range(c.n_layer)]
+        heads, width = heads_and_width(c)
+        self.caches = [empty_cache(rows, heads, size, width, weight) for _ in range(c.n_layer)]
         self.pool = GraphPool(weight.device) if weight.is_cuda else None
         self.captured: dict[int, Callable[[], Tensor]] = {}
         for attention in model.modules():
@@ -200,7 +207,11 @@ class CapturedSteps:
 
     def seen(self, limit: int) -> tuple[list[StaticCache], Mask]:
         """The first `limit` positions of the caches, and the mask that hides the unfilled ones."""
-        hidden = (self.places[:limit] > self.position)[None, None, None]
+        places, window = self.places[:limit], getattr(self.model.config, "window", 0)
+        hidden = places > self.position
+        if window:  # each sees so many of the last positions
+            hidden |= places <= self.position - window
+        hidden = hidden[None, None, None]
         mask = adds(added_scores(hidden, self.weight))
         return [StaticCache(cache, self.position, limit) for cache in self.caches], mask
 
@@ -225,10 +236,11 @@ def read_back(tokens: Tensor) -> Callable[[], Tensor]:
 # ---- GPT -----------------------------------------------------------------------------------------
 
 
-class GPTSteps(CapturedSteps):
-    """A GPT that writes `rows` texts at once, one token of each in a step.
+class TextSteps(CapturedSteps):
+    """A causal decoder that writes `rows` texts at once, one token of each in a step. Its features
+    take `positions`, as those of GPT do.
 
-        steps = GPTSteps(model, rows, size, choose)
+        steps = TextSteps(model, rows, size, choose)
         steps.read(tokens)  # (rows, T): the prefill
         steps.step()        # the next token of each row is in steps.tokens, (rows,)
 
@@ -295,13 +307,10 @@ class GPTSteps(CapturedSteps):
         return self.tokens
 
     def decode(self, limit: int) -> Tensor:
-        """(rows, V) logits of the next token: GPT.features for one position, which is a tensor."""
+        """(rows, V) logits of the next token: `features` of one position, which is a tensor."""
         model, (caches, mask) = self.model, self.seen(limit)
         tokens = self.tokens.clamp(min=0)  # -1, chosen from NaN, is found when it is read back
-        x = model.token_embedding(tokens)[:, None] + model.position_embedding(self.position)
-        for block, cache in zip(model.blocks, caches, strict=True):
-            x = block(x, mask, cache=cache)
-        return model.head(model.norm(x)[:, 0])
+        return model.head(model.features(tokens[:, None], mask, caches, self.position)[:, 0])
 
     def write(
         self, tokens: Tensor, lengths: list[int], max_new_tokens: int, pick
@@ -367,7 +376,8 @@ class Seq2SeqSteps(CapturedSteps):
         self.memory = self.weight.new_zeros(N, source_len, self.weight.size(1))
         self.padding = self.weight.new_zeros(N, 1, 1, source_len)  # added to the scores
         c = model.config
-        self.across = [empty_cache(N, c.n_head, source_len, self.weight) for _ in range(c.n_layer)]
+        shape = N, c.n_head, source_len, c.n_embd // c.n_head
+        self.across = [empty_cache(*shape, self.weight) for _ in range(c.n_layer)]
 
     def read(self, source: Tensor, keep: Tensor) -> Advance:
         """From source (B, S) and keep (B, S), False at padding, the function that `decoding.py`

@@ -27,7 +27,7 @@ def install(device: torch.device) -> None:
     model.attention_kernel = cpu.attention if on_cpu else F.scaled_dot_product_attention
     model.dropout_kernel = cpu.dropout if on_cpu else F.dropout
     recurrent.layer_kernel = torch.compiler.disable(layer_by_torch)  # it would unroll the loop
-    decoding.text_steps = graphs.GPTSteps if on_cuda else None
+    decoding.text_steps = graphs.TextSteps if on_cuda else None
     decoding.pair_steps = graphs.StaticAdvance if on_cuda else None
     if on_cuda:
         torch.backends.cuda.enable_cudnn_sdp(False)  # until `prefer_cudnn` has seen the batches

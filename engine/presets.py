@@ -20,6 +20,29 @@ GPT_RECIPE = {
     "eval_tokens": 2**20,
 }
 
+# The recipe of Llama 2 (section 2.2 of its paper), with the batch of GPT_RECIPE where a model is
+# small. Its tokenizer is learnt here, at the size of theirs: a published one comes with a
+# published model (docs/checkpoints.md).
+LLAMA_RECIPE = {
+    **GPT_RECIPE,
+    "model": "llama",
+    "tokenizer": "",
+    "pattern": "gpt4",
+    "vocab_size": 32000,
+    "warmup": 2000,
+}
+LLAMA2 = {
+    **LLAMA_RECIPE,
+    "block_size": 4096,
+    "tied": False,
+    "lr": 3e-4,
+    "batch_size": 1,
+    "tokens_per_step": 2**22,
+    "steps": 500_000,  # 2 trillion tokens
+}
+LLAMA3 = {**LLAMA2, "vocab_size": 128256, "block_size": 8192, "n_kv_head": 8, "rope_theta": 5e5}
+LARGE_LLAMA = {"n_layer": 80, "n_head": 64, "n_kv_head": 8, "n_embd": 8192, "n_ff": 28672}
+
 SHAKESPEARE = {
     "model": "gpt",
     "data": "shakespeare",
@@ -148,34 +171,39 @@ PYDOCS = {
     "dtype": "bf16",  # where the processor has instructions for it, else fp32
 }
 
+# The first hour: a minute on two cores, or a few on one GPU.
+TOY = {
+    "model": "gpt",
+    "vocab_size": 4096,
+    "block_size": 128,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "batch_size": 16,
+    "tokens_per_step": 2048,
+    "steps": 500,
+    "lr": 7e-3,
+    "eval_interval": 250,
+}
+TOY_GPU = {
+    "model": "gpt",
+    "vocab_size": 8192,
+    "block_size": 512,
+    "n_layer": 8,
+    "n_head": 8,
+    "n_embd": 512,
+    "dropout": 0.1,
+    "batch_size": 64,
+    "tokens_per_step": 2**16,
+    "steps": 1500,
+    "eval_interval": 250,
+}
+
 PRESETS = {
-    # The first hour: a minute on two cores, or a few on one GPU.
-    "toy": {
-        "model": "gpt",
-        "vocab_size": 4096,
-        "block_size": 128,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_embd": 128,
-        "batch_size": 16,
-        "tokens_per_step": 2048,
-        "steps": 500,
-        "lr": 7e-3,
-        "eval_interval": 250,
-    },
-    "toy-gpu": {
-        "model": "gpt",
-        "vocab_size": 8192,
-        "block_size": 512,
-        "n_layer": 8,
-        "n_head": 8,
-        "n_embd": 512,
-        "dropout": 0.1,
-        "batch_size": 64,
-        "tokens_per_step": 2**16,
-        "steps": 1500,
-        "eval_interval": 250,
-    },
+    "toy": TOY,
+    "toy-gpu": TOY_GPU,
+    "llama-toy": {**TOY, "model": "llama"},
+    "llama-toy-gpu": {**TOY_GPU, "model": "llama"},
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
@@ -347,6 +375,48 @@ PRESETS = {
         "lr": 1.2e-4,
         "batch_size": 1,
     },
+    # The sizes of llama2.c's stories, of SmolLM2, Llama 2 and Llama 3.
+    "llama-15m": {
+        **LLAMA_RECIPE,
+        "block_size": 256,
+        "n_layer": 6,
+        "n_head": 6,
+        "n_embd": 288,
+        "n_ff": 768,
+        "batch_size": 128,
+    },
+    "llama-110m": {
+        **LLAMA_RECIPE,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "n_ff": 2048,
+        "block_size": 1024,
+        "batch_size": 32,
+    },
+    "smollm2-135m": {
+        **LLAMA_RECIPE,
+        "vocab_size": 49152,
+        "block_size": 2048,
+        "n_layer": 30,
+        "n_head": 9,
+        "n_kv_head": 3,
+        "n_embd": 576,
+        "n_ff": 1536,
+        "rope_theta": 1e5,
+        "lr": 3e-3,
+        "schedule": "linear",
+        "cooldown": 0.2,
+        "floor": 0.0,
+        "batch_size": 16,
+        "tokens_per_step": 2**20,
+        "steps": 2_000_000,  # 2 trillion tokens
+    },
+    "llama2-7b": {**LLAMA2, "n_layer": 32, "n_head": 32, "n_embd": 4096, "n_ff": 11008},
+    "llama2-13b": {**LLAMA2, "n_layer": 40, "n_head": 40, "n_embd": 5120, "n_ff": 13824},
+    "llama2-70b": {**LLAMA2, **LARGE_LLAMA, "lr": 1.5e-4},
+    "llama3-8b": {**LLAMA3, "n_layer": 32, "n_head": 32, "n_embd": 4096, "n_ff": 14336},
+    "llama3-70b": {**LLAMA3, **LARGE_LLAMA, "lr": 1.5e-4},
     "gpt3-175b": {
         **GPT_RECIPE,
         "block_size": 2048,
@@ -365,6 +435,5 @@ def first_hour(task: str, device: str, data: str) -> str:
         return "dates" if data in ("", "dates") else "transformer-tiny"
     if task == "bert":
         return "pydocs"
-    if task != "gpt":
-        return ""  # its recipe is the defaults
-    return "toy-gpu" if device == "cuda" else "toy"
+    toy = {"gpt": "toy", "llama": "llama-toy"}.get(task, "")  # of others, the defaults
+    return f"{toy}-gpu" if toy and device == "cuda" else toy

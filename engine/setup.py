@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import tasks
 from bpe import count_merges
-from data.tokens import check_special, load_tokenizer
+from data.tokens import check_special, lacking, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine import losses, sharding
 from engine.checkpoint import LATEST
@@ -61,10 +61,9 @@ def open_data(
     Data, tokenizer, path = tasks.task(config.model).Data, None, origin(config)
     if checkpoint:
         tokenizer = checkpoints.restore_tokenizer(path, checkpoint)
-        lacking = [name for name in Data.special_tokens if name not in tokenizer.special_tokens]
-        if lacking:
+        if missing := lacking(tokenizer, Data.special_tokens):
             raise ValueError(
-                f"the tokenizer of {path} lacks the special token {', '.join(lacking)} that "
+                f"the tokenizer of {path} lacks the special token {missing} that "
                 f"--model {config.model} needs: begin from another checkpoint"
             )
     elif config.tokenizer.endswith(".pt"):
@@ -76,7 +75,7 @@ def open_data(
         count_merges(sizes["vocab_size"], len(Data.special_tokens))  # refuses one that is too small
     if tokenizer and not checkpoint:
         check_special(tokenizer, Data.special_tokens, config.tokenizer)
-    if tokenizer and getattr(Data, "needs_bytes", False) and not hasattr(tokenizer, "ranks"):
+    if tokenizer and getattr(Data, "needs_bytes", False) and not hasattr(tokenizer, "bytes_of"):
         raise ValueError(
             f"--model {config.model} needs a tokenizer whose tokens are bytes, and that of "
             f"{path or config.tokenizer} has pieces: leave --tokenizer out to train one"

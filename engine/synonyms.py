@@ -9,11 +9,14 @@ llm.c, and what people type without any of them in mind.
 NAMES = {
     "row_length": "max_length max_seq_length max_seq_len",
     "max_new_tokens": "max_length max_tokens length n_tokens num_tokens new_tokens",
+    "window": "sliding_window window_size",
     "block_size": "context_length context_len context_size context ctx ctx_len n_ctx seq_len "
     "seq_length sequence_length max_seq_len max_seq_length max_length max_position_embeddings "
-    "n_positions model_max_length window window_size",
+    "n_positions model_max_length window_size",
     "n_layer": "n_layers num_layers num_layer num_hidden_layers layers depth n_blocks num_blocks",
     "n_head": "n_heads num_heads num_head num_attention_heads heads nhead",
+    "n_kv_head": "num_key_value_heads n_kv_heads num_kv_heads kv_heads num_query_groups",
+    "rope_theta": "rope_base theta",
     "n_embd": "hidden_size hidden_dim d_model dim model_dim embed_dim embedding_dim emb_dim "
     "n_embed n_emb embed_size embedding_size width",
     "n_ff": "intermediate_size d_ff ff_dim ffn_dim dim_feedforward n_inner mlp_dim hidden_ff",

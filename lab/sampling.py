@@ -24,7 +24,7 @@ from data.tokens import END_OF_TEXT
 from decoding import generate
 from engine.checkpoint import load_model
 from engine.cpu import lay_out_for_decoding
-from engine.graphs import GPTSteps, StaticAdvance
+from engine.graphs import StaticAdvance, TextSteps
 from engine.hub.peers import hugging_face_gpt2, hugging_face_marian, peer
 from lab.turns import BenchConfig, peer_turns, print_table, take_turns, time_copies
 from model import GPT, GPTConfig
@@ -153,7 +153,7 @@ def our_decoders(
         pick, steps = Pick(BYTES, flags, [b""] * len(rows)), None
         if compiled is not None:
             size = prompt.size(1) + count + 1
-            steps = GPTSteps(joined, len(rows), size, pick.choose, compiled)
+            steps = TextSteps(joined, len(rows), size, pick.choose, compiled)
 
         def write(n: int) -> None:
             for _ in generate(joined if steps else model, rows, pick, n, steps=steps):

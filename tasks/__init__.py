@@ -17,7 +17,8 @@ A network's class has
 
 and, where it is to do more:
 
-    features, head, make_caches      as GPT has them: tasks/text.py and complete.py write with them
+    features, head, make_caches      as GPT has them: tasks/text.py and complete.py write with them;
+                                     captured steps of a GPU (engine/graphs.py) need `positions` too
     model.Block inside               for --recompute, and for the blocks of --shard model
     names as in finetune.py          (blocks, …embedding, HEADS) to be fine-tuned
     count(ids)                       reads all of Data.ids once instead of learning by steps
@@ -69,6 +70,7 @@ from types import ModuleType
 
 TABLE = {
     "gpt": ("model.GPT", "tasks.text"),
+    "llama": ("models.llama.Llama", "tasks.text"),
     # Before the Transformer.
     "ngram": ("models.ngram.NGram", "tasks.text"),
     "cbow": ("models.feedforward.CBOW", "tasks.text"),

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from bpe import END_OF_TEXT, Tokenizer
 from data.buckets import InBuckets, evenly_within, pad_rows
 from data.tables import Row, TableCorpus, open_tables
-from data.tokens import SPLITS, get_tokenizer, settings
+from data.tokens import SPLITS, ending, get_tokenizer, opening, settings
 from tasks import text
 from tasks.flags import FinetuneConfig
 from tasks.text import SampleFlags, split_space
@@ -48,7 +48,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
     """(tokens, bytes that the completion must begin with), as text.encode_prompt returns them, but
     the tokens begin with <|endoftext|>, and names of special tokens in a prompt are text."""
     prompt, space = split_space(prompt)
-    return [tokenizer.special_tokens[END_OF_TEXT], *tokenizer.encode(prompt)], space.encode()
+    return [tokenizer.special_tokens[opening(tokenizer)], *tokenizer.encode(prompt)], space.encode()
 
 
 # ---- rows -> batches -----------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class Data(InBuckets):
         self.tokenizer, self.fingerprint, self.rule = tokenizer, corpus.hash, corpus.rule
         prompts = dict.fromkeys(row.texts[0] for row in corpus.splits["validation"])
         self.prompts = list(prompts)[:SHOWN]
-        self.end = tokenizer.special_tokens[END_OF_TEXT]
+        self.end = tokenizer.special_tokens[ending(tokenizer)]
         self.rows: list[np.ndarray] = []
         self.borders: list[int] = []  # where the completion of each row begins
         self.shortened = self.cut = 0  # prompts without their beginning, completions without an end

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,8 @@ from bpe import END_OF_TEXT, Tokenizer
 from data.shuffle import Feistel, shuffled
 from data.tables import TableCorpus, is_table, open_tables
 from data.text import NAMES, Corpus, open_corpus, whole
-from data.tokens import TokenFile, both_splits, tokenize
+from data.tokens import BEGINS, ENDS, TokenFile, both_splits, opening, tokenize
 from decoding import choose, distribution, generate, likeliest
-from model import GPT
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
 GOAL, LOWER_IS_BETTER = "loss", True
@@ -43,6 +43,7 @@ Flags = TrainConfig  # train.py has the common flags for this task, and no other
 
 # ---- text -> batches -----------------------------------------------------------------------------
 
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")  # behind what a model says in a conversation
 TEXTS = [("text",), ("content",), ("sentence",), ("review",)]  # columns of a table
 
 
@@ -147,15 +148,15 @@ class Data:
     @property
     def boundary(self) -> int:
         """The id between two documents, which a model that counts must know."""
-        return self.tokenizer.special_tokens[END_OF_TEXT]
+        return self.tokenizer.special_tokens[opening(self.tokenizer)]
 
     @property
     def scored_bytes(self) -> int:
         """The number of bytes of the evaluation's targets; <|endoftext|> has none."""
         if not hasattr(self, "_scored_bytes"):
             length = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
-            for token, i in self.tokenizer.ranks.items():
-                length[i] = len(token)
+            for i in self.tokenizer.ordinary_ids():
+                length[i] = len(self.tokenizer.bytes_of[i])
             T = self.block_size
             self._scored_bytes = sum(
                 int(length[self.ids[w * T + 1 : w * T + T + 1]].sum()) for w in self.chosen
@@ -233,7 +234,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
             known = ", ".join(tokenizer.special_tokens) or "none"
             raise ValueError(f"the prompt's {name} is no special token here: known are {known}")
     prompt, space = split_space(prompt)
-    return tokenizer.encode(prompt or END_OF_TEXT, allowed_special="all"), space.encode()
+    first = tokenizer.special_tokens[opening(tokenizer)]
+    ids = tokenizer.encode(prompt, allowed_special="all")
+    # GPT saw one only between documents, Llama before everything that it ever read.
+    if not ids or (opening(tokenizer) in BEGINS and ids[0] != first):
+        ids = [first, *ids]
+    return ids, space.encode()
 
 
 # ---- logits -> token -----------------------------------------------------------------------------
@@ -275,7 +281,8 @@ class Pick:
         only tokens that begin with it."""
         for row in writing:
             if lead := self.leads[row]:
-                fits = [i for token, i in self.tokenizer.ranks.items() if token.startswith(lead)]
+                t = self.tokenizer
+                fits = [i for i in t.ordinary_ids() if t.bytes_of[i].startswith(lead)]
                 allowed = torch.zeros_like(logits[row], dtype=torch.bool)
                 allowed[fits] = True
                 logits[row] = logits[row].masked_fill(~allowed, -torch.inf)
@@ -290,12 +297,14 @@ class TextStream:
     """Turns a row's tokens into text that can be shown at once.
 
     Part of a character is held back until its other bytes arrive, and so is what may be the
-    beginning of a stop string. A stop string or <|endoftext|> sets `done`.
+    beginning of a stop string. A stop string sets `done`, and so does a token that ends a text, a
+    turn of a conversation, or begins another text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str]):
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
-        self.end = tokenizer.special_tokens.get(END_OF_TEXT)
+        ids = tokenizer.special_tokens
+        self.ends = {ids[name] for name in (*ENDS, *BEGINS, *TURN_ENDS) if name in ids}
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text, self.held, self.done = "", "", False
 
@@ -303,7 +312,7 @@ class TextStream:
         """The text that this token completes, perhaps empty."""
         if self.done:
             return ""
-        if token == self.end:
+        if token in self.ends:
             return self.finish()
         return self.release(self.decoder.decode(self.tokenizer.decode_bytes([token])))
 
@@ -347,7 +356,7 @@ def complete(
     streams = [TextStream(tokenizer, flags.stop) for _ in encoded]
     rows, leads = [ids for ids, _ in encoded], [lead for _, lead in encoded]
     pick, steps = Pick(tokenizer, flags, leads), None
-    if decoding.text_steps and isinstance(model, GPT):  # whose steps they are
+    if decoding.text_steps and "positions" in signature(model.features).parameters:
         longest = max(map(len, rows)) + flags.max_new_tokens
         steps = decoding.text_steps(model, len(rows), longest, pick.choose)
     # A space that was removed from the prompt comes back with the first token: it is shown once.

@@ -33,7 +33,7 @@ from data.buckets import InBuckets, evenly_within, pad_rows, positions_of
 from data.lines import answer_stdin, new_file
 from data.parallel import ParallelCorpus, is_named, open_pairs
 from data.sentencepieces import START
-from data.tokens import AnyTokenizer, TokenFile, both_splits
+from data.tokens import AnyTokenizer, TokenFile, both_splits, ending
 from decoding import (
     Advance,
     beam_search,
@@ -161,7 +161,7 @@ def batch_shapes(flags: Flags, config, B: int, T: int) -> dict[str, tuple[int, .
 
 def start_and_end(tokenizer: AnyTokenizer) -> tuple[int, int]:
     """(id that a target begins with, id that source and target end with)."""
-    end = tokenizer.special_tokens[END_OF_TEXT]
+    end = tokenizer.special_tokens[ending(tokenizer)]
     return tokenizer.special_tokens.get(START, end), end
 
 

@@ -97,6 +97,17 @@ def three_learn_the_verse(said: str) -> None:
         assert name == "CBOW" or verse.endswith("What immortal hand or eye"), name
 
 
+def shows_the_distance_and_says_the_verse(said: str) -> None:
+    """A score depends on the distance, and not on the places."""
+    rows = [re.findall(r"-?\d+\.\d+", line) for line in said.splitlines() if "key at" in line]
+    assert len(rows) == 3 and all(len(row) == 5 for row in rows)
+    for scores in zip(*rows, strict=True):
+        values = [float(score) for score in scores]
+        assert max(values) - min(values) < 2e-4
+    assert len(set(rows[0])) == 5
+    says_the_verse(said)
+
+
 # file: (the others of ours that it needs, what its output must show)
 CONCEPTS = {
     "model.py": ((), says_the_verse),
@@ -108,6 +119,7 @@ CONCEPTS = {
     "models/ngram.py": ((), counts_a_verse),
     "models/feedforward.py": (("model.py",), three_learn_the_verse),
     "models/recurrent.py": (("model.py",), three_learn_the_verse),
+    "models/llama.py": (("model.py",), shows_the_distance_and_says_the_verse),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from engine.hub.families import FAMILIES
+from engine.hub.families import family_of
 
 ROWS, LENGTH = 3, 128  # of the texts that are compared; shorter if the model's block is
 # Two ways to the same float32 logits differ by 1e-6 of the largest, in 48 layers by 1e-5.
@@ -97,7 +97,7 @@ def compare(task: str, architecture: str, folder: Path, given: dict, ours: list[
         raise ValueError(
             f"{architecture} of transformers is not this model: its logits differ by {apart:.3g} "
             f"(the largest is {largest:.3g}). Nothing was exported; undo what was changed in the "
-            f"network of our {FAMILIES[task].title}, or share the checkpoint with its code"
+            f"network of our {family_of(task).title}, or share the checkpoint with its code"
         )
     rows = " x ".join(map(str, given["tokens"].shape))
     return (

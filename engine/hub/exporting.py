@@ -12,11 +12,11 @@ from typing import Any
 import tasks
 from data.encoding import CLS, MASK, PAD, SEP
 from data.sentencepieces import END_PIECE, START_PIECE, UNK_PIECE, SentencePieces
-from data.tokens import END_OF_TEXT
+from data.tokens import END_OF_TEXT, opening
 from engine import checkpoint as checkpoints
 from engine.evaluation import goal_of
 from engine.hub.comparing import compare, our_logits, random_inputs
-from engine.hub.families import BASES, family_of
+from engine.hub.families import BASES, Family, family_of
 from engine.hub.mapping import their_settings, to_theirs
 from engine.hub.tokenizer_files import tokenizer_json
 from engine.hub.weights import safetensors
@@ -30,8 +30,8 @@ def export_model(path: Path, folder: Path) -> str:
     line on how what transformers computes from the files was compared with our model. Raises
     ValueError for a model that Hugging Face has no class for, and if the folder is not empty."""
     checkpoint = checkpoints.load(path)
-    family = family_of(checkpoint["task"])
     model, tokenizer = checkpoints.restore(path, checkpoint)
+    family = family_of(checkpoint["task"], model.config)
     task, config, special = checkpoint["task"], model.config, tokenizer.special_tokens
     kind = "PreTrainedTokenizerFast"
     files = {"config.json": their_settings(task, config)}
@@ -48,6 +48,9 @@ def export_model(path: Path, folder: Path) -> str:
         if base == "seq2seq":
             ids |= {"decoder_start_token_id": start, "forced_eos_token_id": None}
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        if base == "llama":  # whose tokens may have names of their own
+            ids["bos_token_id"] = special[opening(tokenizer)]
+            names = {k: tokenizer.bytes_of[ids[f"{k}_id"]].decode() for k in names}
         # Ids that are never generated: those that only pad the matrix, and the start token.
         never = list(range(tokenizer.vocab_size, config.vocab_size))
         never += [start] if start != end else []
@@ -81,7 +84,7 @@ def export_model(path: Path, folder: Path) -> str:
             (temporary / name).write_text(text + "\n", encoding="utf-8")
         # safetensors writes a file that only its owner may read: it gets the others' permissions.
         shutil.copymode(temporary / "config.json", weights)
-        text = card(folder.resolve().name, checkpoint, read_log(path.parent / "log.jsonl"))
+        text = card(folder.resolve().name, family, checkpoint, read_log(path.parent / "log.jsonl"))
         (temporary / "README.md").write_text(text, encoding="utf-8")
         given = random_inputs(model)
         ours = our_logits(model, given)
@@ -113,10 +116,10 @@ LOCAL = {"cache_dir", "out", "resume", "device", "dry_run", "stop_after", "minut
 LOCAL |= {"data", "valid", "init", "tokenizer"}  # paths: the card has their last names
 
 
-def card(name: str, checkpoint: dict, records: list[dict]) -> str:
+def card(name: str, family: Family, checkpoint: dict, records: list[dict]) -> str:
     """README.md: the data, sizes, settings and measured results of the run, in Markdown."""
     task, train, step = checkpoint["task"], checkpoint["train_config"], checkpoint["step"]
-    family, sizes = family_of(task), checkpoint["model_config"]
+    sizes = checkpoint["model_config"]
     where = ", ".join(Path(part).name for part in train["data"].split(",")) or "not recorded"
     begun = f"It began with the weights of {Path(train['init']).name}. " if train["init"] else ""
     last = [r for r in records if r["split"] == "validation" and r["step"] == step][-1:]

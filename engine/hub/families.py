@@ -20,7 +20,7 @@ Get = Callable[[str], Tensor]  # a tensor by Hugging Face's name
 
 # Kinds of modules, with what is done to their weight and their bias to make ours.
 KINDS = {
-    "table": {"weight": ""},
+    "weight": {"weight": ""},
     "plain": {"weight": "", "bias": ""},
     "conv1d": {"weight": "transposed", "bias": ""},
     "lone": {"": ""},  # a parameter that is in none of our modules
@@ -125,8 +125,8 @@ GPT2 = Family(
     prefix="transformer.",
     heads=("lm_head.",),
     modules=(
-        ("transformer.wte", "token_embedding", "table"),
-        ("transformer.wpe", "position_embedding", "table"),
+        ("transformer.wte", "token_embedding", "weight"),
+        ("transformer.wpe", "position_embedding", "weight"),
         ("transformer.h.{}.ln_1", "blocks.{}.attention_norm", "plain"),
         (
             "transformer.h.{}.attn.c_attn",
@@ -147,9 +147,9 @@ GPT2 = Family(
 )
 
 ENCODER_MODULES = (
-    ("bert.embeddings.word_embeddings", "token_embedding", "table"),
-    ("bert.embeddings.position_embeddings", "position_embedding", "table"),
-    ("bert.embeddings.token_type_embeddings", "segment_embedding", "table"),
+    ("bert.embeddings.word_embeddings", "token_embedding", "weight"),
+    ("bert.embeddings.position_embeddings", "position_embedding", "weight"),
+    ("bert.embeddings.token_type_embeddings", "segment_embedding", "weight"),
     ("bert.embeddings.LayerNorm", "embedding_norm", "plain"),
     ("bert.encoder.layer.{}.attention.self.query", "blocks.{}.attention.q", "plain"),
     ("bert.encoder.layer.{}.attention.self.key", "blocks.{}.attention.k", "plain"),
@@ -275,6 +275,114 @@ MARIAN = Family(
 )
 
 
+# ---- Llama and its relatives ---------------------------------------------------------------------
+
+
+def is_rotation(tensor: Tensor, get: Get, config: Any) -> bool:
+    """Old files have the angle by which each pair of channels turns from place to place."""
+    from models.llama import rotation_rates
+
+    rates = rotation_rates(config)
+    return tensor.shape == rates.shape and torch.allclose(tensor.float(), rates, rtol=1e-2)
+
+
+LLAMA_MODULES = (
+    ("model.embed_tokens", "token_embedding", "weight"),
+    ("model.layers.{}.input_layernorm", "blocks.{}.attention_norm", "weight"),
+    *(
+        (f"model.layers.{{}}.self_attn.{x}_proj", f"blocks.{{}}.attention.{x}", "weight")
+        for x in "qkv"
+    ),
+    ("model.layers.{}.self_attn.o_proj", "blocks.{}.attention.proj", "weight"),
+    ("model.layers.{}.post_attention_layernorm", "blocks.{}.mlp_norm", "weight"),
+    ("model.layers.{}.mlp.gate_proj", "blocks.{}.mlp.gate", "weight"),
+    ("model.layers.{}.mlp.up_proj", "blocks.{}.mlp.fc", "weight"),
+    ("model.layers.{}.mlp.down_proj", "blocks.{}.mlp.proj", "weight"),
+    ("model.norm", "norm", "weight"),
+    ("lm_head", "lm_head", "weight"),
+)
+
+LLAMA = Family(
+    "Llama",
+    "llama",
+    "LlamaForCausalLM",
+    "text-generation",
+    settings={
+        "vocab_size": ("vocab_size", 32000),
+        "max_position_embeddings": ("block_size", 2048),
+        "num_hidden_layers": ("n_layer", 32),
+        "num_attention_heads": ("n_head", 32),
+        "num_key_value_heads": ("n_kv_head", None),
+        "hidden_size": ("n_embd", 4096),
+        "head_dim": ("head_dim", None),
+        "intermediate_size": ("n_ff", 11008),
+        "rms_norm_eps": ("ln_eps", 1e-6),
+        "tie_word_embeddings": ("tied", False),
+        # Of rotary positions: mapping.py takes them out of the dict that they are in there.
+        "rope_theta": ("rope_theta", 10000.0),
+        "factor": ("rope_factor", None),
+        "original_max_position_embeddings": ("rope_original", None),
+    },
+    fixed={
+        "hidden_act": ("silu", ("silu", "swish")),
+        "attention_bias": (False, (False,)),
+        "mlp_bias": (False, (False,)),
+        "attention_dropout": (0.0, (0.0,)),
+        "rope_type": ("default", ("default", "llama3")),
+        "low_freq_factor": (1.0, (1.0,)),
+        "high_freq_factor": (4.0, (4.0,)),
+        "partial_rotary_factor": (1.0, (1.0,)),
+    },
+    own={"window": 0, "qk_norm": False},
+    prefix="model.",
+    heads=("lm_head.",),
+    modules=LLAMA_MODULES,
+    derived={
+        "lm_head.weight": same_as("model.embed_tokens.weight"),  # where it is tied
+        "model.layers.{}.self_attn.rotary_emb.inv_freq": Derived("the rotation", is_rotation),
+    },
+    others=("dropout",),
+)
+
+MISTRAL = LLAMA._replace(
+    title="Mistral",
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    settings=LLAMA.settings
+    | {
+        "max_position_embeddings": ("block_size", 4096 * 32),
+        "num_key_value_heads": ("n_kv_head", 8),
+        "intermediate_size": ("n_ff", 14336),
+        "sliding_window": ("window", 4096),
+    },
+    own={"qk_norm": False},
+)
+
+QWEN3 = LLAMA._replace(
+    title="Qwen3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    settings=LLAMA.settings
+    | {
+        "vocab_size": ("vocab_size", 151936),
+        "max_position_embeddings": ("block_size", 32768),
+        "num_key_value_heads": ("n_kv_head", 32),
+        "head_dim": ("head_dim", 128),
+        "intermediate_size": ("n_ff", 22016),
+    },
+    fixed=LLAMA.fixed | {"use_sliding_window": (False, (False,))},
+    own={"window": 0, "qk_norm": True},
+    modules=(
+        *LLAMA_MODULES,
+        ("model.layers.{}.self_attn.q_norm", "blocks.{}.attention.q_norm", "weight"),
+        ("model.layers.{}.self_attn.k_norm", "blocks.{}.attention.k_norm", "weight"),
+    ),
+)
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+
 def is_pooler(tensor: Tensor, get: Get, config: Any) -> bool:
     return set(tensor.shape) == {config.n_embd}
 
@@ -304,6 +412,7 @@ def with_head(
 HEAD = ("classifier", "head", "plain")
 FAMILIES = {
     "gpt": GPT2,
+    "llama": LLAMA,
     "bert": BERT_FAMILY,
     "seq2seq": MARIAN,
     "classify": with_head(
@@ -329,10 +438,15 @@ FAMILIES = {
 WITH_HEAD = ("classify", "tag", "answer")  # tasks for which their BERT has a class with a head
 # model_type -> the pretraining task, which is also that of a file without one of the other heads.
 BASES = {"gpt2": "gpt", "bert": "bert", "marian": "seq2seq"}
+RELATIVES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN3)}
+BASES |= dict.fromkeys(RELATIVES, "llama")
 
 
-def family_of(task: str) -> Family:
-    """The family of a task. Raises ValueError if Hugging Face has no format for it that we know."""
+def family_of(task: str, config: Any = None) -> Family:
+    """The family of a task, which for Llama's relatives depends on our config too. Raises
+    ValueError if Hugging Face has no format for it that we know."""
+    if task == "llama" and config is not None:
+        return QWEN3 if config.qk_norm else MISTRAL if config.window else LLAMA
     if task not in FAMILIES:
         raise ValueError(
             f"the task {task!r} is not known to Hugging Face's formats: only "

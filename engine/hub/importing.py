@@ -1,9 +1,10 @@
-"""Hugging Face's files -> a checkpoint of ours.
+"""Hugging Face's files, or a GGUF file of llama.cpp's -> a checkpoint of ours.
 
 A tokenizer, a weight or a setting with which we could not compute exactly the same is refused.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ import torch.nn as nn
 import tasks
 from data.tokens import AnyTokenizer
 from engine import checkpoint as checkpoints
-from engine.hub.families import BASES, FAMILIES
+from engine.hub.families import BASES, FAMILIES, family_of
+from engine.hub.gguf_models import open_gguf
+from engine.hub.llama_tokenizer import from_contents, read_llama_tokenizer
 from engine.hub.mapping import our_config, to_ours
 from engine.hub.tokenizer_files import note_on_case, read_json, read_tokenizer
 from engine.hub.weights import CONFIG, files_of, open_weights
@@ -24,15 +27,25 @@ def import_model(source: str) -> tuple[dict, list[str]]:
     """(the checkpoint, lines that say what was found). The checkpoint can be sampled from, trained
     from with --init and exported, but not resumed, because it has no optimizer state. All weights
     become float32. Raises ValueError for what is missing, damaged or not supported."""
-    folder = files_of(source)
-    path = folder / CONFIG
-    settings = read_json(path)
+    is_gguf = source.endswith(".gguf")
+    if is_gguf:
+        folder = path = Path(source)
+        settings, shapes, get, *contents = open_gguf(path)
+    else:
+        folder = files_of(source)
+        path = folder / CONFIG
+        settings = read_json(path)
     try:
         task, config = our_config(settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    shapes, get = open_weights(folder)
-    tokenizer = read_tokenizer(folder, BASES[FAMILIES[task].model_type])
+    base = BASES[FAMILIES[task].model_type]
+    if is_gguf:
+        tokenizer = from_contents(*contents, path)
+    else:
+        shapes, get = open_weights(folder)
+        read = read_llama_tokenizer if base == "llama" else partial(read_tokenizer, task=base)
+        tokenizer = read(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
@@ -68,8 +81,9 @@ def import_model(source: str) -> tuple[dict, list[str]]:
         skipped=0,
         fresh=fresh,
     )
+    title = family_of(task, config).title
     lines = [
-        f"{FAMILIES[task].title}, {count_parameters(model):,} parameters, {', '.join(kinds)}",
+        f"{title}, {count_parameters(model):,} parameters, {', '.join(kinds)}",
         ", ".join(f"{name}={value}" for name, value in checkpoint["model_config"].items()),
     ]
     if note := note_on_case(folder, tokenizer):

@@ -5,6 +5,7 @@ setting names it; missing, surplus and misshapen tensors are listed in one error
 is read.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -16,7 +17,16 @@ from torch import Tensor
 
 import tasks
 from data.conll import split_tag
-from engine.hub.families import BASES, FAMILIES, KINDS, Family, Get, family_of, stream_order
+from engine.hub.families import (
+    BASES,
+    FAMILIES,
+    KINDS,
+    RELATIVES,
+    Family,
+    Get,
+    family_of,
+    stream_order,
+)
 
 # The largest sizes that are accepted: beyond all published models of these families.
 LIMITS = {
@@ -24,6 +34,9 @@ LIMITS = {
     "block_size": 2**20,
     "n_layer": 1000,
     "n_head": 1000,
+    "n_kv_head": 1000,
+    "head_dim": 2**16,
+    "window": 2**30,
     "n_embd": 2**16,
     "n_ff": 2**18,
 }
@@ -44,7 +57,10 @@ def our_config(settings: dict) -> tuple[str, Any]:
     if task == "bert":  # or one of its fine-tuned classes
         heads = {(FAMILIES[name].architecture,): name for name in ("classify", "tag", "answer")}
         task = heads.get(tuple(settings.get("architectures") or ()), task)
-    family, found, source = FAMILIES[task], {}, {}
+    family = RELATIVES.get(str(model_type), FAMILIES[task])
+    found, source = dict(family.own), {}
+    if task == "llama":
+        settings = with_rotation(settings)
     for name, (default, allowed) in family.fixed.items():
         if settings.get(name, default) not in allowed:
             raise ValueError(
@@ -63,6 +79,11 @@ def our_config(settings: dict) -> tuple[str, Any]:
 
             value = "silu" if value == "swish" else value  # its older name
             fits, wanted = value in tuple(ACTIVATIONS), f"swish, {', '.join(ACTIVATIONS)}"
+        elif ours == "tied":
+            fits, wanted = type(value) is bool, "true or false"
+        elif ours.startswith("rope_"):
+            fits = type(value) in (int, float) and 1 <= value < math.inf
+            wanted = "a number, 1 or more"
         else:
             fits = type(value) in (int, float) and (value > 0 or ours != "ln_eps") and value < 1
             wanted = "a number below 1" + (" and above 0" if ours == "ln_eps" else "")
@@ -84,7 +105,41 @@ def our_config(settings: dict) -> tuple[str, Any]:
     for name, task_of in (("pairs", "classify"), ("may_abstain", "answer")):
         if task == task_of and type(settings.get(name, False)) is bool:
             found[name] = settings.get(name, False)
+    if task == "llama":
+        kinds = settings.get("layer_types") or []
+        wanted = "sliding_attention" if found["window"] else "full_attention"
+        if not isinstance(kinds, list) or any(kind != wanted for kind in kinds):
+            raise ValueError(f"layer_types={str(kinds)[:80]} is not supported: all are {wanted}")
     return task, tasks.network(task).Config(**found)
+
+
+ROTATION = ("rope_type", "factor", "low_freq_factor", "high_freq_factor")
+ROTATION += ("original_max_position_embeddings", "partial_rotary_factor")
+
+
+def with_rotation(settings: dict) -> dict:
+    """The settings, with those of rotary positions taken out of the dict that they are in:
+    rope_parameters since version 5 of transformers, rope_scaling, beside rope_theta, before."""
+    name = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
+    inner = settings.get(name) or {}
+    if not isinstance(inner, dict):
+        raise ValueError(f"{name}={str(inner)[:80]} is no dict")
+    inner = {"rope_type": inner.get("type", "default"), **inner}
+    if strange := inner.keys() - {*ROTATION, "rope_theta", "type"}:
+        raise ValueError(f"{name} has {', '.join(sorted(strange))}: not supported")
+    if inner["rope_type"] == "default":
+        inner = {k: v for k, v in inner.items() if k in ("rope_type", "rope_theta")}
+    elif inner["rope_type"] == "llama3" and not {"factor", ROTATION[4]} <= inner.keys():
+        raise ValueError(f"{name}={str(inner)[:80]} lacks its factor or {ROTATION[4]}")
+    return {k: v for k, v in settings.items() if k not in ROTATION} | inner
+
+
+def with_nested_rotation(settings: dict) -> dict:
+    """The way back, as transformers writes it up to version 4, and reads it since."""
+    inner = {name: settings[name] for name in ROTATION[:-1]}
+    others = {name: value for name, value in settings.items() if name not in ROTATION}
+    stretched = settings["factor"] != 1
+    return {**others, "rope_scaling": {**inner, "rope_type": "llama3"} if stretched else None}
 
 
 # Settings by which files from before model_type are known, BERT's own of 2018 and GPT-2's of 2019.
@@ -125,7 +180,7 @@ def their_labels(settings: dict) -> tuple[str, ...]:
 def their_settings(task: str, config: Any) -> dict:
     """Our config -> the content of config.json, without the ids of tokens. Raises ValueError for a
     model that Hugging Face's class cannot be."""
-    family = family_of(task)
+    family = family_of(task, config)
     known = {*(ours for ours, _ in family.settings.values()), *family.own, *family.others}
     if strange := [
         f"{name}={value!r}" for name, value in vars(config).items() if name not in known
@@ -142,6 +197,8 @@ def their_settings(task: str, config: Any) -> dict:
     if hasattr(config, "labels"):
         settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
         settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    if task == "llama":
+        settings = with_nested_rotation(settings)
     # Their classes ignore these settings of ours but keep them, so they can be imported again.
     settings |= {
         name: vars(config)[name] for name in ("pairs", "may_abstain") if name in vars(config)
@@ -170,7 +227,9 @@ def layer_names(name: str, layers: int) -> list[str]:
 def rows(task: str, config: Any) -> list[TensorRow]:
     """The table of a model of these sizes, one row for each tensor."""
     found = []
-    for theirs, ours, kind in FAMILIES[task].modules:
+    for theirs, ours, kind in family_of(task, config).modules:
+        if task == "llama" and config.tied and ours == "lm_head":
+            continue
         if task == "bert" and not config.nsp and ours in ("pooler", "nsp_head"):
             continue
         if task == "seq2seq" and not config.output_bias and ours == "output_bias":
@@ -245,7 +304,8 @@ def to_ours(
     lists every missing, surplus or misshapen tensor, before any tensor but that bias is read; or
     else, which lists all derived tensors that do not have the values that they should have.
     """
-    family, names = FAMILIES[task], canonical(FAMILIES[task], shapes)
+    family = family_of(task, config)
+    names = canonical(family, shapes)
     absent: set[str] = set()
     if task == "bert":
         nsp = any(name.startswith(("bert.pooler.", "cls.seq_relationship.")) for name in names)
@@ -265,6 +325,7 @@ def to_ours(
         name: law
         for key, law in family.derived.items()
         for name in layer_names(key, config.n_layer)
+        if name not in wanted
     }
     shape_of = {name: tuple(shapes[there]) for name, there in names.items()}
     missing = [n for n in wanted if n not in shape_of and n not in absent]
@@ -323,11 +384,11 @@ def to_theirs(task: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, 
     wanted = {name for row in table for name in row.ours}
     if state.keys() != wanted:
         wrong = {"missing": sorted(wanted - state.keys()), "surplus": sorted(state.keys() - wanted)}
-        refuse(FAMILIES[task], wrong)
+        refuse(family_of(task, config), wrong)
     for row in table:
         joined = torch.cat([state[name] for name in row.ours])
         found[row.theirs] = convert_tensor(joined, row.how, back=True).contiguous()
-    for name, law in FAMILIES[task].derived.items():
+    for name, law in family_of(task, config).derived.items():
         if law.make and name not in found:
             found[name] = law.make(config)
     return found

@@ -3,9 +3,10 @@
 import torch.nn as nn
 
 from bert import Encoder
-from engine.hub.families import FAMILIES
+from engine.hub.families import family_of
 from engine.hub.mapping import their_settings, to_theirs
 from model import GPTConfig
+from models.llama import Llama
 from seq2seq import Seq2Seq
 
 
@@ -23,6 +24,15 @@ def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
     settings = their_settings("gpt", sizes)
     ids = {"bos_token_id": None, "eos_token_id": None}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict({**settings, **ids}))
+
+
+def hugging_face_llama(transformers, ours: Llama) -> nn.Module:
+    """Their Llama, Mistral or Qwen3 with our sizes and weights."""
+    settings = their_settings("llama", ours.config)
+    kind = settings["architectures"][0].removesuffix("ForCausalLM")
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = getattr(transformers, f"{kind}Config").from_dict({**settings, **ids})
+    return with_our_weights(getattr(transformers, f"{kind}ForCausalLM")(config), "llama", ours)
 
 
 def hugging_face_marian(transformers, ours: Seq2Seq, start: int, end: int) -> nn.Module:
@@ -47,5 +57,6 @@ def hugging_face_encoder(transformers, ours: Encoder, task: str = "bert") -> nn.
 def with_our_weights(theirs: nn.Module, task: str, ours: nn.Module) -> nn.Module:
     tensors = to_theirs(task, ours.config, ours.state_dict())
     missing, surplus = theirs.load_state_dict(tensors, strict=False)
-    assert not surplus and set(missing) <= FAMILIES[task].derived.keys(), (missing, surplus)
+    derived = family_of(task, ours.config).derived.keys()
+    assert not surplus and set(missing) <= derived, (missing, surplus)
     return theirs

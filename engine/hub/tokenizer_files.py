@@ -5,7 +5,8 @@ These files can describe more than we have: byte-level BPE split by one of our p
 WordPiece and Marian's SentencePiece. Every field that changes ids is checked, and a value that we
 do not support is refused, with the name of its field.
 
-Left out: Unigram and BPE on characters in a tokenizer.json; settings for padding and truncation.
+`llama_tokenizer.py` reads what Llama's relatives have. Left out: Unigram in a tokenizer.json;
+settings for padding and truncation.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bpe import CHAR_PATTERN, GPT2_PATTERN, GPT4_PATTERN, Tokenizer, unique_keys
+from data.byte_fallback import ByteFallbackBPE
 from data.encoding import CLS, MASK, PAD, SEP, SPECIAL
 from data.gpt2_files import byte_characters
 from data.sentencepieces import (
@@ -24,7 +26,7 @@ from data.sentencepieces import (
     UNK_PIECE,
     SentencePieces,
 )
-from data.tokens import END_OF_TEXT, AnyTokenizer
+from data.tokens import BEGINS, END_OF_TEXT, AnyTokenizer
 from engine.hub.declared import (
     ADDED,
     BY_CLASS,
@@ -40,6 +42,7 @@ from wordpiece import UNK, WordPiece
 # vocab.txt is BERT's, *.spm are Marian's.
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
@@ -84,6 +87,32 @@ SPLITS = {
     GPT4_PATTERN: GPT4_PATTERN.replace("{1,3}+", "{1,3}"),
     CHAR_PATTERN: "(?m:.)",
 }
+# Two that mean the same in all engines, of Llama 3, and of Qwen2 and Qwen3.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+SPLITS |= {pattern: pattern for pattern in (LLAMA3_PATTERN, QWEN_PATTERN)}
+# SmolLM2's: single digits first, then GPT-2's pattern in each piece between them.
+DIGITS_PATTERN = (
+    r"'(?:[dmst]|ll|re|ve)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s++(?=\p{N})|\s+(?!\S)|\s"
+)
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def pre_tokenizer(pattern: str) -> dict:
+    """How tokenizer.json says that text is split by one of our patterns."""
+    if pattern == DIGITS_PATTERN:
+        steps = [DIGITS, {**BYTE_LEVEL, "use_regex": True}]
+    else:
+        split = {"Regex": SPLITS[pattern]}
+        steps = [{"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False}]
+        steps.append({**BYTE_LEVEL, "use_regex": False})
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
 SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace())  # as in str.split
 
 
@@ -91,9 +120,11 @@ def framing(task: str, special: dict[str, int]) -> tuple[dict | None, dict | Non
     """(normalizer, post_processor): what a task does to a text before and after it is split.
 
     BERT collapses white space, puts one space in front and places the tokens between [CLS] and
-    [SEP]; the encoder-decoder strips white space and appends the end token; GPT does nothing.
+    [SEP]; the encoder-decoder strips white space and appends the end token; GPT does nothing, and
+    Llama puts its first token in front, if its tokenizer has one.
     """
-    if task == "gpt":
+    first = next((name for name in BEGINS if name in special), "")
+    if task == "gpt" or (task == "llama" and not first):
         return None, None
 
     def place(pieces: list[tuple[str, int]]) -> list[dict]:
@@ -110,13 +141,17 @@ def framing(task: str, special: dict[str, int]) -> tuple[dict | None, dict | Non
         pair = [*single, ("B", 1), (SEP, 1)]
         steps = [replaced(f"[{SPACES}]+", " "), replaced(r"\A | \z", "")]
         steps.append({"type": "Prepend", "prepend": " "})
+    elif task == "llama":
+        used, single, steps = (first,), [(first, 0), ("A", 0)], []
+        pair = [*single, (first, 1), ("B", 1)]
     else:
         used, single = (END_OF_TEXT,), [("A", 0), (END_OF_TEXT, 0)]
         pair = [*single, ("B", 1), (END_OF_TEXT, 1)]
         steps = [replaced(rf"\A[{SPACES}]+|[{SPACES}]+\z", "")]
     template = {"type": "TemplateProcessing", "single": place(single), "pair": place(pair)}
     ids = {name: {"id": name, "ids": [special[name]], "tokens": [name]} for name in used}
-    return {"type": "Sequence", "normalizers": steps}, {**template, "special_tokens": ids}
+    normalizer = {"type": "Sequence", "normalizers": steps} if steps else None
+    return normalizer, {**template, "special_tokens": ids}
 
 
 def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
@@ -126,7 +161,9 @@ def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
     """
     if isinstance(tokenizer, WordPiece):
         return wordpiece_to_json(tokenizer)
-    if tokenizer.pattern not in SPLITS:
+    if isinstance(tokenizer, ByteFallbackBPE):
+        return tokenizer.to_tokenizer_json()
+    if tokenizer.pattern not in (*SPLITS, DIGITS_PATTERN):
         raise ValueError(
             f"the pattern {tokenizer.pattern!r} has no known wording in tokenizer.json"
         )
@@ -137,8 +174,8 @@ def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
 
     special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     normalizer, post_processor = framing(task, tokenizer.special_tokens)
-    split = {"Regex": SPLITS[tokenizer.pattern]}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if tokenizer.nfc:
+        normalizer = {"type": "NFC"}
     return {
         "version": "1.0",
         "truncation": None,
@@ -149,15 +186,9 @@ def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
             for name, i in special
         ],
         "normalizer": normalizer,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
-                {**level, "use_regex": False},
-            ],
-        },
+        "pre_tokenizer": pre_tokenizer(tokenizer.pattern),
         "post_processor": post_processor,
-        "decoder": {**level, "use_regex": True},
+        "decoder": {**BYTE_LEVEL, "use_regex": True},
         "model": {
             "type": "BPE",
             **dict.fromkeys(("dropout", "unk_token"), None),
@@ -174,11 +205,13 @@ def tokenizer_json(tokenizer: AnyTokenizer, task: str) -> dict:
 ANY = ("PreTrainedTokenizer", "TokenizersBackend")
 CLASSES = {
     "gpt": ("GPT2Tokenizer",),
+    "llama": ("LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer"),
     "bert": ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"),
     "seq2seq": ("MarianTokenizer",),
 }
 DEFAULTS = {
     "gpt": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+    "llama": {},
     "bert": {"unk_token": UNK, "sep_token": SEP, "pad_token": PAD, "cls_token": CLS}
     | {"mask_token": MASK},
     "seq2seq": {"eos_token": END_PIECE, "unk_token": UNK_PIECE, "pad_token": START_PIECE},
@@ -382,17 +415,31 @@ def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:
         normalizer, post_processor = framing(task, special)
     except KeyError as error:
         raise ValueError(f"{path} has no token {error}, which a {task} needs here") from None
-    if state.get("normalizer") != normalizer:
+    nfc = task == "llama" and state.get("normalizer") == {"type": "NFC"}
+    if not nfc and state.get("normalizer") != normalizer:
         raise ValueError(f"{path}: normalizer={str(state['normalizer'])[:100]} is not supported")
-    found = state.get("post_processor")
-    if isinstance(found, dict):  # two that do nothing to ids
-        alone = found.get("single") == [{"Sequence": {"id": "A", "type_id": 0}}]
-        found = None if alone or found.get("type") == "ByteLevel" else found
+    found = acts_on_ids(state.get("post_processor"))
+    if task == "llama":  # of pairs it knows nothing
+        found, post_processor = (
+            {k: v for k, v in (what or {}).items() if k != "pair"}
+            for what in (found, post_processor)
+        )
     if found != post_processor:
         raise ValueError(f"{path}: post_processor={str(found)[:100]} is not supported")
-    return from_merges(
-        model.get("vocab"), model.get("merges"), split_pattern(state, path), special, path
-    )
+    vocab, merges, pattern = model.get("vocab"), model.get("merges"), split_pattern(state, path)
+    return from_merges(vocab, merges, pattern, special, path, nfc, bool(model.get("ignore_merges")))
+
+
+def acts_on_ids(post_processor: Any) -> Any:
+    """The post_processor, or None where it does nothing to ids."""
+    if not isinstance(post_processor, dict):
+        return post_processor
+    steps = post_processor.get("processors")
+    if post_processor.get("type") == "Sequence" and steps and isinstance(steps, list):
+        steps = [step for step in map(acts_on_ids, steps) if step]
+        return steps[0] if len(steps) == 1 else steps or None
+    alone = post_processor.get("single") == [{"Sequence": {"id": "A", "type_id": 0}}]
+    return None if alone or post_processor.get("type") == "ByteLevel" else post_processor
 
 
 def split_pattern(state: dict, path: Path) -> str:
@@ -402,8 +449,8 @@ def split_pattern(state: dict, path: Path) -> str:
     steps = steps if isinstance(steps, list) and steps else [whole]
     *splits, last = [step if isinstance(step, dict) else {} for step in steps]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        if last.get("use_regex", True) and not splits:
-            return GPT2_PATTERN
+        if last.get("use_regex", True) and splits in ([], [DIGITS]):
+            return DIGITS_PATTERN if splits else GPT2_PATTERN
         for ours, theirs in SPLITS.items():
             wanted = {"type": "Split", "pattern": {"Regex": theirs}, "behavior": "Isolated"}
             if splits == [{**wanted, "invert": False}] and not last.get("use_regex", True):
@@ -412,10 +459,18 @@ def split_pattern(state: dict, path: Path) -> str:
 
 
 def from_merges(
-    vocab: Any, merges: Any, pattern: str, special: dict[str, int], path: Path
+    vocab: Any,
+    merges: Any,
+    pattern: str,
+    special: dict[str, int],
+    path: Path,
+    nfc: bool = False,
+    ignore_merges: bool = False,
 ) -> Tokenizer:
     """vocab: token -> id; merges: pairs in order, or pairs joined by a space. Raises ValueError
-    unless the ids alone imply the same pairs, because our Tokenizer keeps nothing but the ids."""
+    unless the ids alone imply the same pairs, because our Tokenizer keeps nothing but the ids.
+    ignore_merges: a chunk that is a token becomes it whatever the merges, as our Tokenizer has it.
+    """
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError(f"{path} has no vocab or no merges")
     byte_of, tokens, pairs = byte_characters(), {}, []
@@ -442,14 +497,22 @@ def from_merges(
         if not known:
             raise ValueError(f"{path}: merge {number:,}, {str(merge)[:80]!r}, is not of its tokens")
         pairs.append((tokens[first], tokens[second]))
-    if unreached := len(tokens) - 256 - len(pairs):
+    if ignore_merges:
+        check_all_pairs(tokens, vocab, pairs, path)
+        try:
+            ranks = {tokens[name]: vocab[name] for name in tokens}
+            return Tokenizer(ranks, pattern, special, foreign=True, nfc=nfc)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    n_bytes = sum(len(token) == 1 for token in tokens.values())
+    if unreached := len(tokens) - n_bytes - len(pairs):
         raise ValueError(
-            f"{path}: {len(tokens):,} tokens are not 256 bytes and {len(pairs):,} merges, by "
+            f"{path}: {len(tokens):,} tokens are not {n_bytes} bytes and {len(pairs):,} merges, by "
             f"{unreached:+,}"
         )
     try:
         ranks = {tokens[name]: vocab[name] for name in tokens}
-        tokenizer = Tokenizer(ranks, pattern, special, foreign=True)
+        tokenizer = Tokenizer(ranks, pattern, special, foreign=True, nfc=nfc)
         implied = tokenizer.merges()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -457,3 +520,23 @@ def from_merges(
         if pair != wanted:
             raise ValueError(f"{path}: merge {number:,}, {pair}, should be {wanted} by the ids")
     return tokenizer
+
+
+def check_all_pairs(
+    tokens: dict, vocab: dict, pairs: list[tuple[bytes, bytes]], path: Path
+) -> None:
+    """Raises ValueError unless the merges are, by rising id of the token made, all the pairs of
+    tokens that make one: as a file of tiktoken's is written, which has ids alone."""
+    id_of = {token: vocab[name] for name, token in tokens.items()}
+    made = [id_of[a + b] for a, b in pairs]
+    wanted = {
+        (token[:cut], token[cut:])
+        for token in id_of
+        for cut in range(1, len(token))
+        if token[:cut] in id_of and token[cut:] in id_of
+    }
+    if made != sorted(made) or len(pairs) != len(wanted) or set(pairs) != wanted:
+        raise ValueError(
+            f"{path}: ignore_merges is only supported where the {len(pairs):,} merges are all "
+            f"{len(wanted):,} pairs of tokens that make one, in the order of their ids"
+        )

@@ -14,10 +14,10 @@ from engine import graphs, kernels
 from engine.graphs import (
     AHEAD,
     CapturedSteps,
-    GPTSteps,
     Seq2SeqSteps,
     StaticAdvance,
     StaticCache,
+    TextSteps,
     adds,
     empty_cache,
 )
@@ -83,7 +83,7 @@ def write_both(model, prompts, config, count, leads=None, size=None):
     leads = leads or [b""] * len(prompts)
     grown = generate(model, prompts, Pick(WORDS, config, leads), count)
     pick = Pick(WORDS, config, leads)
-    steps = GPTSteps(model, len(prompts), size or model.config.block_size, pick.choose)
+    steps = TextSteps(model, len(prompts), size or model.config.block_size, pick.choose)
     return list(grown), list(generate(model, prompts, pick, count, steps=steps))
 
 
@@ -110,7 +110,7 @@ def test_logits_of_nan_end_in_one_sentence_and_in_no_assertion_of_the_device(con
     model = gpt(device=device)
     nn.init.constant_(model.norm.weight, torch.nan)
     pick = Pick(WORDS, config, [b"", b""])
-    for steps in (None, GPTSteps(model, 2, 13, pick.choose)):
+    for steps in (None, TextSteps(model, 2, 13, pick.choose)):
         with pytest.raises(ValueError, match=r"not numbers \(NaN\): use a checkpoint from before"):
             list(generate(model, prompts_of(3, 7), pick, 9, steps=steps))
 
@@ -161,7 +161,7 @@ def test_rows_do_not_depend_on_their_neighbours():
 @pytest.mark.parametrize("pre_ln", [True, False])
 def test_logits_equal_those_of_the_whole_text_at_every_position(pre_ln):
     model, tokens = gpt(37, pre_ln).double(), torch.randint(256, (3, 38))
-    steps = GPTSteps(model, 3, 37, lambda logits, u: tokens[:, steps.length])
+    steps = TextSteps(model, 3, 37, lambda logits, u: tokens[:, steps.length])
     steps.read(tokens[:, :2])
     for n in range(2, 37):
         want = model(tokens[:, :n])[:, -1]
@@ -175,7 +175,7 @@ def test_logits_equal_those_of_the_whole_text_at_every_position(pre_ln):
 def test_steps_may_be_used_again_and_forget_what_was_before():
     model, long, short = gpt(), prompts_of(11, 2), prompts_of(3, 1)
     pick = Pick(WORDS, GREEDY, [b"", b""])
-    steps = GPTSteps(model, 2, 13, pick.choose)
+    steps = TextSteps(model, 2, 13, pick.choose)
     for prompts in (long, short):
         want = list(generate(model, prompts, pick, 20))
         assert list(generate(model, prompts, pick, 20, steps=steps)) == want
@@ -191,7 +191,7 @@ def test_steps_may_be_used_again_and_forget_what_was_before():
 @torch.no_grad()
 def test_positions_that_are_not_filled_are_not_seen():
     model = gpt()
-    steps = GPTSteps(model, 2, 13, Pick(WORDS, GREEDY, [b""] * 2).choose)
+    steps = TextSteps(model, 2, 13, Pick(WORDS, GREEDY, [b""] * 2).choose)
     steps.read(torch.tensor(prompts_of(6, 6)))
     before = steps.decode(8).clone()
     for cache in steps.caches:
@@ -203,7 +203,7 @@ def test_positions_that_are_not_filled_are_not_seen():
 
 def test_memory_begins_as_zeros():
     """0 times the NaN that may lie in new memory is NaN, mask or no mask."""
-    cache = empty_cache(2, 3, 7, torch.full((5, 12), torch.nan))
+    cache = empty_cache(2, 3, 7, 4, torch.full((5, 12), torch.nan))
     assert cache.k.shape == (2, 3, 7, 4) and not cache.k.any() and not cache.v.any()
     assert cache.k.data_ptr() != cache.v.data_ptr()
 
@@ -211,7 +211,7 @@ def test_memory_begins_as_zeros():
 def test_the_caller_may_stop_and_few_steps_were_for_nothing():
     model, prompts, count = gpt(64), prompts_of(5, 5), 0
     pick = Pick(WORDS, DRAWN, [b"", b""])
-    steps = GPTSteps(model, 2, 64, pick.choose)
+    steps = TextSteps(model, 2, 64, pick.choose)
     original = steps.step
 
     def counted(*args):
@@ -232,7 +232,7 @@ def test_weights_in_bf16():
     model = gpt(37)
     tokens, choose = torch.randint(256, (3, 20)), Pick(WORDS, DRAWN, [b""] * 3).choose
     want = model(tokens)[:, -1]
-    steps = GPTSteps(model.bfloat16(), 3, 37, choose)
+    steps = TextSteps(model.bfloat16(), 3, 37, choose)
     steps.read(tokens)
     logits = steps.decode(32)
     assert logits.dtype == steps.caches[0].k.dtype == torch.bfloat16
@@ -249,7 +249,7 @@ def test_a_step_asks_the_device_for_no_value(config):
     """Which would stop a GPU, and cannot be captured. On the meta device there are no values."""
     with torch.device("meta"):
         model = GPT(GPTConfig(320, 16, 2, 2, 24)).eval()
-        steps = GPTSteps(model, 3, 16, Pick(WORDS, config, [b""] * 3).choose)
+        steps = TextSteps(model, 3, 16, Pick(WORDS, config, [b""] * 3).choose)
         steps.read(torch.zeros(3, 5, dtype=torch.long))
         for _ in range(9):
             steps.step()
@@ -268,7 +268,11 @@ def test_uniform_numbers_are_the_same_one_by_one_and_many_at_once():
 
 
 def test_a_static_cache_is_the_beginning_of_one_that_grows():
-    grown, whole, position = KVCache(9), empty_cache(3, 2, 9, torch.zeros(1, 8)), torch.tensor([0])
+    grown, whole, position = (
+        KVCache(9),
+        empty_cache(3, 2, 9, 4, torch.zeros(1, 8)),
+        torch.tensor([0]),
+    )
     for t in range(7):
         k, v = torch.randn(2, 3, 2, 1, 4)
         want = grown.append(k, v)
@@ -430,7 +434,7 @@ def test_queries_keys_and_values_are_joined_without_a_second_copy(bias):
             nn.init.normal_(each.bias)
     wanted, logits = attention.project(x), model(torch.arange(6)[None])
     before = {name: p.clone() for name, p in model.named_parameters()}
-    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
+    TextSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
     for got, want in zip(attention.project(x), wanted, strict=True):
         torch.testing.assert_close(got, want)
     torch.testing.assert_close(model(torch.arange(6)[None]), logits)
@@ -438,7 +442,7 @@ def test_queries_keys_and_values_are_joined_without_a_second_copy(bias):
     assert len(storages) == 2  # q, k and v are one matrix, the projection of the output another
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     project = attention.project
-    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
+    TextSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
     assert attention.project is project  # one joint copy is enough
     for p in model.parameters():  # and it is the parameters themselves
         p.mul_(2)
@@ -455,10 +459,10 @@ def test_an_attention_of_another_kind_is_left_alone():
 
     model = GPT(GPTConfig(40, 8, 1, 2, 12)).eval()
     model.blocks[0].attention = Grouped(model.config)
-    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
+    TextSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
     assert model.blocks[0].attention.k.weight.shape == (6, 12)
     model.blocks[0].attention = nn.Identity()
-    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
+    TextSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
 
 
 @torch.no_grad()
@@ -469,7 +473,7 @@ def test_projections_with_adapters_are_left_alone():
         if "q." in name:
             nn.init.normal_(p)
     logits = model(torch.arange(6)[None])
-    GPTSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
+    TextSteps(model, 1, 8, lambda logits, u: logits.argmax(-1))
     torch.testing.assert_close(model(torch.arange(6)[None]), logits)
 
 
@@ -493,7 +497,7 @@ def no_waiting():
 @pytest.mark.parametrize("config", [GREEDY, DRAWN, FILTERED], ids=["greedy", "drawn", "filtered"])
 def test_gpu_a_replayed_step_never_waits(config, no_waiting):
     model = gpt(37, device="cuda")
-    steps = GPTSteps(model, 2, 37, Pick(WORDS, config, [b"", b""]).choose)
+    steps = TextSteps(model, 2, 37, Pick(WORDS, config, [b"", b""]).choose)
     steps.read(torch.tensor(prompts_of(5, 5)))
     steps.step()
     no_waiting()

@@ -38,7 +38,7 @@ def test_each_device_gets_its_own_and_loses_those_of_another():
     plain = F.scaled_dot_product_attention, F.dropout
     assert (model.attention_kernel, model.dropout_kernel) == plain
     steps = decoding.text_steps, decoding.pair_steps
-    assert steps == (graphs.GPTSteps, graphs.StaticAdvance)
+    assert steps == (graphs.TextSteps, graphs.StaticAdvance)
     kernels.install(torch.device("mps"))
     assert (model.attention_kernel, model.dropout_kernel) == plain
     assert decoding.text_steps is decoding.pair_steps is None
@@ -75,7 +75,7 @@ def test_writing_takes_the_steps_that_are_installed(toy, monkeypatch):
     want, made = text.complete(net, tokenizer, ["1 times"], config), []
 
     def steps(*args):
-        made.append(graphs.GPTSteps(*args))
+        made.append(graphs.TextSteps(*args))
         return made[-1]
 
     monkeypatch.setattr(decoding, "text_steps", steps)

@@ -16,7 +16,7 @@ import decoding
 import sample
 import train
 from bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-from engine.graphs import GPTSteps
+from engine.graphs import TextSteps
 from model import GPT, GPTConfig
 from tasks import text
 from tasks.text import Data, Pick, SampleFlags, TextStream, complete, encode_prompt
@@ -158,7 +158,7 @@ def test_steps_of_a_fixed_size_take_the_place_of_growing_caches(monkeypatch, tem
     flags = SampleFlags(temperature=temperature, max_new_tokens=20, num_samples=2)
     want = complete(model, WORDS, ["to be ", "or"], flags)
     monkeypatch.setattr(
-        decoding, "text_steps", lambda *args: made.append(GPTSteps(*args)) or made[0]
+        decoding, "text_steps", lambda *args: made.append(TextSteps(*args)) or made[0]
     )
     assert complete(model, WORDS, ["to be ", "or"], flags) == want and len(made) == 1
 

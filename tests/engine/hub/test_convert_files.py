@@ -32,7 +32,7 @@ from data.gpt2_files import byte_characters
 from data.tokens import END_OF_TEXT
 from engine.hub import exporting, importing, tokenizer_files
 from engine.hub.exporting import card, export_model
-from engine.hub.families import FAMILIES
+from engine.hub.families import FAMILIES, family_of
 from engine.hub.importing import import_model
 from engine.hub.tokenizer_files import tokenizer_json
 from engine.hub.weights import open_safetensors
@@ -402,7 +402,9 @@ def test_the_command_line_is_there_before_torch():
 
 def test_the_card_of_a_model_that_was_never_trained(tmp_path, folder):
     checkpoint, _ = import_model(str(folder))
-    text = card("x", checkpoint, [{"step": 7, "split": "validation", "loss": 1.0}])
+    text = card(
+        "x", family_of("gpt"), checkpoint, [{"step": 7, "split": "validation", "loss": 1.0}]
+    )
     assert "not recorded" in text and "None were measured." in text and "after 0 steps" in text
 
 
