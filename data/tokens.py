@@ -22,10 +22,11 @@ from data.shards import Origin, TokenFile, open_shards, write_shards
 from data.text import Corpus
 
 if TYPE_CHECKING:  # a script loads only those that it needs
+    from data.byte_fallback import ByteFallbackBPE
     from data.sentencepieces import SentencePieces
     from wordpiece import WordPiece
 
-AnyTokenizer = Union[Tokenizer, "WordPiece", "SentencePieces"]
+AnyTokenizer = Union[Tokenizer, "WordPiece", "SentencePieces", "ByteFallbackBPE"]
 SPLITS = ("train", "validation")
 # What Llama's tokenizers put before a text, and what ends one: of ours, END_OF_TEXT does both.
 BEGINS = ("<|begin_of_text|>", "<s>")
@@ -45,6 +46,10 @@ def tokenizer_from_json(text: str) -> AnyTokenizer:
         from wordpiece import WordPiece
 
         return WordPiece.from_json(text)
+    if kind == "ByteFallbackBPE":
+        from data.byte_fallback import ByteFallbackBPE
+
+        return ByteFallbackBPE.from_json(text)
     if kind == "SentencePiece":
         from data.sentencepieces import SentencePieces
 

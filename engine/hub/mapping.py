@@ -107,14 +107,13 @@ def our_config(settings: dict) -> tuple[str, Any]:
             found[name] = settings.get(name, False)
     if task == "llama":
         kinds = settings.get("layer_types") or []
-        wanted = "sliding_attention" if found["window"] else "full_attention"
+        wanted = "sliding_attention" if found.get("window") else "full_attention"
         if not isinstance(kinds, list) or any(kind != wanted for kind in kinds):
             raise ValueError(f"layer_types={str(kinds)[:80]} is not supported: all are {wanted}")
     return task, tasks.network(task).Config(**found)
 
 
-ROTATION = ("rope_type", "factor", "low_freq_factor", "high_freq_factor")
-ROTATION += ("original_max_position_embeddings", "partial_rotary_factor")
+STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def with_rotation(settings: dict) -> dict:
@@ -125,21 +124,21 @@ def with_rotation(settings: dict) -> dict:
     if not isinstance(inner, dict):
         raise ValueError(f"{name}={str(inner)[:80]} is no dict")
     inner = {"rope_type": inner.get("type", "default"), **inner}
-    if strange := inner.keys() - {*ROTATION, "rope_theta", "type"}:
+    known = {*STRETCH, "rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if strange := inner.keys() - known:
         raise ValueError(f"{name} has {', '.join(sorted(strange))}: not supported")
     if inner["rope_type"] == "default":
-        inner = {k: v for k, v in inner.items() if k in ("rope_type", "rope_theta")}
-    elif inner["rope_type"] == "llama3" and not {"factor", ROTATION[4]} <= inner.keys():
-        raise ValueError(f"{name}={str(inner)[:80]} lacks its factor or {ROTATION[4]}")
-    return {k: v for k, v in settings.items() if k not in ROTATION} | inner
+        inner = {k: v for k, v in inner.items() if k not in STRETCH}
+    elif inner["rope_type"] == "llama3" and not {STRETCH[0], STRETCH[3]} <= inner.keys():
+        raise ValueError(f"{name}={str(inner)[:80]} lacks its {STRETCH[0]} or {STRETCH[3]}")
+    return {k: v for k, v in settings.items() if k not in STRETCH} | inner
 
 
 def with_nested_rotation(settings: dict) -> dict:
     """The way back, as transformers writes it up to version 4, and reads it since."""
-    inner = {name: settings[name] for name in ROTATION[:-1]}
-    others = {name: value for name, value in settings.items() if name not in ROTATION}
-    stretched = settings["factor"] != 1
-    return {**others, "rope_scaling": {**inner, "rope_type": "llama3"} if stretched else None}
+    inner = {"rope_type": "llama3"} | {name: settings[name] for name in STRETCH}
+    others = {k: v for k, v in settings.items() if k not in inner}
+    return {**others, "rope_scaling": None if settings["factor"] == 1 else inner}
 
 
 # Settings by which files from before model_type are known, BERT's own of 2018 and GPT-2's of 2019.
