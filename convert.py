@@ -101,15 +101,15 @@ def average(paths: list[Path]) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(
-        "Hugging Face's checkpoints in and out: GPT-2, BERT and Marian. Average the last "
-        "checkpoints of a run into average.pt in its folder."
+        "Hugging Face's checkpoints in and out: GPT-2, Llama, Mistral, Qwen3, BERT and Marian; "
+        "llama.cpp's .gguf in. Average the last checkpoints of a run into average.pt in its folder."
     )
     parser.add_argument("command", choices=tuple(COMMANDS))
     parser.add_argument(
         "source",
         nargs="?",
         default="",
-        help="import: a folder, or owner/repo on the hub; export: a checkpoint; average: none",
+        help="import: a folder, a .gguf file or owner/repo; export: a checkpoint; average: none",
     )
     cli.add_flags(parser, ConvertConfig, "where to")
     cli.add_flags(parser, AverageConfig, "averaging")

@@ -21,7 +21,7 @@ import torch
 from data.lines import new_file
 from engine import cli
 from engine.processes import pick_device
-from lab.sampling import bench_sample, bench_translate
+from lab.sampling import bench_llama, bench_sample, bench_translate
 from lab.tokenizing import bench_bpe, bench_corpus, bench_encode
 from lab.training import (
     bench_bert,
@@ -36,8 +36,8 @@ from lab.turns import BenchConfig
 BENCHES = {
     bench.__name__.removeprefix("bench_"): bench
     for bench in (
-        *(bench_ceilings, bench_train, bench_sample, bench_bert, bench_seq2seq, bench_translate),
-        *(bench_recurrent, bench_optim, bench_bpe, bench_encode, bench_corpus),
+        *(bench_ceilings, bench_train, bench_sample, bench_llama, bench_bert, bench_seq2seq),
+        *(bench_translate, bench_recurrent, bench_optim, bench_bpe, bench_encode, bench_corpus),
     )
 }
 TOKENIZERS = ("bpe", "encode", "corpus")  # a GPU makes no difference to them

@@ -1,4 +1,4 @@
-"""Writing with GPT and translating with the encoder-decoder, beside Hugging Face's generate.
+"""Writing with GPT and Llama, translating with the encoder-decoder, beside Hugging Face's generate.
 
 Two times are measured: that of the prefill, which reads the prompt at once, and that of decoding,
 token by token. The time of decoding is what `count` more tokens take. At batch 1 memory limits it,
@@ -24,10 +24,12 @@ from data.tokens import END_OF_TEXT
 from decoding import generate
 from engine.checkpoint import load_model
 from engine.cpu import lay_out_for_decoding
-from engine.graphs import StaticAdvance, TextSteps
-from engine.hub.peers import hugging_face_gpt2, hugging_face_marian, peer
+from engine.graphs import StaticAdvance, TextSteps, heads_and_width
+from engine.hub.peers import hugging_face_gpt2, hugging_face_llama, hugging_face_marian, peer
+from engine.presets import PRESETS
 from lab.turns import BenchConfig, peer_turns, print_table, take_turns, time_copies
 from model import GPT, GPTConfig
+from models.llama import Llama, LlamaConfig
 from seq2seq import Seq2Seq, Seq2SeqConfig
 from tasks import translation
 from tasks.text import Pick, SampleFlags
@@ -49,25 +51,44 @@ def bench_sample(config: BenchConfig, device: torch.device) -> list[dict]:
     return bench_decoding(config, device, GPTConfig(), config.dtype or "bf16", [1, 64])
 
 
+def bench_llama(config: BenchConfig, device: torch.device) -> list[dict]:
+    """A model of SmolLM2-135M's sizes, likewise."""
+    if config.small:
+        sizes = LlamaConfig(50304, 64, 2, 4, 2, 32)
+        return bench_decoding(config, device, sizes, config.dtype or "fp32", [1])
+    fields = LlamaConfig.__dataclass_fields__
+    sizes = LlamaConfig(**{k: v for k, v in PRESETS["smollm2-135m"].items() if k in fields})
+    dtypes = ["bf16"] if device.type == "cuda" else ["fp32", "bf16"]
+    dtypes = [config.dtype] if config.dtype else dtypes
+    return [r for d in dtypes for r in bench_decoding(config, device, sizes, d, [1])]
+
+
 @torch.no_grad()
 def bench_decoding(
-    config: BenchConfig, device: torch.device, sizes: GPTConfig, dtype: str, rows: list[int]
+    config: BenchConfig,
+    device: torch.device,
+    sizes: GPTConfig | LlamaConfig,
+    dtype: str,
+    rows: list[int],
 ) -> list[dict]:
     cuda, results = device.type == "cuda", []
     rate = copy_rate(device) if cuda else math.inf
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     length, count = (8, 4) if config.small else (512, 256) if cuda else (128, 24)
     with device:
-        ours = GPT(sizes).to(kind).eval()
-        theirs = None
+        is_gpt = isinstance(sizes, GPTConfig)
+        ours, theirs = (GPT(sizes) if is_gpt else Llama(sizes)).eval(), None
         if transformers := peer("transformers"):
-            theirs = hugging_face_gpt2(transformers, sizes).to(device, kind).eval()
+            theirs = hugging_face_gpt2(transformers, sizes) if is_gpt else None
+            theirs = theirs or hugging_face_llama(transformers, ours)
+            theirs = theirs.to(device, kind).eval()
+        ours.to(kind)
     bare = bare_products([m.weight.detach() for m in matrices(ours)], count)
     if not cuda:
         lay_out_for_decoding(ours)
-    name = f"GPT {sizes.n_layer} layers, width {sizes.n_embd}, {dtype}"
+    name = f"{type(ours).__name__} {sizes.n_layer} layers, width {sizes.n_embd}, {dtype}"
     for B in rows:
-        prompt = torch.randint(50257, (B, length), device=device)
+        prompt = torch.randint(49152, (B, length), device=device)
         found = {"ours": lambda prompt=prompt: ours.head(ours.features(prompt)[:, -1])}
         if theirs:
 
@@ -94,11 +115,12 @@ def bench_decoding(
     return results
 
 
-def bytes_read(model: GPT, rows: int, positions: int) -> int:
+def bytes_read(model: GPT | Llama, rows: int, positions: int) -> int:
     """What a step must read at least: every weight, and the keys and values of all rows."""
     weights = sum(m.weight.nbytes for m in matrices(model))
-    c, item = model.config, model.token_embedding.weight.element_size()
-    return weights + 2 * c.n_layer * c.n_embd * item * rows * positions
+    heads, width = heads_and_width(model.config)
+    item = model.token_embedding.weight.element_size()
+    return weights + 2 * model.config.n_layer * heads * width * item * rows * positions
 
 
 def copy_rate(device: torch.device) -> float:

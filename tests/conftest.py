@@ -46,6 +46,7 @@ TOY_BERT = ["--model=bert", "--data=toy-docs.txt", "--n_ff=40", *TOY[1:]]
 TOY_BERT += ["--dtype=fp32", "--dropout=0", "--attention_dropout=0", "--mlm_rate=0.3"]
 
 TOYS = {"gpt": TOY, "bert": TOY_BERT, "seq2seq": TOY_PAIRS}
+TOY_LLAMA = [*TOY, "--model=llama", "--n_kv_head=1"]
 TOY_NGRAM = ["--model=ngram", *TOY[:3], "--device=cpu"]
 TOY_LSTM = [flag for flag in TOY if not flag.startswith(("--n_head", "--tokens_per_step"))]
 TOY_LSTM += ["--model=lstm", "--tokens_per_step=64"]

@@ -21,6 +21,7 @@ import pytest
 from conftest import (
     LABELLED,
     ROOT,
+    TOY_LLAMA,
     TOY_LSTM,
     TOY_NGRAM,
     TOYS,
@@ -64,6 +65,7 @@ QUICK = {
 }
 FOLDERS = {"out/gpt": "gpt", "out/gpt2": "gpt", "out/bert": "bert", "out/crammed": "bert"}
 FOLDERS |= {"out/lstm": "lstm", "out/ngram": "ngram"}
+FOLDERS |= dict.fromkeys(("out/llama", "out/smollm2"), "llama")
 FOLDERS |= {"out/minilm": "bert", **{f"out/{task}": task for task in LABELLED}}  # else seq2seq
 STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt", "shakespeare": "toy.txt"}
 STAND_INS |= {"queries.txt": "toy-docs.txt", "lines.txt": "toy.txt"}
@@ -81,7 +83,7 @@ LABS = {
         *("--data=toy.csv", "--valid=toy.csv"),
     ],
 }
-ALL_TOYS = {**TOYS, "ngram": TOY_NGRAM, "lstm": TOY_LSTM}
+ALL_TOYS = {**TOYS, "llama": TOY_LLAMA, "ngram": TOY_NGRAM, "lstm": TOY_LSTM}
 MAINS = {"train.py": train.main, "sample.py": sample.main, "convert.py": convert.main}
 IN_LABS = {c for c in SCRIPTS if any(name in c for name in LABS)}
 
@@ -206,7 +208,9 @@ def for_sampling(have, flags: list[str]) -> list[str]:
     folder = folder_of(flags, "--checkpoint")
     task = task_of(folder)
     have(folder, task)
-    short = task in ("gpt", "seq2seq", "complete", "lstm", "ngram") and "--eval" not in flags
+    short = (
+        task in ("gpt", "llama", "seq2seq", "complete", "lstm", "ngram") and "--eval" not in flags
+    )
     flags = [STAND_INS.get(flag, flag) for flag in flags]
     return [*flags, "--device=cpu", *["--max_new_tokens=5"] * short]
 
