@@ -43,7 +43,8 @@ FORMAT = 1  # of the JSON text
 SPACE, UNK, BOS = "▁", "<unk>", "<s>"
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 PREPENDS = ("legacy", "first", "always", "never")
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # kinds of pieces in a tokenizer.model
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # pieces in a tokenizer.model; 4: defined by users
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 
 
 class ByteFallbackBPE:
@@ -115,11 +116,11 @@ class ByteFallbackBPE:
         return np.array(self.encode(text), dtype=np.uint32)
 
     def _encode_part(self, text: str, first: bool) -> list[int]:
-        text, wanted = text.replace(" ", SPACE), self.prepend == "legacy"
-        if not text.startswith(SPACE):
-            wanted = self.prepend != "never" and (first or self.prepend != "first")
-        ids, cache = [], self._cache
-        for word in self._words(SPACE + text if text and wanted else text):
+        text, ids, cache = text.replace(" ", SPACE), [], self._cache
+        wanted = self.prepend == "always" or (self.prepend == "first" and first)
+        if text and (self.prepend == "legacy" or (wanted and not text.startswith(SPACE))):
+            text = SPACE + text
+        for word in self._words(text):
             merged = cache.get(word)
             if merged is None:
                 merged = self._merge(word)
@@ -231,9 +232,10 @@ class ByteFallbackBPE:
     @classmethod
     def from_tokenizer_json(cls, state: dict[str, Any]) -> ByteFallbackBPE:
         """The tokenizer that a parsed tokenizer.json describes. Every field that changes ids or
-        texts is checked: ValueError names, in one sentence, the one that is not supported."""
+        texts is checked: ValueError names, in one sentence, the one that is not supported. (Those
+        about <unk> change nothing, because all bytes must have pieces.)"""
         model = state.get("model") if isinstance(state.get("model"), dict) else {}
-        only = {"type": "BPE", "byte_fallback": True, "dropout": None}  # no <unk>: all bytes exist
+        only = {"type": "BPE", "byte_fallback": True, "dropout": None}
         only |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"))
         for field, value in only.items():
             if (model.get(field) or None) != value:
@@ -250,11 +252,9 @@ class ByteFallbackBPE:
         adds_bos = bos is not None and framed == _template(bos)
         tokenizer = cls(pieces, pairs, special, prepend, adds_bos)
         found, ours = {**state, "post_processor": framed}, tokenizer.to_tokenizer_json()
-        scheme = {"prepend_scheme": "always" if legacy else prepend}
-        if found.get("decoder") in [{**METASPACE, **scheme, "split": split} for split in (0, 1)]:
-            found["decoder"] = ours[
-                "decoder"
-            ]  # as ours, but for single bytes: it shows their names
+        metaspace = {**METASPACE, "prepend_scheme": "always" if legacy else prepend}
+        if found.get("decoder") in (metaspace, {**metaspace, "split": True}):
+            found["decoder"] = ours["decoder"]  # theirs would show the names of single bytes
         for field in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
             if found.get(field) != ours[field]:
                 raise ValueError(f"{field}={short(state.get(field))} is not supported")
@@ -268,10 +268,10 @@ class ByteFallbackBPE:
     @classmethod
     def from_sentencepiece(cls, data: bytes, prepend: str = "legacy") -> ByteFallbackBPE:
         """The tokenizer in the content of a tokenizer.model. Its pieces have scores: each way to
-        make a piece of two others becomes a merge, of higher scores first and of longer first
-        parts, as in the tokenizer.json that transformers 4 made of such files. (Transformers 5
-        goes by the ids, and so cuts runs of spaces otherwise than SentencePiece.) Raises
-        ValueError, in one sentence, for a file that is damaged or does something else."""
+        make a piece of two others becomes a merge, in the order of transformers'
+        generate_merges(vocab, scores): higher scores first, then longer first parts. (Its
+        LlamaTokenizer 5 goes by ids, and so cuts runs of spaces otherwise than SentencePiece.)
+        Raises ValueError, in one sentence, for a file that is damaged or does something else."""
         try:
             found, settings = _read_model(data)
         except (IndexError, TypeError, ValueError, struct.error) as e:
@@ -282,22 +282,20 @@ class ByteFallbackBPE:
         for piece, score, kind in found:
             usual = kind in (NORMAL, UNKNOWN, CONTROL) and piece not in BYTES and score == score
             if not (usual or (kind == BYTE and piece in BYTES)):
-                raise ValueError(f"piece {short(piece)} of kind {kind}: not supported")
+                raise ValueError(f"piece {short(piece)} of the kind {kind} is not supported")
         ids = {piece: i for i, (piece, _, kind) in enumerate(found) if kind == NORMAL}
-        merges = [
+        splits = [
             (-found[i][1], -at, at - len(piece), i, (ids[piece[:at]], ids[piece[at:]]))
             for piece, i in ids.items()
             for at in range(1, len(piece))
             if piece[:at] in ids and piece[at:] in ids
         ]
         special = {p: i for i, (p, _, kind) in enumerate(found) if kind in (UNKNOWN, CONTROL)}
-        pairs = [pair for *_, pair in sorted(merges)]
+        pairs = [pair for *_, pair in sorted(splits)]
         return cls([piece for piece, *_ in found], pairs, special, prepend, BOS in special)
 
 
 # ---- tokenizer.json ------------------------------------------------------------------------------
-
-METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 
 
 def _template(bos: int | None) -> dict[str, Any]:
@@ -361,13 +359,15 @@ def _read_model(data: bytes) -> tuple[list[tuple[str, float, int]], dict[str, tu
     """([(piece, score, kind), …], {setting: (its value, the supported one)}). The numbers of the
     fields are those of sentencepiece_model.proto."""
     model, pieces = _fields(data), []
+    if not model[1]:
+        raise ValueError("no pieces")
     for message in model[1]:
         name, score, kind = (_fields(message)[number] for number in (1, 2, 3))
         (score,) = struct.unpack("<f", score[-1])
-        pieces.append((name[-1].decode("utf-8"), score, [NORMAL, *kind][-1]))
+        pieces.append((str(name[-1], "utf-8"), score, [NORMAL, *kind][-1]))
     trainer, normalizer = _fields(b"".join(model[2])), _fields(b"".join(model[3]))
     return pieces, {
-        "model_type": ([1, *trainer[3]][-1], 2),  # 1 is unigram, 2 BPE
+        "model_type": ({1: "unigram", 2: "bpe"}.get([1, *trainer[3]][-1]), "bpe"),
         "byte_fallback": ([0, *trainer[35]][-1], 1),
         "treat_whitespace_as_suffix": ([0, *trainer[24]][-1], 0),
         "precompiled_charsmap": ([b"", *normalizer[2]][-1], b""),

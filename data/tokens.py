@@ -54,6 +54,10 @@ def tokenizer_from_json(text: str) -> AnyTokenizer:
         from data.sentencepieces import SentencePieces
 
         return SentencePieces.from_json(text)
+    if kind == "ByteFallbackBPE":
+        from data.byte_fallback import ByteFallbackBPE
+
+        return ByteFallbackBPE.from_json(text)
     return Tokenizer.from_json(text)
 
 

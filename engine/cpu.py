@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Attention, causal_mask
+from models.llama import GatedMLP, GroupedAttention
 from models.recurrent import Layer
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": 0.2 s of processor time in each 0.1 s
@@ -168,6 +170,9 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     order, which takes 9 ms instead of 13. The products are the same, but the linear layers have no
     `weight` any more, so the model can only be used for sampling.
 
+    The products that begin an attention or a gated MLP read the same input: their matrices become
+    one, since each product costs some ten microseconds beside what it reads.
+
     A model in bf16 gets keys and values in fp32, hence also caches in fp32: the one query of a
     decoding step takes 105 us at 1,000 cached positions instead of 616. `attention` above accepts
     that mixture, torch's own does not.
@@ -178,8 +183,15 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     recurrent = {
         m for layer in model.modules() if isinstance(layer, Layer) for m in layer.modules()
     }
+    done = set(recurrent)
+    for name, module in model.named_modules():
+        names = JOINED.get(type(module).forward, ()) if not name.endswith("cross") else ()
+        linears = [getattr(module, part) for part in names]
+        if linears and all(type(linear) is nn.Linear for linear in linears):
+            module.project = joined(linears, pack, names == "qkv" and half)
+            done.update(linears)
     for module in model.modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding)) or module in recurrent:
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or module in done:
             continue
         if module.weight.dtype == torch.float32:
             module.weight.data = module.weight.data.t().contiguous().t()
@@ -187,7 +199,7 @@ def lay_out_for_decoding(model: nn.Module) -> None:
             module.forward = packed(module.weight, module.bias)
             module.weight = None
     for attention in (m for m in model.modules() if half and isinstance(m, Attention)):
-        for layer in (attention.k, attention.v):
+        for layer in {attention.k, attention.v} - done:
             layer.forward = in_fp32(layer.forward)
     tied = hasattr(model, "token_embedding") and hasattr(model, "head")
     tied &= getattr(model.config, "tied", True)
@@ -195,6 +207,38 @@ def lay_out_for_decoding(model: nn.Module) -> None:
         # The embedding stays as it is, because its rows are looked up too.
         bias = getattr(model, "output_bias", None)
         model.head = packed(model.token_embedding.weight, bias)
+
+
+# What `project` of such a module multiplies with.
+JOINED = {
+    Attention.forward: "qkv",
+    GroupedAttention.forward: "qkv",
+    GatedMLP.forward: ("gate", "fc"),
+}
+
+
+def joined(linears: list[nn.Linear], pack: bool, fp32: bool) -> Callable[[Tensor], tuple]:
+    """A function that gives what the linear layers give, by one product. fp32: the first result
+    keeps its dtype, and the others, which are keys and values, become fp32."""
+    sizes = [linear.out_features for linear in linears]
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if weight.dtype == torch.bfloat16 and pack:
+        multiply = packed(weight, bias)
+        for linear in linears:
+            linear.weight = None
+    else:
+        weight = weight.t().contiguous().t() if weight.dtype == torch.float32 else weight
+        multiply = partial(F.linear, weight=weight, bias=bias)
+        for linear, part in zip(linears, weight.split(sizes), strict=True):
+            linear.weight.data = part  # the same memory
+
+    def project(x: Tensor) -> tuple[Tensor, ...]:
+        first, *rest = multiply(x).split(sizes, -1)
+        return first, *(part.float() if fp32 else part for part in rest)
+
+    return project
 
 
 def packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -149,9 +149,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight).type_as(x)
+        weight = self.weight.float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
 
 
 class GroupedAttention(Attention):
@@ -209,7 +208,7 @@ class GroupedAttention(Attention):
 
 
 class GatedMLP(MLP):
-    """SwiGLU: silu(x G) · (x U), projected."""
+    """silu(x G) · (x U), projected."""
 
     def __init__(self, config: LlamaConfig):
         nn.Module.__init__(self)
@@ -217,8 +216,13 @@ class GatedMLP(MLP):
         self.fc = nn.Linear(config.n_embd, config.n_ff, bias=False)
         self.proj = nn.Linear(config.n_ff, config.n_embd, bias=False)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> what gates and what is gated, each (B, T, n_ff)"""
+        return self.gate(x), self.fc(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.silu(self.gate(x)) * self.fc(x))
+        gate, up = self.project(x)
+        return self.proj(F.silu(gate) * up)
 
 
 class LlamaBlock(Block):

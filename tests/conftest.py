@@ -1,6 +1,7 @@
 """What the tests share: where optional data lies, optional peers, toy text and toy sizes."""
 
 import functools
+import gc
 import http.server
 import importlib
 import json
@@ -17,7 +18,7 @@ import bpe
 import decoding
 import model
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
-from engine import cpu, kernels
+from engine import closing, cpu, kernels
 from models import recurrent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +107,24 @@ def torchrun(
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What the files before have imported stays, so that no run looks for garbage in it: its
+    gc.collect() would take longer than its steps."""
+    gc.collect()
+    gc.freeze()
+
+
+draw_curves = closing.draw_curves
+closing.draw_curves = lambda folder: None  # which would take longer than a run of toy size
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """Runs draw their curves, as they do outside of the tests."""
+    monkeypatch.setattr(closing, "draw_curves", draw_curves)
 
 
 PLACES = {

@@ -64,7 +64,7 @@ def pretrained(task: str = "bert") -> str:
 
 
 @ALL
-def test_a_small_problem_is_learnt_shown_and_scored_again(files, capsys, task):
+def test_a_small_problem_is_learnt_shown_and_scored_again(files, capsys, curves, task):
     """By chance: a third of the labels, and of the others next to nothing."""
     folder = learnt(task)
     out = capsys.readouterr().out

@@ -59,7 +59,7 @@ def losses(folder: str, split: str = "train") -> list[float]:
 # ---- one run -------------------------------------------------------------------------------------
 
 
-def test_a_run_shows_its_plan_learns_and_leaves_what_it_promised(toy, capsys):
+def test_a_run_shows_its_plan_learns_and_leaves_what_it_promised(toy, capsys, curves):
     train.main([*TOY, "--steps=60", "--eval_interval=30", "--lr=0.01"])
     out = capsys.readouterr().out
     for promised in (

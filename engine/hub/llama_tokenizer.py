@@ -1,9 +1,10 @@
 """The tokenizers of Llama and its relatives, from tokenizer.json or tokenizer.model: byte-level BPE
 (Llama 3, Qwen, SmolLM2), or SentencePiece's BPE with byte fallback (Llama 2, Mistral).
 
-A tokenizer.json is followed as it is written. Where tokenizer_config.json names GPT2Tokenizer,
-as SmolLM2's does, version 5 of transformers uses the vocabulary alone and splits as GPT-2 does; the
-ids are others then where several spaces stand before a digit.
+A tokenizer.json is followed as it is written, and a tokenizer.model as SentencePiece does: so the
+models were trained. Version 5 of transformers takes the vocabulary alone where tokenizer_config.json
+names a class of its own. With GPT2Tokenizer, as SmolLM2 has it, the ids are others then where several
+spaces stand before a digit; with LlamaTokenizer, for a text that begins with a space.
 """
 
 from pathlib import Path
