@@ -168,7 +168,9 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     In fp32 a matrix is stored column by column; its shape and values stay. GPT-2 124M then needs 16
     ms for a token's products on two cores instead of 23. In bf16 it is stored in oneDNN's own
     order, which takes 9 ms instead of 13. The products are the same, but the linear layers have no
-    `weight` any more, so the model can only be used for sampling.
+    `weight` any more, so the model can only be used for sampling. With matrix units (AMX) oneDNN is
+    slow at one row, and torch's product with a vector takes two thirds of its time; but for the
+    output matrix, the largest.
 
     The products that begin an attention or a gated MLP read the same input: their matrices become
     one, since each product costs some ten microseconds beside what it reads.
@@ -196,8 +198,9 @@ def lay_out_for_decoding(model: nn.Module) -> None:
         if module.weight.dtype == torch.float32:
             module.weight.data = module.weight.data.t().contiguous().t()
         elif module.weight.dtype == torch.bfloat16 and pack and isinstance(module, nn.Linear):
-            module.forward = packed(module.weight, module.bias)
-            module.weight = None
+            packs = by_onednn or module.out_features >= LARGE
+            module.forward = (packed if packs else by_vector)(module.weight, module.bias)
+            module.weight = None if packs else module.weight
     for attention in (m for m in model.modules() if half and isinstance(m, Attention)):
         for layer in {attention.k, attention.v} - done:
             layer.forward = in_fp32(layer.forward)
@@ -224,13 +227,15 @@ def joined(linears: list[nn.Linear], pack: bool, fp32: bool) -> Callable[[Tensor
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
-    if weight.dtype == torch.bfloat16 and pack:
+    if weight.dtype == torch.bfloat16 and pack and by_onednn:
         multiply = packed(weight, bias)
         for linear in linears:
             linear.weight = None
     else:
         weight = weight.t().contiguous().t() if weight.dtype == torch.float32 else weight
         multiply = partial(F.linear, weight=weight, bias=bias)
+        if weight.dtype == torch.bfloat16:
+            multiply = by_vector(weight, bias)
         for linear, part in zip(linears, weight.split(sizes), strict=True):
             linear.weight.data = part  # the same memory
 
@@ -239,6 +244,22 @@ def joined(linears: list[nn.Linear], pack: bool, fp32: bool) -> Callable[[Tensor
         return first, *(part.float() if fp32 else part for part in rest)
 
     return project
+
+
+LARGE = 2**14  # rows of a matrix that oneDNN multiplies faster in any case
+
+
+def by_vector(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """F.linear with this weight and bias; a single row is multiplied as a vector."""
+
+    def multiply(x: Tensor) -> Tensor:
+        if x.numel() > weight.size(1):
+            return F.linear(x, weight, bias)
+        x_, shape = x.reshape(-1), (*x.shape[:-1], -1)
+        y = torch.mv(weight, x_) if bias is None else torch.addmv(bias, weight, x_)
+        return y.view(shape)
+
+    return multiply
 
 
 def packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -149,8 +149,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
+        y = F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
+        return (y * self.weight).type_as(x)
 
 
 class GroupedAttention(Attention):

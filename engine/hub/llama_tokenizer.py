@@ -2,9 +2,10 @@
 (Llama 3, Qwen, SmolLM2), or SentencePiece's BPE with byte fallback (Llama 2, Mistral).
 
 A tokenizer.json is followed as it is written, and a tokenizer.model as SentencePiece does: so the
-models were trained. Version 5 of transformers takes the vocabulary alone where tokenizer_config.json
-names a class of its own. With GPT2Tokenizer, as SmolLM2 has it, the ids are others then where several
-spaces stand before a digit; with LlamaTokenizer, for a text that begins with a space.
+models were trained. Version 5 of transformers takes the vocabulary alone where
+tokenizer_config.json names a class of its own. With GPT2Tokenizer, as SmolLM2 has it, the ids are
+others then where several spaces stand before a digit; with LlamaTokenizer, for a text that begins
+with a space.
 """
 
 from pathlib import Path

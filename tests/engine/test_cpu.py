@@ -164,8 +164,10 @@ def test_long_rows_do_not_hold_their_scores(called, monkeypatch):
         torch.testing.assert_close(got, scores.softmax(-1) @ q, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_onednn", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_laid_out_for_decoding_computes_the_same(dtype):
+def test_a_model_laid_out_for_decoding_computes_the_same(dtype, by_onednn):
+    cpu.by_onednn = by_onednn
     config = GPTConfig(vocab_size=101, block_size=16, n_layer=2, n_head=2, n_embd=32)
     model = GPT(config).to(dtype).eval()
     tokens = torch.randint(101, (3, 13))
@@ -179,7 +181,11 @@ def test_a_model_laid_out_for_decoding_computes_the_same(dtype):
     torch.testing.assert_close(got, want, **near)
     torch.testing.assert_close(torch.cat(steps, 1), want, **near)
     packed = [m.weight is None for m in model.modules() if isinstance(m, nn.Linear)]
-    assert all(packed) if dtype == torch.bfloat16 else not any(packed)
+    assert all(packed) if dtype == torch.bfloat16 and by_onednn else not any(packed)
+    one = model.make_caches()  # a single row, which is a vector
+    with torch.no_grad():
+        rows = [model(tokens[:1, i : i + 1], caches=one) for i in range(13)]
+    torch.testing.assert_close(torch.cat(rows, 1), want[:1], **near)
 
 
 def test_a_cache_of_bf16_keys_is_fp32_and_attention_comes_back_as_bf16():
