@@ -207,6 +207,7 @@ PRESETS = {
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
+    "llama-shakespeare": {**SHAKESPEARE, "model": "llama"},
     "ngram-shakespeare": NGRAM,
     "addk-shakespeare": {**NGRAM, "order": 4, "smoothing": "add_k", "added": 0.1},
     "backoff-shakespeare": {**NGRAM, "smoothing": "stupid_backoff"},

@@ -19,6 +19,7 @@ import decoding
 import model
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
 from engine import closing, cpu, kernels
+from engine.logs import draw_curves
 from models import recurrent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,8 +118,7 @@ def frozen():
     gc.freeze()
 
 
-draw_curves = closing.draw_curves
-closing.draw_curves = lambda folder: None  # which would take longer than a run of toy size
+closing.draw_curves = lambda folder: None  # it takes longer than a run of toy size
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ Works in the folder that it is started in. A new process that imports torch take
 forked from one that has imported it and not used it yet, so that there is nothing to inherit.
 """
 
+import gc
 import json
 import os
 import random
@@ -133,6 +134,7 @@ def kill_saving(trials: int) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # a run looks for garbage at its end: not in what has been imported
     kind, count, *seed = sys.argv[1:]
     random.seed(int(seed[0]) if seed else None)
     print(json.dumps({"training": kill_training, "saving": kill_saving}[kind](int(count))))

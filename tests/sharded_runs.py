@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import finetuning
 import torch
-from conftest import TOY, TOY_BERT, TOY_PAIRS
+from conftest import TOY, TOY_BERT, TOY_LLAMA, TOY_PAIRS
 
 import train
 from engine import parts, processes, sharding
@@ -29,6 +29,7 @@ TUNED = finetuning.flags("classify", "--steps=12", "--stop_after=6", "--eval_int
 FAMILIES = {
     "gpt": GPT_RUN,
     "adamw": [*GPT_RUN, "--optimizer=adamw"],
+    "llama": [*TOY_LLAMA, *RUN, "--dtype=fp32", "--n_layer=1", "--window=5", "--tied=false"],
     "bert": [*TOY_BERT, *RUN, "--n_layer=1"],
     "seq2seq": [*TOY_PAIRS, *RUN, "--n_layer=1"],
     "lora": [*TUNED, "--lora_rank=2", "--n_layer=1"],
@@ -47,7 +48,12 @@ def jobs() -> dict[str, dict]:
 
     for name, flags in FAMILIES.items():
         job(name, *flags)
-        job(f"{name}-model", *flags, "--shard", *["--recompute"] * (name in ("gpt", "bert")))
+        job(
+            f"{name}-model",
+            *flags,
+            "--shard",
+            *["--recompute"] * (name in ("gpt", "llama", "bert")),
+        )
     for name in ("gpt", "adamw"):
         job(f"{name}-optimizer", *FAMILIES[name], "--shard=optimizer")
     job("bf16", *GPT_RUN, "--dtype=bf16", "--stop_after=3")

@@ -308,16 +308,16 @@ def test_interrupted_processes_save_and_leave_no_orphans(toy, number, to):
 
 
 def test_a_killed_rank_is_restarted_from_the_checkpoint_with_the_same_result(toy):
-    flags = [*TOY, "--steps=120", "--eval_interval=40", "--tokens_per_step=256"]
+    flags = [*TOY, "--steps=80", "--eval_interval=20", "--tokens_per_step=256"]
     with launched(2, *flags, "--out=whole") as running:
         running.communicate(timeout=120)
     assert running.returncode == 0
     with launched(2, *flags, "--out=killed", restarts=1) as running:
-        wait_for(running, "step 80/120  validation")
+        wait_for(running, "step 40/80  validation")
         os.kill(ranks((*flags, "--out=killed"))[1], signal.SIGKILL)
         rest, error = running.communicate(timeout=120)
     assert running.returncode == 0, error
-    assert re.search(r"steps  120 .*, [48]0 of them done", rest), rest
+    assert re.search(r"steps  80 .*, [24]0 of them done", rest), rest
     assert "another process ended: see what it said" in error
     for name in ("latest.pt", "best.pt"):
         assert_equal(weights(Path("whole") / name), weights(Path("killed") / name))

@@ -39,7 +39,8 @@ import train
 from bpe import PATTERNS
 from data.layouts import LAYOUTS
 from engine import checkpoint as checkpoints
-from engine import cli
+from engine import cli, closing
+from engine.logs import draw_curves
 from engine.presets import PRESETS
 from lab import bench, gpu, gradients, growth, ladder
 from lab import finetuning as bench_finetune
@@ -249,6 +250,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
             train.main([*toy, "--steps=9", *keep, f"--out=out/{task}"])
         convert.main(["export", "out/gpt/best.pt", "--to=theirs"])
         fill(work)
+        patch.setattr(closing, "draw_curves", draw_curves)  # wherever --out leads
         patch.setattr(urllib.request.OpenerDirector, "open", no_network)
         with suppress(ImportError):  # it would read the environment, but may be imported already
             constants = importlib.import_module("huggingface_hub.constants")

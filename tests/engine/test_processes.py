@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, write_texts
 from test_two_machines import free_port
 
 from engine import processes
@@ -60,23 +60,58 @@ def two(script: str, *flags: str, patience: float = 100) -> list[tuple[int, str,
     return said
 
 
-@pytest.mark.slow
-def test_a_run_that_ends_destroys_its_group(toy):
-    said = two(
-        """
-real = dist.destroy_process_group
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> list[tuple[int, str, str]]:
+    """What `two` says of a run that ends well, although each process takes longer to prepare its
+    data than --timeout."""
+    script = """
+import data.text
+from data import cores
+from tasks import text
+
+data.text.BLOCK = cores.BATCH = 50
+cores.os.cpu_count, executor = lambda: 2, cores.ProcessPoolExecutor
+splits, destroy_group = text.Data.splits.__func__, dist.destroy_process_group
+
+def pool(workers, context, **options):
+    print("workers by", context.get_start_method(), flush=True)
+    return executor(workers, context, **options)
+
+def slow(cls, *args):
+    time.sleep(9)
+    return splits(cls, *args)
 
 def destroy():
-    real()
+    destroy_group()
     print("destroyed", flush=True)
 
+cores.ProcessPoolExecutor = pool
+text.Data.splits = classmethod(slow)
 dist.destroy_process_group = destroy
-""",
-        "--steps=2",
-    )
-    for status, out, error in said:
+"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("ended"))
+        write_texts(Path())
+        return two(script, "--steps=2", "--timeout=0.1")
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_destroys_its_group(ended):
+    for status, out, error in ended:
         assert status == 0 and out.splitlines()[-1] == "destroyed", error
-    assert "go on with: python sample.py" in said[0][1]
+    assert "go on with: python sample.py" in ended[0][1]
+
+
+@pytest.mark.slow
+def test_who_prepares_data_for_long_is_waited_for(ended):
+    assert [status for status, _, _ in ended] == [0, 0], ended
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the default elsewhere is no fork")
+def test_processes_with_a_group_tokenize_in_parallel(ended):
+    """Their workers are no copies of them; see data/cores.py."""
+    assert "workers by forkserver" in ended[0][1] and "workers by" not in ended[1][1]
 
 
 @pytest.mark.slow
@@ -111,49 +146,6 @@ dist.destroy_process_group = lambda: time.sleep(1000)
     else:
         assert "Traceback" in said_failing
         assert said_failing.splitlines()[-1] == "TypeError: too large a batch"
-
-
-@pytest.mark.slow
-def test_who_prepares_data_for_long_is_waited_for(toy):
-    said = two(
-        """
-from tasks import text
-splits = text.Data.splits.__func__
-
-def slow(cls, *args):
-    time.sleep(15)
-    return splits(cls, *args)
-
-text.Data.splits = classmethod(slow)
-""",
-        "--steps=2",
-        "--timeout=0.1",
-    )
-    assert [status for status, _, _ in said] == [0, 0], said
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the default elsewhere is no fork")
-def test_processes_with_a_group_tokenize_in_parallel(toy):
-    """Their workers are no copies of them; see data/cores.py."""
-    said = two(
-        """
-import data.text
-from data import cores
-
-data.text.BLOCK = cores.BATCH = 50
-cores.os.cpu_count, real = lambda: 2, cores.ProcessPoolExecutor
-
-def pool(workers, context, **options):
-    print("workers by", context.get_start_method(), flush=True)
-    return real(workers, context, **options)
-
-cores.ProcessPoolExecutor = pool
-""",
-        "--steps=2",
-    )
-    assert [status for status, _, _ in said] == [0, 0], said
-    assert "workers by forkserver" in said[0][1] and "workers by" not in said[1][1]
 
 
 @pytest.mark.slow
