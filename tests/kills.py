@@ -4,7 +4,8 @@
     python tests/kills.py saving 200            processes that do nothing but save
 
 Works in the folder that it is started in. A new process that imports torch takes seconds; these are
-forked from one that has imported it and not used it yet, so that there is nothing to inherit.
+forked from one that has imported it, and what optimizers import, and has used nothing yet, so that
+there is nothing to inherit.
 """
 
 import gc
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401
 from conftest import TOY, TOY_BERT, TOY_PAIRS
 
 import train

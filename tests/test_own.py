@@ -1,11 +1,13 @@
 """The files of docs/your-own.md, added to a copy of the repository: one file and one row each are
 enough to train, to resume, to sample, to plan, and to hear from export what it does not know."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,21 +37,63 @@ def copy(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *words],
+# Runs one command of the scripts after the other in one process, since each would take seconds to
+# load torch: a line of JSON [script, *flags] becomes one of [exit status, output, errors].
+SERVER = """
+import contextlib, io, json, sys
+import convert, sample, train
+from engine import cli
+
+mains = {"train.py": train.main, "sample.py": sample.main, "convert.py": convert.main}
+for line in sys.stdin:
+    (script, *flags), out, error, status = json.loads(line), io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            cli.run(lambda _: mains[script](flags))
+        except SystemExit as stop:
+            status = stop.code or 0
+    if isinstance(status, str):  # as Python itself does it
+        error.write(status + "\\n")
+        status = 1
+    print(json.dumps([status, out.getvalue(), error.getvalue()]), flush=True)
+"""
+
+
+def start(folder: Path, code: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
         cwd=folder,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         encoding="utf-8",
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
     )
 
 
-def succeed(folder: Path, *words: str) -> str:
-    done = run(folder, *words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def run(copy) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """run("train.py", *flags) -> exit status, output and errors of a command in the copy."""
+    with start(copy, SERVER) as server:
+
+        def one(*words: str) -> tuple[int, str, str]:
+            server.stdin.write(json.dumps(words) + "\n")
+            server.stdin.flush()
+            return tuple(json.loads(server.stdout.readline()))
+
+        yield one
+        server.stdin.close()
+
+
+@pytest.fixture
+def succeed(run) -> Callable[..., str]:
+    """The same, which must succeed -> output."""
+
+    def one(*words: str) -> str:
+        status, out, error = run(*words)
+        assert status == 0, error
+        return out
+
+    return one
 
 
 def test_the_page_has_a_network_a_task_and_a_row_for_each():
@@ -59,19 +103,19 @@ def test_the_page_has_a_network_a_task_and_a_row_for_each():
 
 
 @pytest.mark.slow
-def test_a_network_of_ones_own(copy):
+def test_a_network_of_ones_own(run, succeed):
     flags = ["--model=rotary", *TOY, "--steps=6", "--out=out/rotary"]
-    assert "stopped after step 3" in succeed(copy, "train.py", *flags, "--stop_after=3")
-    out = succeed(copy, "train.py", "--resume", "--out=out/rotary", "--stop_after=0")
+    assert "stopped after step 3" in succeed("train.py", *flags, "--stop_after=3")
+    out = succeed("train.py", "--resume", "--out=out/rotary", "--stop_after=0")
     assert "best validation loss" in out
     checkpoint = "--checkpoint=out/rotary/best.pt"
     long = ["--max_new_tokens=40", "--device=cpu"]  # beyond the window of 16
-    assert succeed(copy, "sample.py", checkpoint, "--prompt=3 times", *long).startswith("3 times")
-    assert "bits_per_byte" in succeed(copy, "sample.py", checkpoint, "--eval=toy.txt")
-    assert "total" in succeed(copy, "train.py", *flags, "--dry_run")
-    failed = run(copy, "convert.py", "export", "out/rotary/best.pt", "--to=theirs")
-    assert failed.returncode and failed.stderr.count("\n") == 1
-    assert failed.stderr.startswith("error: the task 'rotary' is not known to Hugging Face")
+    assert succeed("sample.py", checkpoint, "--prompt=3 times", *long).startswith("3 times")
+    assert "bits_per_byte" in succeed("sample.py", checkpoint, "--eval=toy.txt")
+    assert "total" in succeed("train.py", *flags, "--dry_run")
+    status, _, error = run("convert.py", "export", "out/rotary/best.pt", "--to=theirs")
+    assert status and error.count("\n") == 1
+    assert error.startswith("error: the task 'rotary' is not known to Hugging Face")
 
 
 @pytest.mark.slow
@@ -85,23 +129,24 @@ x, caches = torch.randint(40, (3, 9)), net.make_caches()
 parts = [net.features(x[:, a:b], caches=caches) for a, b in ((0, 4), (4, 5), (5, 9))]
 torch.testing.assert_close(torch.cat(parts, 1), net.features(x))
 """
-    succeed(copy, "-c", code)
+    with start(copy, code) as process:
+        assert process.wait(300) == 0
 
 
 @pytest.mark.slow
-def test_a_task_of_ones_own(copy):
+def test_a_task_of_ones_own(run, succeed):
     flags = ["--model=sorting", "--n_layer=1", "--n_embd=16", "--n_head=1", "--device=cpu"]
     flags += ["--steps=6", "--eval_interval=2", "--batch_size=8", "--tokens_per_step=128"]
     flags += ["--out=out/sorting"]
-    assert "stopped after step 3" in succeed(copy, "train.py", *flags, "--stop_after=3")
-    out = succeed(copy, "train.py", "--resume", "--out=out/sorting")
+    assert "stopped after step 3" in succeed("train.py", *flags, "--stop_after=3")
+    out = succeed("train.py", "--resume", "--out=out/sorting")
     assert "best validation accuracy" in out and "31415926 -> " in out
     checkpoint = "--checkpoint=out/sorting/best.pt"
-    assert "27182818 -> " in succeed(copy, "sample.py", checkpoint, "--prompt=27182818")
-    assert "accuracy" in succeed(copy, "sample.py", checkpoint, "--eval=digits")
-    assert "total" in succeed(copy, "train.py", *flags, "--dry_run", "--world=2")
-    failed = run(copy, "sample.py", checkpoint, "--prompt=12")
-    assert failed.stderr.endswith("error: '12' cannot be sorted: give 8 digits, as in training\n")
-    failed = run(copy, "convert.py", "export", "out/sorting/best.pt", "--to=theirs")
-    assert failed.stderr.startswith("error: the task 'sorting' is not known to Hugging Face")
-    assert "--digits" not in succeed(copy, "train.py", "--model=sorting", "--help")
+    assert "27182818 -> " in succeed("sample.py", checkpoint, "--prompt=27182818")
+    assert "accuracy" in succeed("sample.py", checkpoint, "--eval=digits")
+    assert "total" in succeed("train.py", *flags, "--dry_run", "--world=2")
+    _, _, error = run("sample.py", checkpoint, "--prompt=12")
+    assert error.endswith("error: '12' cannot be sorted: give 8 digits, as in training\n")
+    _, _, error = run("convert.py", "export", "out/sorting/best.pt", "--to=theirs")
+    assert error.startswith("error: the task 'sorting' is not known to Hugging Face")
+    assert "--digits" not in succeed("train.py", "--model=sorting", "--help")

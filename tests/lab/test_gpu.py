@@ -6,11 +6,13 @@ import re
 import subprocess
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 import sample
 import train
@@ -28,11 +30,18 @@ MAINS = {"train.py": train.main, "sample.py": sample.main, "lab.bench": bench.ma
 
 def start(command: list[str], stdout, **options):
     """A process, or what looks like one that has ended: most commands run here, where torch is
-    loaded already."""
+    loaded already. Graphs of training are not turned into C++ then: test_compile.py does that."""
     script, *words = [word for word in command[1:] if word != "-m"]
     if script not in MAINS:
         return subprocess.Popen(command, stdout=stdout, **options)
-    with redirect_stdout(stdout), redirect_stderr(stdout):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        inductor.patch({"cpp.simdlen": 1}),
+        redirect_stdout(stdout),
+        redirect_stderr(stdout),
+    ):
+        if script == "train.py":
+            patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
         MAINS[script](words)
     return SimpleNamespace(poll=lambda: 0, returncode=0)
 
