@@ -46,10 +46,6 @@ def tokenizer_from_json(text: str) -> AnyTokenizer:
         from wordpiece import WordPiece
 
         return WordPiece.from_json(text)
-    if kind == "ByteFallbackBPE":
-        from data.byte_fallback import ByteFallbackBPE
-
-        return ByteFallbackBPE.from_json(text)
     if kind == "SentencePiece":
         from data.sentencepieces import SentencePieces
 

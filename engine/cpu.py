@@ -255,9 +255,9 @@ def by_vector(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]
     def multiply(x: Tensor) -> Tensor:
         if x.numel() > weight.size(1):
             return F.linear(x, weight, bias)
-        x_, shape = x.reshape(-1), (*x.shape[:-1], -1)
-        y = torch.mv(weight, x_) if bias is None else torch.addmv(bias, weight, x_)
-        return y.view(shape)
+        row = x.reshape(-1)
+        y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+        return y.view(*x.shape[:-1], -1)
 
     return multiply
 
