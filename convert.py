@@ -4,14 +4,14 @@
     python convert.py export out/gpt/best.pt --to FOLDER                for transformers
     python convert.py average --run out/seq2seq                         the mean of the last five
 
-`import` and `export` read and write Hugging Face's files of GPT-2, BERT and Marian; the names of
-their settings and tensors are in engine/hub/families.py. `average` needs the files that
-`train.py --keep 5` leaves: the mean of a run's last checkpoints is a better model than each of
-them (section 6.1 of Vaswani et al. 2017). Weights from the time when the learning rate was still
-high lie around a minimum, and their mean lies nearer to it. After a schedule that ends at rate 0
-there is little left to gain.
+`import` and `export` read and write Hugging Face's files of GPT-2, Llama, BERT and Marian; names
+of settings and tensors are in engine/hub/families.py. `import` reads llama.cpp's files too.
+`average` needs the files that `train.py --keep 5` leaves: the mean of a run's last checkpoints is a
+better model than each of them (section 6.1 of Vaswani et al. 2017). Weights from the time when the
+learning rate was still high lie around a minimum, and their mean lies nearer to it. After a
+schedule that ends at rate 0 there is little left to gain.
 
-Left out: optimizer states, quantized weights, TensorFlow's and Flax's files.
+Left out: optimizer states, weights that stay quantized, TensorFlow's and Flax's files.
 """
 
 import os

@@ -67,8 +67,8 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
 
 
 def opening(tokenizer: AnyTokenizer) -> str:
-    """The special token that a text begins with."""
-    return next((name for name in BEGINS if name in tokenizer.special_tokens), END_OF_TEXT)
+    """The special token that a text begins with; where there is none, the one that ends texts."""
+    return next((name for name in BEGINS if name in tokenizer.special_tokens), ending(tokenizer))
 
 
 def ending(tokenizer: AnyTokenizer) -> str:

@@ -35,7 +35,8 @@ HEEDED_IN_COUNTING = {
     *("preset", "seed", "device"),
 }
 
-# The settings of a network on which no weight's shape depends: --init may change them.
+# The settings of a network on which no weight's shape depends: --init may change them, and those
+# that have the metadata free=True.
 RATES = {"dropout", "attention_dropout", "label_smoothing"}
 
 DESCRIPTION = """\
@@ -93,8 +94,10 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
         wanted["epochs"] = 0.0
     sizes, flags = sizes_of(Config, name, checkpoint), {field.name for field in fields(Flags)}
     if checkpoint:
-        refuse_changes(given, sizes, {*RATES, *flags}, path)
-        sizes |= {rate: given[rate] for rate in RATES & given.keys()}
+        free = {f.name for f in fields(Config) if f.name in RATES or f.metadata.get("free")}
+        free &= set() if given.get("resume") else free
+        refuse_changes(given, sizes, {*RATES, *free, *flags}, path)
+        sizes |= {name: given[name] for name in (RATES | free) & given.keys()}
     else:
         sizes |= {size: wanted[size] for size in sizes.keys() & wanted.keys()}
     if asks_help:

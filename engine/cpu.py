@@ -240,7 +240,10 @@ def joined(linears: list[nn.Linear], pack: bool, fp32: bool) -> Callable[[Tensor
             linear.weight.data = part  # the same memory
 
     def project(x: Tensor) -> tuple[Tensor, ...]:
-        first, *rest = multiply(x).split(sizes, -1)
+        if torch.is_grad_enabled() and linears[0].weight is not None:  # somebody wants gradients
+            first, *rest = (linear(x) for linear in linears)
+        else:
+            first, *rest = multiply(x).split(sizes, -1)
         return first, *(part.float() if fp32 else part for part in rest)
 
     return project

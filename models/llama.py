@@ -40,7 +40,8 @@ from model import MLP, Attention, Block, Dropout, KVCache, Mask, attend, causal_
 @dataclass
 class LlamaConfig:
     vocab_size: int = 32000  # tokens that the model can read and write
-    block_size: int = 2048  # positions it can look back, itself included
+    # positions it can look back, itself included; no weight depends on it, so --init may change it
+    block_size: int = field(default=2048, metadata={"free": True})
     n_layer: int = 12  # blocks
     n_head: int = 12  # heads of queries
     n_kv_head: int = 0  # heads of keys and values; must divide n_head; 0: as many
@@ -200,7 +201,7 @@ class GroupedAttention(Attention):
             # The queries of a group become queries of one head, so that no key is copied.
             grouped = attend(q.reshape(len(q), -1, group, self.head_dim), k, v, mask, dropout)
             return grouped.reshape(q.shape)
-        if hides and not callable(mask):
+        if hides and (isinstance(mask, Tensor) or mask == "causal"):
             allowed = window_mask(T, S, self.window, q.device)
             mask = allowed & mask if isinstance(mask, Tensor) else allowed
         if group > 1:

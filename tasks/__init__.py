@@ -8,6 +8,7 @@ A network's class has
 
     Config       the dataclass of its sizes, vocab_size and block_size among them; the network keeps
                  it as .config. A field with the metadata flag=False is no flag of train.py; with
+                 free=True may be changed by --init; with
                  from_data=True the run takes it from the attribute of the same name of its training
                  data (the labels of a classifier)
     forward      **batch -> {name: summed loss} for each "…targets" of the batch ("mlm_targets" has

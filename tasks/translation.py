@@ -33,7 +33,7 @@ from data.buckets import InBuckets, evenly_within, pad_rows, positions_of
 from data.lines import answer_stdin, new_file
 from data.parallel import ParallelCorpus, is_named, open_pairs
 from data.sentencepieces import START
-from data.tokens import AnyTokenizer, TokenFile, both_splits, ending
+from data.tokens import AnyTokenizer, TokenFile, both_splits, ending, opening
 from decoding import (
     Advance,
     beam_search,
@@ -84,7 +84,8 @@ class Data(InBuckets):
         self.prompts, self.rule = corpus.prompts, corpus.rule
         self.start, self.end = start_and_end(tokenizer)
         # Source i begins at borders[2i], target i at borders[2i + 1] and ends at borders[2i + 2].
-        self.borders = np.append(positions_of(file.ids, self.end), len(file.ids))
+        border = tokenizer.special_tokens[opening(tokenizer)]
+        self.borders = np.append(positions_of(file.ids, border), len(file.ids))
         self.lengths = np.diff(self.borders).reshape(-1, 2)  # each with its end token
         longer = self.lengths.max(1, initial=0)
         self.chosen = np.flatnonzero(longer <= block_size)

@@ -21,6 +21,7 @@ from engine.hub.mapping import their_settings, to_theirs
 from engine.hub.tokenizer_files import tokenizer_json
 from engine.hub.weights import safetensors
 from engine.logs import read_log
+from tasks.text import TURN_ENDS
 from tasks.translation import start_and_end
 from wordpiece import UNK, WordPiece
 
@@ -48,14 +49,18 @@ def export_model(path: Path, folder: Path) -> str:
         if base == "seq2seq":
             ids |= {"decoder_start_token_id": start, "forced_eos_token_id": None}
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-        if base == "llama":  # whose tokens may have names of their own
+        stops = [end]
+        if base != "seq2seq":  # their tokens may have names of their own
             ids["bos_token_id"] = special[opening(tokenizer)]
             names = {k: tokenizer.bytes_of[ids[f"{k}_id"]].decode() for k in names}
+            stops += [special[name] for name in TURN_ENDS if name in special]
         # Ids that are never generated: those that only pad the matrix, and the start token.
         never = list(range(tokenizer.vocab_size, config.vocab_size))
         never += [start] if start != end else []
         limits = {"max_length": config.block_size, "suppress_tokens": never or None}
         files["generation_config.json"] = {**ids, **limits}
+        if len(stops) > 1:
+            files["generation_config.json"]["eos_token_id"] = stops
     files["config.json"] |= ids
     if isinstance(tokenizer, SentencePieces):
         names = {"eos_token": END_PIECE, "unk_token": UNK_PIECE, "pad_token": START_PIECE}

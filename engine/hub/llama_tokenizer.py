@@ -54,14 +54,13 @@ def read_llama_tokenizer(folder: Path) -> AnyTokenizer:
     if settings.get("added_tokens_decoder") is not None:  # which replaces the two older files
         special_map, added = {}, {}
     for name, token in declared_in(folder, settings, special_map, added, listed, {}).items():
-        if tokenizer.special_tokens.get(name, -1) != (
-            token.id or tokenizer.special_tokens.get(name)
-        ):
+        known = tokenizer.special_tokens.get(name)
+        if known is None or token.id not in (None, known):
             raise ValueError(
                 f"{folder}: {token.where}: the added token {name[:80]!r} is not in {path.name}, or "
                 "has another id there: not supported"
             )
-    return tokenizer
+    return with_an_end(tokenizer, path)
 
 
 def from_contents(state: dict, settings: dict, path: Path) -> Tokenizer | ByteFallbackBPE:
@@ -82,10 +81,15 @@ def from_contents(state: dict, settings: dict, path: Path) -> Tokenizer | ByteFa
             raise ValueError(f"{path} splits texts otherwise than {QWEN_CLASS} does")
     check_settings({"add_bos_token": adds_first, "add_eos_token": False}, settings, where)
     first = next((name for name in BEGINS if name in tokenizer.special_tokens), None)
-    if ending(tokenizer) not in tokenizer.special_tokens:
-        raise ValueError(f"{path} has none of {', '.join(ENDS)}, which end a text: not supported")
     if adds_first != (first is not None):
         raise ValueError(
             f"{path} has the token {first}, but does not put it before a text: not supported"
         )
+    return with_an_end(tokenizer, path)
+
+
+def with_an_end(tokenizer: AnyTokenizer, path: Path) -> AnyTokenizer:
+    """The tokenizer, if it has a token that ends a text; else ValueError."""
+    if ending(tokenizer) not in tokenizer.special_tokens:
+        raise ValueError(f"{path} has none of {', '.join(ENDS)}, which end a text: not supported")
     return tokenizer

@@ -211,7 +211,6 @@ CLASSES = {
 }
 DEFAULTS = {
     "gpt": dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-    "llama": {},
     "bert": {"unk_token": UNK, "sep_token": SEP, "pad_token": PAD, "cls_token": CLS}
     | {"mask_token": MASK},
     "seq2seq": {"eos_token": END_PIECE, "unk_token": UNK_PIECE, "pad_token": START_PIECE},
@@ -421,7 +420,7 @@ def from_tokenizer_json(state: dict, path: Path, task: str) -> Tokenizer:
     found = acts_on_ids(state.get("post_processor"))
     if task == "llama":  # of pairs it knows nothing
         found, post_processor = (
-            {k: v for k, v in (what or {}).items() if k != "pair"}
+            {k: v for k, v in what.items() if k != "pair"} if isinstance(what, dict) else what
             for what in (found, post_processor)
         )
     if found != post_processor:

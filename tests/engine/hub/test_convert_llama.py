@@ -128,6 +128,28 @@ def test_out_and_in_again_is_the_same(kind, tmp_path, capsys):
             assert after(text)["input_ids"] == before(text)["input_ids"]
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "llama3"])
+def test_what_ends_a_turn_is_exported_too(kind, tmp_path):
+    """Where generation ends in transformers as it does here."""
+    save_llama(tmp_path / "there", kind)
+    convert.main(["import", str(tmp_path / "there"), "--out", str(tmp_path / "a.pt")])
+    convert.main(["export", str(tmp_path / "a.pt"), "--to", str(tmp_path / "again")])
+    said = json.loads((tmp_path / "again" / "generation_config.json").read_text(encoding="utf-8"))
+    _, tokenizer = checkpoints.restore(tmp_path, checkpoints.load(tmp_path / "a.pt"))
+    end = "<|im_end|>" if kind == "qwen3" else "<|eot_id|>"
+    assert said["eos_token_id"][1:] == [tokenizer.special_tokens[end]]
+
+
+def test_a_run_from_a_published_model_may_read_shorter_windows(tmp_path, toy):
+    save_llama(tmp_path / "there", "smollm")
+    convert.main(["import", str(tmp_path / "there"), "--out", "in/best.pt"])
+    run = ["--init=in/best.pt", "--data=toy.txt", "--steps=2", "--device=cpu", "--warmup=1"]
+    train.main([*run, "--block_size=16", "--tokens_per_step=64", "--out=short"])
+    assert checkpoints.load(Path("short/best.pt"))["model_config"]["block_size"] == 16
+    with pytest.raises(ValueError, match="--n_embd 24 differs from the 36"):
+        train.main([*run, "--n_embd=24", "--out=other"])
+
+
 def our_of(checkpoint: dict) -> LlamaConfig:
     return LlamaConfig(**checkpoint["model_config"])
 

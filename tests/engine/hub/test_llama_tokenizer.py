@@ -281,5 +281,5 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         read_llama_tokenizer(tmp_path)
     state, settings = llama3()
     state["post_processor"] = None
-    with pytest.raises(ValueError, match=r"post_processor=\{\} is not supported"):
+    with pytest.raises(ValueError, match=r"post_processor=None is not supported"):
         read_llama_tokenizer(written(tmp_path, state, settings))
