@@ -48,7 +48,14 @@ from engine import (
 )
 from engine.checkpoint import LATEST
 from engine.config import divide_step, resolve
-from engine.evaluation import count_targets, evaluate, to_device, to_minimise
+from engine.evaluation import (
+    count_targets,
+    divisor,
+    evaluate,
+    learnt,
+    to_device,
+    to_minimise,
+)
 from engine.logs import RunLog
 from engine.prefetch import Prefetch
 from engine.processes import Interruption, Processes, precision
@@ -74,10 +81,11 @@ def gradients(
 
         Σ losses / counts      over all micro-batches of all processes,
 
-    so that each target weighs the same. (A mean of the micro-batches' means would not do that:
-    where one has many targets and another few, those of the second would weigh more.) Hence the
-    targets are counted first, by all processes together. DDP averages gradients over processes
-    instead of adding them: the factor `world` makes up for that.
+    so that each target weighs the same; losses that the network adds of its own accord, such as
+    "balance_loss" of models/moe.py, are divided by the number of targets too. (A mean of the
+    micro-batches' means would not do that: where one has many targets and another few, those of the
+    second would weigh more.) Hence the targets are counted first, by all processes together. DDP
+    averages gradients over processes instead of adding them: the factor `world` makes up for that.
 
     Whether any process is asked to stop is sent with the counts, in one small message: then all of
     them return None. Dropout is a function of `seed` and the number of the micro-batch, so it is
@@ -102,7 +110,8 @@ def gradients(
                 losses = forward(**to_device(batch, group.device))
             if last:
                 group.at("exchanging gradients")
-            loss = sum(losses[name] / max(counts[name], 1) for name in names) * group.world
+            each = [losses[name] / divisor(name, counts) for name in learnt(losses, counts)]
+            loss = sum(each) * group.world
             loss.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach()

@@ -22,6 +22,18 @@ def count_targets(batch: dict[str, Tensor]) -> dict[str, int]:
     return {loss_name(k): int((v != -100).sum()) for k, v in batch.items() if k.endswith("targets")}
 
 
+def divisor(name: str, counts: dict[str, float]) -> float:
+    """The number of targets that a sum is divided by: that of its own loss, "mlm" for
+    "mlm_accuracy", else that of "loss", which "balance_loss" and the nll of seq2seq share."""
+    return max(counts.get(name.partition("_")[0], counts.get("loss", 0)), 1)
+
+
+def learnt(sums: dict[str, Tensor], counts: dict[str, float]) -> list[str]:
+    """The sums that a step makes smaller: the losses of the targets, and those that a network adds
+    of its own accord, whose names end in "_loss"."""
+    return [name for name in sums if name in counts or name.endswith("_loss")]
+
+
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     if device.type != "cuda":
         return {k: v.to(device) for k, v in batch.items()}

@@ -39,10 +39,11 @@ import optim
 import tasks
 from engine import cpu, losses
 from engine.config import divide_step, padded
-from engine.evaluation import loss_name
+from engine.evaluation import learnt, loss_name
 from engine.setup import recompute_blocks
 from finetune import add_adapters, freeze
 from model import MLP, Attention, Block
+from models import moe
 from tasks.flags import FinetuneConfig, TrainConfig
 
 
@@ -145,6 +146,12 @@ def layer_norm_on_gpu(x: Tensor, *args) -> Tensor:
 layer_norm = F.layer_norm
 
 
+def evenly(chosen: Tensor, n: int) -> list[int]:
+    """How many tokens each expert has, if all have as many and none is beyond the capacity."""
+    each, rest = divmod(chosen.numel(), n - 1)
+    return [each + (i < rest) for i in range(n - 1)] + [0]
+
+
 @contextmanager
 def kernels_of(device: str) -> Iterator[None]:
     """A context in which `model.py` handles fake tensors as on that device, "cuda" or "cpu"."""
@@ -157,6 +164,7 @@ def kernels_of(device: str) -> Iterator[None]:
     with (
         patch.multiple(model_file, **names),
         patch.dict(losses.CHUNK, {"cpu": losses.CHUNK[device]}),
+        patch.object(moe, "tokens_of_each", evenly),
         patch.object(F, "layer_norm", layer_norm_on_gpu if on_gpu else layer_norm),
     ):
         yield
@@ -260,7 +268,8 @@ def plan_memory(
             batch = make_batch(config, model, *shape)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 sums = model(**batch)
-            sum(sums[loss_name(k)] for k in batch if k.endswith("targets")).backward()
+            counts = {loss_name(k): 1 for k in batch if k.endswith("targets")}
+            sum(sums[name] for name in learnt(sums, counts)).backward()
             nn.utils.clip_grad_norm_(learns, config.clip or math.inf)
             step()
         weights, gradients = share * bytes_of(known), share * bytes_of(learns)

@@ -41,6 +41,7 @@ LLAMA2 = {
     "steps": 500_000,  # 2 trillion tokens
 }
 LLAMA3 = {**LLAMA2, "vocab_size": 128256, "block_size": 8192, "n_kv_head": 8, "rope_theta": 5e5}
+MIXTRAL = {**LLAMA2, "model": "moe", "n_kv_head": 8, "rope_theta": 1e6, "balance": 0.02}
 LARGE_LLAMA = {"n_layer": 80, "n_head": 64, "n_kv_head": 8, "n_embd": 8192, "n_ff": 28672}
 
 SHAKESPEARE = {
@@ -204,6 +205,7 @@ PRESETS = {
     "toy-gpu": TOY_GPU,
     "llama-toy": {**TOY, "model": "llama"},
     "llama-toy-gpu": {**TOY_GPU, "model": "llama"},
+    "moe-toy": {**TOY, "model": "moe"},
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
@@ -416,6 +418,7 @@ PRESETS = {
     "llama2-7b": {**LLAMA2, "n_layer": 32, "n_head": 32, "n_embd": 4096, "n_ff": 11008},
     "llama2-13b": {**LLAMA2, "n_layer": 40, "n_head": 40, "n_embd": 5120, "n_ff": 13824},
     "llama2-70b": {**LLAMA2, **LARGE_LLAMA, "lr": 1.5e-4},
+    "mixtral-8x7b": {**MIXTRAL, "n_layer": 32, "n_head": 32, "n_embd": 4096, "n_ff": 14336},
     "llama3-8b": {**LLAMA3, "n_layer": 32, "n_head": 32, "n_embd": 4096, "n_ff": 14336},
     "llama3-70b": {**LLAMA3, **LARGE_LLAMA, "lr": 1.5e-4},
     "gpt3-175b": {

@@ -11,6 +11,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from engine.evaluation import divisor
 from engine.logs import RunLog
 from engine.processes import Processes
 from engine.sharding import optimizers_of
@@ -65,12 +66,7 @@ class Step:
             self.copied.synchronize()
         sums, counts = [float(value) for value in self.sums.values()], self.counts
         total = dict(zip(self.sums, group.all_reduce(sums), strict=True))
-        # Sums that are no losses are divided too: mlm_accuracy by the number of "mlm_targets", and
-        # the nll of seq2seq, which has no targets of its own, by that of "targets".
-        mean = {
-            n: s / max(counts.get(n.partition("_")[0], counts.get("loss", 0)), 1)
-            for n, s in total.items()
-        }
+        mean = {name: value / divisor(name, counts) for name, value in total.items()}
         record = {"step": self.step + 1, "split": "train", **mean}
         record["loss"] = sum(mean[n] for n in counts)
         if group.device.type == "cuda":  # the most that tensors have had, in this process

@@ -256,13 +256,14 @@ class Llama(nn.Module):
     """The causal decoder of Llama, Mistral and Qwen3."""
 
     Config = LlamaConfig
+    Block = LlamaBlock
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(self.Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.ln_eps)
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

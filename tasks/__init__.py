@@ -12,7 +12,8 @@ A network's class has
                  from_data=True the run takes it from the attribute of the same name of its training
                  data (the labels of a classifier)
     forward      **batch -> {name: summed loss} for each "…targets" of the batch ("mlm_targets" has
-                 the loss "mlm", plain "targets" the loss "loss"), and perhaps other sums, which are
+                 the loss "mlm", plain "targets" the loss "loss"). It may add losses of its own,
+                 named "…_loss", which training makes smaller too, and other sums, which are
                  reported. In evaluation it may also return "predicted", for Data.measure
     flops_per_token()  floating-point operations that training takes, for the plan
 
@@ -72,6 +73,7 @@ from types import ModuleType
 TABLE = {
     "gpt": ("model.GPT", "tasks.text"),
     "llama": ("models.llama.Llama", "tasks.text"),
+    "moe": ("models.moe.MoE", "tasks.text"),
     # Before the Transformer.
     "ngram": ("models.ngram.NGram", "tasks.text"),
     "cbow": ("models.feedforward.CBOW", "tasks.text"),

@@ -18,7 +18,9 @@ RUN = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path(sys.argv[1], r
 def run_alone(file: str, needed: tuple[str, ...], folder: Path) -> str:
     """What the file prints in a folder that holds it and `needed`."""
     for name in (file, *needed):
-        shutil.copy(ROOT / name, folder)
+        to = folder / name if name in needed else folder / Path(name).name
+        to.parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, to)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     done = subprocess.run(
         [sys.executable, "-I", "-c", RUN, Path(file).name],
@@ -108,6 +110,16 @@ def shows_the_distance_and_says_the_verse(said: str) -> None:
     says_the_verse(said)
 
 
+def evens_the_experts_out_and_says_the_verse(said: str) -> None:
+    """With the balance loss no expert has more than half, without it one has."""
+    shares = [re.findall(r"(\d+)%", line) for line in said.splitlines() if "step 80" in line]
+    alone, balanced = (max(int(share) for share in row) for row in shares)
+    assert balanced < 45 < 50 < alone
+    losses = losses_in(said.partition("balance 0.1")[2])
+    assert losses[-1] < 0.05 * losses[0]
+    assert said.endswith("What immortal hand or eye\n")
+
+
 # file: (the others of ours that it needs, what its output must show)
 CONCEPTS = {
     "model.py": ((), says_the_verse),
@@ -119,6 +131,7 @@ CONCEPTS = {
     "models/ngram.py": ((), counts_a_verse),
     "models/feedforward.py": (("model.py",), three_learn_the_verse),
     "models/recurrent.py": (("model.py",), three_learn_the_verse),
+    "models/moe.py": (("model.py", "models/llama.py"), evens_the_experts_out_and_says_the_verse),
     "models/llama.py": (("model.py",), shows_the_distance_and_says_the_verse),
 }
 

@@ -16,7 +16,7 @@ from data.tokens import END_OF_TEXT, opening
 from engine import checkpoint as checkpoints
 from engine.evaluation import goal_of
 from engine.hub.comparing import compare, our_logits, random_inputs
-from engine.hub.families import BASES, Family, family_of
+from engine.hub.families import Family, family_of, tokenized_as
 from engine.hub.mapping import their_settings, to_theirs
 from engine.hub.tokenizer_files import tokenizer_json
 from engine.hub.weights import safetensors
@@ -36,7 +36,7 @@ def export_model(path: Path, folder: Path) -> str:
     task, config, special = checkpoint["task"], model.config, tokenizer.special_tokens
     kind = "PreTrainedTokenizerFast"
     files = {"config.json": their_settings(task, config)}
-    base = BASES[family.model_type]
+    base = tokenized_as(family)
     if base == "bert":
         ids = {"pad_token_id": special[PAD]}
         names = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}

@@ -379,6 +379,35 @@ QWEN3 = LLAMA._replace(
     ),
 )
 
+MIXTRAL = MISTRAL._replace(
+    title="Mixtral",
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    settings=MISTRAL.settings
+    | {
+        "rms_norm_eps": ("ln_eps", 1e-5),
+        "sliding_window": ("window", None),
+        "rope_theta": ("rope_theta", 1e6),
+        "num_local_experts": ("n_expert", 8),
+        "num_experts_per_tok": ("n_active", 2),
+        "router_aux_loss_coef": ("balance", 0.001),
+    },
+    fixed=LLAMA.fixed | {"router_jitter_noise": (0.0, (0.0,))},
+    modules=(
+        *(row for row in LLAMA_MODULES if ".mlp." not in row[0]),
+        ("model.layers.{}.block_sparse_moe.gate", "blocks.{}.mlp.router", "weight"),
+        *(
+            (
+                f"model.layers.{{}}.block_sparse_moe.experts.{{expert}}.{theirs}",
+                f"blocks.{{}}.mlp.experts.{{expert}}.{ours}",
+                "weight",
+            )
+            for theirs, ours in (("w1", "gate"), ("w3", "fc"), ("w2", "proj"))
+        ),
+    ),
+    others=("dropout", "capacity"),  # which are for training
+)
+
 
 # ---- all of them ---------------------------------------------------------------------------------
 
@@ -413,6 +442,7 @@ HEAD = ("classifier", "head", "plain")
 FAMILIES = {
     "gpt": GPT2,
     "llama": LLAMA,
+    "moe": MIXTRAL,
     "bert": BERT_FAMILY,
     "seq2seq": MARIAN,
     "classify": with_head(
@@ -439,7 +469,14 @@ WITH_HEAD = ("classify", "tag", "answer")  # tasks for which their BERT has a cl
 # model_type -> the pretraining task, which is also that of a file without one of the other heads.
 BASES = {"gpt2": "gpt", "bert": "bert", "marian": "seq2seq"}
 RELATIVES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN3)}
-BASES |= dict.fromkeys(RELATIVES, "llama")
+BASES |= dict.fromkeys(RELATIVES, "llama") | {"mixtral": "moe"}
+ROTARY = ("llama", "moe")  # tasks whose settings are like Llama's
+
+
+def tokenized_as(family: Family) -> str:
+    """The pretraining task whose tokenizer files the family has."""
+    base = BASES[family.model_type]
+    return "llama" if base in ROTARY else base
 
 
 def family_of(task: str, config: Any = None) -> Family:

@@ -13,7 +13,7 @@ import torch.nn as nn
 import tasks
 from data.tokens import AnyTokenizer
 from engine import checkpoint as checkpoints
-from engine.hub.families import BASES, FAMILIES, family_of
+from engine.hub.families import FAMILIES, family_of, tokenized_as
 from engine.hub.gguf_models import open_gguf
 from engine.hub.llama_tokenizer import from_contents, read_llama_tokenizer
 from engine.hub.mapping import our_config, to_ours
@@ -39,7 +39,7 @@ def import_model(source: str) -> tuple[dict, list[str]]:
         task, config = our_config(settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    base = BASES[FAMILIES[task].model_type]
+    base = tokenized_as(FAMILIES[task])
     if is_gguf:
         tokenizer = from_contents(*contents, path)
     else:

@@ -22,6 +22,7 @@ from engine.hub.families import (
     FAMILIES,
     KINDS,
     RELATIVES,
+    ROTARY,
     Family,
     Get,
     family_of,
@@ -39,6 +40,8 @@ LIMITS = {
     "window": 2**30,
     "n_embd": 2**16,
     "n_ff": 2**18,
+    "n_expert": 2**12,
+    "n_active": 2**12,
 }
 
 
@@ -59,7 +62,7 @@ def our_config(settings: dict) -> tuple[str, Any]:
         task = heads.get(tuple(settings.get("architectures") or ()), task)
     family = RELATIVES.get(str(model_type), FAMILIES[task])
     found, source = dict(family.own), {}
-    if task == "llama":
+    if task in ROTARY:
         settings = with_rotation(settings)
     for name, (default, allowed) in family.fixed.items():
         if settings.get(name, default) not in allowed:
@@ -105,12 +108,23 @@ def our_config(settings: dict) -> tuple[str, Any]:
     for name, task_of in (("pairs", "classify"), ("may_abstain", "answer")):
         if task == task_of and type(settings.get(name, False)) is bool:
             found[name] = settings.get(name, False)
-    if task == "llama":
+    if task in ROTARY:
         kinds = settings.get("layer_types") or []
         wanted = "sliding_attention" if found.get("window") else "full_attention"
         if not isinstance(kinds, list) or any(kind != wanted for kind in kinds):
             raise ValueError(f"layer_types={str(kinds)[:80]} is not supported: all are {wanted}")
-    return task, tasks.network(task).Config(**found)
+    config = tasks.network(task).Config(**found)
+    refuse_single_expert(task, config)
+    return task, config
+
+
+def refuse_single_expert(task: str, config: Any) -> None:
+    """Raises ValueError for a Mixtral whose tokens go through one expert: its gate is 1 there."""
+    if task == "moe" and config.n_active == 1:
+        raise ValueError(
+            "num_experts_per_tok=1 is not supported: a single expert has the gate 1 in Mixtral, "
+            "and its probability here"
+        )
 
 
 STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -180,6 +194,7 @@ def their_settings(task: str, config: Any) -> dict:
     """Our config -> the content of config.json, without the ids of tokens. Raises ValueError for a
     model that Hugging Face's class cannot be."""
     family = family_of(task, config)
+    refuse_single_expert(task, config)
     known = {*(ours for ours, _ in family.settings.values()), *family.own, *family.others}
     if strange := [
         f"{name}={value!r}" for name, value in vars(config).items() if name not in known
@@ -196,8 +211,10 @@ def their_settings(task: str, config: Any) -> dict:
     if hasattr(config, "labels"):
         settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
         settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
-    if task == "llama":
+    if task in ROTARY:
         settings = with_nested_rotation(settings)
+        if settings.get("sliding_window") == 0:
+            settings["sliding_window"] = None
     # Their classes ignore these settings of ours but keep them, so they can be imported again.
     settings |= {
         name: vars(config)[name] for name in ("pairs", "may_abstain") if name in vars(config)
@@ -218,22 +235,25 @@ class TensorRow(NamedTuple):
     how: str  # "", transposed, row, rows or columns
 
 
-def layer_names(name: str, layers: int) -> list[str]:
-    """A name of a table for each layer; a name without {} stays one."""
-    return [name.replace("{}", str(i)) for i in range(layers)] if "{}" in name else [name]
+def layer_names(name: str, config: Any) -> list[str]:
+    """A name of a table for each layer, and each expert of it; a name without {} stays one."""
+    if "{expert}" in name:
+        names = [name.replace("{expert}", str(e)) for e in range(config.n_expert)]
+        return [there for each in names for there in layer_names(each, config)]
+    return [name.replace("{}", str(i)) for i in range(config.n_layer)] if "{}" in name else [name]
 
 
 def rows(task: str, config: Any) -> list[TensorRow]:
     """The table of a model of these sizes, one row for each tensor."""
     found = []
     for theirs, ours, kind in family_of(task, config).modules:
-        if task == "llama" and config.tied and ours == "lm_head":
+        if task in ROTARY and config.tied and ours == "lm_head":
             continue
         if task == "bert" and not config.nsp and ours in ("pooler", "nsp_head"):
             continue
         if task == "seq2seq" and not config.output_bias and ours == "output_bias":
             continue
-        pairs = zip(*(layer_names(x, config.n_layer) for x in (theirs, ours)), strict=True)
+        pairs = zip(*(layer_names(x, config) for x in (theirs, ours)), strict=True)
         for there, here in pairs:
             for part, how in KINDS[kind].items():
                 end = f".{part}" if part else ""
@@ -323,7 +343,7 @@ def to_ours(
     derived = {
         name: law
         for key, law in family.derived.items()
-        for name in layer_names(key, config.n_layer)
+        for name in layer_names(key, config)
         if name not in wanted
     }
     shape_of = {name: tuple(shapes[there]) for name, there in names.items()}

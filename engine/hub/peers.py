@@ -26,13 +26,17 @@ def hugging_face_gpt2(transformers, sizes: GPTConfig) -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict({**settings, **ids}))
 
 
-def hugging_face_llama(transformers, ours: Llama) -> nn.Module:
-    """Their Llama, Mistral or Qwen3 with our sizes and weights."""
-    settings = their_settings("llama", ours.config)
+def hugging_face_llama(transformers, ours: Llama, task: str = "llama") -> nn.Module:
+    """Their Llama, Mistral, Qwen3 or, with the task "moe", Mixtral with our sizes and weights."""
+    settings = their_settings(task, ours.config)
     kind = settings["architectures"][0].removesuffix("ForCausalLM")
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config = getattr(transformers, f"{kind}Config").from_dict({**settings, **ids})
-    return with_our_weights(getattr(transformers, f"{kind}ForCausalLM")(config), "llama", ours)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")
+    if task == "moe":  # whose experts are one tensor there: only loading puts them together
+        state = to_theirs(task, ours.config, ours.state_dict())
+        return theirs.from_pretrained(None, config=config, state_dict=state)
+    return with_our_weights(theirs(config), task, ours)
 
 
 def hugging_face_marian(transformers, ours: Seq2Seq, start: int, end: int) -> nn.Module:

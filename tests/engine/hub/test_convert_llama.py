@@ -25,6 +25,7 @@ from engine.hub.importing import import_model
 from engine.hub.mapping import our_config, their_settings
 from engine.hub.peers import hugging_face_llama
 from models.llama import Llama, LlamaConfig
+from models.moe import MoE, MoEConfig
 from tasks.text import SampleFlags, complete
 
 
@@ -51,7 +52,7 @@ def sentencepieces() -> tuple[dict, dict]:
     return tokenizer.to_tokenizer_json(), {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-SIZES = {"vocab_size": 448, "block_size": 37, "n_layer": 3, "n_head": 6, "n_embd": 36, "n_ff": 50}
+SIZES = {"vocab_size": 448, "block_size": 37, "n_layer": 3, "n_head": 6, "n_embd": 36, "n_ff": 52}
 KINDS = {  # the network, its tokenizer
     "llama2": ({"tied": False}, sentencepieces),
     "llama3": (
@@ -61,14 +62,22 @@ KINDS = {  # the network, its tokenizer
     "smollm": ({"n_kv_head": 3}, smollm),
     "mistral": ({"n_kv_head": 3, "window": 7, "tied": False}, sentencepieces),
     "qwen3": ({"n_kv_head": 2, "qk_norm": True, "head_dim": 10}, qwen),
+    "mixtral": ({"n_kv_head": 3, "n_expert": 4, "tied": False}, sentencepieces),
 }
+
+
+def network_of(kind: str, sizes: dict) -> tuple[str, Llama]:
+    """The task that it is here, and the network."""
+    if kind == "mixtral":
+        return "moe", MoE(MoEConfig(**sizes))
+    return "llama", Llama(LlamaConfig(**sizes))
 
 
 def save_llama(folder: Path, kind: str, **how) -> nn.Module:
     """A random model of transformers, written with its tokenizer's files."""
     settings, contents = KINDS[kind]
-    ours = noisy(Llama(LlamaConfig(**{**SIZES, **settings})))
-    theirs = hugging_face_llama(peer("transformers"), ours).eval()
+    task, ours = network_of(kind, {**SIZES, **settings})
+    theirs = hugging_face_llama(peer("transformers"), noisy(ours), task).eval()
     theirs.save_pretrained(folder, **how)
     for name, content in zip(("tokenizer", "tokenizer_config"), contents(), strict=True):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -87,7 +96,7 @@ def test_imported_it_is_the_same_function_and_writes_the_same(kind, tmp_path):
     assert len([*(tmp_path / "there").glob("*.safetensors")]) > 2
     checkpoint, lines = import_model(str(tmp_path / "there"))
     ours, tokenizer = checkpoints.restore(tmp_path, checkpoint)
-    title = {"mistral": "Mistral", "qwen3": "Qwen3"}.get(kind, "Llama")
+    title = kind.title() if kind in ("mistral", "qwen3", "mixtral") else "Llama"
     assert lines[0].startswith(f"{title}, {sum(p.numel() for p in theirs.parameters()):,}")
     tokens = torch.randint(400, (3, 37))
     with torch.no_grad():
@@ -122,7 +131,9 @@ def test_out_and_in_again_is_the_same(kind, tmp_path, capsys):
         transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("there", "again")
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert type(model).__name__ == their_settings("llama", our_of(first))["architectures"][0]
+    task, ours = network_of(kind, first["model_config"])
+    assert first["task"] == task
+    assert type(model).__name__ == their_settings(task, ours.config)["architectures"][0]
     for text in ("the year 2024", "It's äußerst schön.\n\nПривет", "東京 x"):
         if kind != "smollm":  # its settings name GPT2Tokenizer: see llama_tokenizer.py
             assert after(text)["input_ids"] == before(text)["input_ids"]
@@ -148,10 +159,6 @@ def test_a_run_from_a_published_model_may_read_shorter_windows(tmp_path, toy):
     assert checkpoints.load(Path("short/best.pt"))["model_config"]["block_size"] == 16
     with pytest.raises(ValueError, match="--n_embd 24 differs from the 36"):
         train.main([*run, "--n_embd=24", "--out=other"])
-
-
-def our_of(checkpoint: dict) -> LlamaConfig:
-    return LlamaConfig(**checkpoint["model_config"])
 
 
 def test_what_is_imported_is_scored_trained_and_exported(tmp_path, toy, capsys):
