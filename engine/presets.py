@@ -205,11 +205,13 @@ PRESETS = {
     "toy-gpu": TOY_GPU,
     "llama-toy": {**TOY, "model": "llama"},
     "llama-toy-gpu": {**TOY_GPU, "model": "llama"},
-    "moe-toy": {**TOY, "model": "moe"},
+    # Two experts of half the width: a token pays what it pays in llama-toy.
+    "moe-toy": {**TOY, "model": "moe", "n_ff": 176},
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
     "llama-shakespeare": {**SHAKESPEARE, "model": "llama"},
+    "moe-shakespeare": {**SHAKESPEARE, "model": "moe", "n_ff": 176},
     "ngram-shakespeare": NGRAM,
     "addk-shakespeare": {**NGRAM, "order": 4, "smoothing": "add_k", "added": 0.1},
     "backoff-shakespeare": {**NGRAM, "smoothing": "stupid_backoff"},
@@ -439,5 +441,5 @@ def first_hour(task: str, device: str, data: str) -> str:
         return "dates" if data in ("", "dates") else "transformer-tiny"
     if task == "bert":
         return "pydocs"
-    toy = {"gpt": "toy", "llama": "llama-toy"}.get(task, "")  # of others, the defaults
-    return f"{toy}-gpu" if toy and device == "cuda" else toy
+    toy = {"gpt": "toy", "llama": "llama-toy", "moe": "moe-toy"}.get(task, "")  # else the defaults
+    return f"{toy}-gpu" if f"{toy}-gpu" in PRESETS and device == "cuda" else toy
