@@ -10,8 +10,8 @@
    against the others, w minimises |w|² / 2 + C · the sum of max(0, 1 - y w·x)², by coordinate
    descent in the dual, as LIBLINEAR does: one text after the other gets its best weight alpha.
 
-A text's words are what is between its spaces, in lower case (as in SST-2, where commas stand alone);
-those that the training texts do not have are left out. The score is accuracy, ± its standard error.
+A text's words are what stands between its spaces, in lower case: in SST-2 commas stand alone. Those
+that the training texts do not have are left out. The score is accuracy, ± its standard error.
 
 Left out: pairs of words (bigrams), lists of stop words, choosing C, shrinking.
 
@@ -41,7 +41,7 @@ LARGEST = 2**28  # numbers in a table of words by classes
 class ClassicConfig:
     data: str = ""  # a table of texts and labels, as for train.py --model classify
     valid: str = ""  # another one to score; empty: one in ten rows of each label is held out
-    C: float = ranged(1.0, above=0, most=1e6)  # the SVM's price of a text on the wrong side
+    C: float = ranged(1.0, 1e-6, 1e6)  # the SVM's price of a text on the wrong side
     words: int = ranged(8, 0, 1000)  # so many telling words of each label are shown
     seed: int = ranged(0, 0)  # of the order in which the SVM sees the texts
 
