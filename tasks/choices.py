@@ -26,6 +26,7 @@ Papers: GPT-2 (Radford et al. 2019) for none, GPT-3 (Brown et al. 2020, arXiv:20
 import math
 import re
 import sys
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from itertools import chain
 from pathlib import Path
@@ -142,26 +143,24 @@ class Prompts:
 
     def fitting(self, row: Question, examples: list[str]) -> list[Sequence]:
         """The sequences of a row, with as many of its examples as fit."""
-        found = self.encode(row, examples)
-        while examples and max(len(ids) for ids, _ in found) > self.limit:
-            examples = examples[1:]
-            self.left_out += 1
-            found = self.encode(row, examples)
+
+        def fits(dropped: int) -> bool:
+            return max(len(ids) for ids, _ in self.encode(row, examples[dropped:])) <= self.limit
+
+        dropped = 0 if fits(0) else bisect_left(range(len(examples)), True, key=fits)
+        self.left_out += dropped
+        found = self.encode(row, examples[dropped:])
         # All lose as many tokens as the longest must, so that all choices follow the same text.
         over = max(0, max(len(ids) for ids, _ in found) - self.limit)
         self.cut += over > 0
         for choice, (ids, start) in zip(row.choices, found, strict=True):
             if not over < start < len(ids):
-                what = (
-                    f"{len(ids) - start:,} tokens, and a model of --block_size {self.limit - 1:,}"
-                )
+                why = f"has {len(ids) - start:,} tokens, and the model sees {self.limit - 1:,}"
                 if start == len(ids):
-                    what = "no tokens: the tokenizer leaves all of it out"
-                else:
-                    what += " sees one less behind a question"
+                    why = "has no tokens, since the tokenizer leaves all of it out"
                 raise ValueError(
-                    f"line {row.line:,}: the choice {choice[:40]!r} has {what}; change it, or "
-                    "leave the line out"
+                    f"line {row.line:,}: the choice {choice[:40]!r} {why}: change it, or leave the "
+                    "line out"
                 )
         return [Sequence(ids[over:], start - over) for ids, start in found]
 
@@ -184,10 +183,10 @@ class Prompts:
         """What was left out, in a sentence, or nothing."""
         parts = []
         if self.left_out:
-            parts.append(f"{self.left_out:,} examples are left out")
+            parts.append(f"examples left out: {self.left_out:,}")
         if self.cut:
-            parts.append(f"{self.cut:,} questions lose their beginning")
-        return f"{' and '.join(parts)}: the model sees {self.limit - 1:,} tokens" if parts else ""
+            parts.append(f"questions without their beginning: {self.cut:,}")
+        return f"{', '.join(parts)} (the model sees {self.limit - 1:,} tokens)" if parts else ""
 
 
 # ---- sequences -> scores -------------------------------------------------------------------------

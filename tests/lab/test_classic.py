@@ -1,4 +1,4 @@
-"""lab/classic.py: naive Bayes by hand and by its formula, the SVM beside scikit-learn and duality."""
+"""lab/classic.py: naive Bayes by hand and by formula, the SVM beside scikit-learn and duality."""
 
 import csv
 import math

@@ -214,7 +214,7 @@ def test_examples_that_do_not_fit_are_left_out_from_the_front_and_counted():
     fits = prompts(rows, BYTES, shots=3, block_size=27)
     assert fits.note() == "" and fits.sequences == whole.sequences
     short = prompts(rows, BYTES, shots=3, block_size=26)
-    assert short.note() == "4 examples are left out: the model sees 26 tokens"
+    assert short.note() == "examples left out: 4 (the model sees 26 tokens)"
     for ours, theirs in zip(short.sequences, whole.sequences, strict=True):
         assert ours == ([256, *theirs.ids[8:]], theirs.start - 7)
 
@@ -223,7 +223,7 @@ def test_a_question_that_does_not_fit_loses_its_beginning():
     rows = [Question(1, "abcdef", ("1", "22"), 0), Question(2, "ab", ("1", "22"), 0)]
     found = prompts(rows, BYTES, shots=1, block_size=5)
     assert found.note() == (
-        "2 examples are left out and 1 questions lose their beginning: the model sees 5 tokens"
+        "examples left out: 2, questions without their beginning: 1 (the model sees 5 tokens)"
     )
     assert found.sequences == [
         (list(b"cdef1"), 4),  # of both choices the same text is left
@@ -231,7 +231,9 @@ def test_a_question_that_does_not_fit_loses_its_beginning():
         ([256, *b"ab1"], 3),
         ([256, *b"ab22"], 3),
     ]
-    with pytest.raises(ValueError, match=r"line 7: the choice 'abcdef' has 6 tokens, and a model"):
+    with pytest.raises(
+        ValueError, match=r"line 7: the choice 'abcdef' has 6 tokens, and the model sees 5:"
+    ):
         prompts([Question(7, "x", ("abcdef", "1"), 0)], BYTES, block_size=5)
     assert prompts([Question(7, "x", ("abcde", "1"), 0)], BYTES, block_size=5).cut == 1
 
@@ -361,7 +363,7 @@ def test_every_task_of_texts_answers_and_says_what_it_left_out(toy_choices, task
         flags = SampleFlags(choices="q.jsonl", shots=6, batch_size=batch_size)
         task.sample(model, WORDS, flags, {}, None)
         out, err = capsys.readouterr()
-        assert re.search(r"note: \d+ examples are left out: the model sees 37 tokens\n", err)
+        assert re.search(r"note: examples left out: \d+ \(the model sees 37 tokens\)\n", err)
         said.append(out)
     assert said[0] == said[1] and said[0].startswith("20 rows, 6 shots")
 
