@@ -63,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     asked, scored = getattr(flags, "dtype", "fp32"), getattr(flags, "eval", "")
     # A figure is to be the same on every device: its weights stay in fp32, and its products too,
     # unless bf16 is asked for.
-    mixed = bool(scored) and asked == "bf16"
-    dtype = torch.float32 if scored else precision(asked, device)
+    figures = bool(scored or getattr(flags, "choices", ""))
+    mixed = figures and asked == "bf16"
+    dtype = torch.float32 if figures else precision(asked, device)
     if mixed:
         decoding.pair_steps = None  # their caches have the dtype of the weights
     model, tokenizer, checkpoint = checkpoints.load_model(path, device, checkpoint, dtype)

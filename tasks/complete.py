@@ -33,6 +33,7 @@ from data.buckets import InBuckets, evenly_within, pad_rows
 from data.tables import Row, TableCorpus, open_tables
 from data.tokens import SPLITS, ending, get_tokenizer, opening, settings
 from tasks import text
+from tasks.choices import print_accuracies
 from tasks.flags import FinetuneConfig
 from tasks.text import SampleFlags, split_space
 from tasks.whole import whole_file
@@ -165,8 +166,11 @@ def sample(
     checkpoint: dict,
     score: Callable[[Data], None],
 ) -> None:
-    """Prints the scores of --eval, or else the completions of the prompts, read as in training."""
-    if flags.eval:
+    """Prints the scores of --eval or --choices, or else the completions of the prompts, read as in
+    training."""
+    if flags.choices:
+        print_accuracies(model, tokenizer, flags)
+    elif flags.eval:
         score(whole_file(Flags, Data, tokenizer, flags, checkpoint))
     else:
         text.print_completions(model, tokenizer, flags, encode_prompt)

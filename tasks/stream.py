@@ -100,9 +100,9 @@ def sample(
     checkpoint: dict,
     score: Callable[[text.Data], None],
 ) -> None:
-    """Prints the scores of --eval, read as in training, or else what continues the prompts."""
+    """Prints the scores of --eval, read as in training; all else is as for any text."""
     if flags.eval:
         shuffled = checkpoint["train_config"].get("shuffle", False)
         score(text.eval_data(model, tokenizer, flags, text.Data if shuffled else Data))
     else:
-        text.print_completions(model, tokenizer, flags)
+        text.sample(model, tokenizer, flags, checkpoint, score)

@@ -34,6 +34,7 @@ from data.tables import TableCorpus, is_table, open_tables
 from data.text import NAMES, Corpus, open_corpus, whole
 from data.tokens import BEGINS, ENDS, TokenFile, both_splits, opening, tokenize
 from decoding import choose, distribution, generate, likeliest
+from tasks.choices import print_accuracies
 from tasks.flags import DEVICES, DTYPES, TrainConfig, check, choice, ranged
 
 GOAL, LOWER_IS_BETTER = "loss", True
@@ -199,17 +200,24 @@ class SampleFlags:
     stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
     num_samples: int = ranged(1, 1, 10_000)  # continuations of each prompt
     eval: str = ""  # score instead: stdlib, shakespeare, or a path; of complete: a file as --data
+    choices: str = ""  # answer instead: a .jsonl of questions and options (tasks/choices.py)
+    shots: int = ranged(0, 0, 1000)  # solved examples before each of these questions
+    shots_from: str = ""  # a .jsonl that they are drawn from; empty: the other rows of --choices
     cache_dir: str = "data/cache"  # where --eval keeps downloads and token files
-    batch_size: int = ranged(8, 1, 2**20)  # windows of that text at a time
+    batch_size: int = ranged(8, 1, 2**20)  # windows of --eval, or texts of --choices, at a time
     seed: int = 1337  # equal seeds give equal samples
     device: str = choice("auto", *DEVICES)  # auto, cpu, cuda or mps
-    # bf16, fp32, or auto: bf16 on GPUs that have it, but fp32 for --eval, a figure to compare
+    # bf16, fp32, or auto: bf16 on GPUs that have it, but fp32 for figures to compare
     dtype: str = choice("auto", *DTYPES)
 
     def __post_init__(self):
         check(self)
         if self.eval and self.prompt:
             raise ValueError("--eval and --prompt are two things to do: give one of them")
+        if self.choices and (self.eval or self.prompt):
+            raise ValueError("--choices is a thing to do by itself: leave out --eval and --prompt")
+        if (self.shots or self.shots_from) and not self.choices:
+            raise ValueError("--shots and --shots_from need questions: name them with --choices")
 
 
 def split_space(prompt: str) -> tuple[str, str]:
@@ -430,8 +438,10 @@ def sample(
     checkpoint: dict,
     score: Callable[[Data], None],
 ) -> None:
-    """Prints the scores of --eval, or else the continuations of the prompts."""
-    if flags.eval:
+    """Prints the scores of --eval or --choices, or else the continuations of the prompts."""
+    if flags.choices:
+        print_accuracies(model, tokenizer, flags)
+    elif flags.eval:
         score(eval_data(model, tokenizer, flags))
     else:
         print_completions(model, tokenizer, flags)

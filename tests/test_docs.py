@@ -70,6 +70,7 @@ FOLDERS |= {"out/minilm": "bert", **{f"out/{task}": task for task in LABELLED}} 
 STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt", "shakespeare": "toy.txt"}
 STAND_INS |= {"queries.txt": "toy-docs.txt", "lines.txt": "toy.txt"}
 STAND_INS |= {"text.txt": "toy.txt", "dev.csv": "toy.csv", "my.txt": "toy.txt"}
+STAND_INS |= dict.fromkeys(("questions.jsonl", "dev.jsonl", "train.jsonl"), "toy-choices.jsonl")
 FILES = ("--data", "--valid", "--languages", "--layout", "--tokenizer", "--minutes")
 SIZES = ("--vocab_size", "--block_size", "--n_layer", "--n_head", "--n_embd", "--n_ff")
 LABS = {
@@ -77,6 +78,7 @@ LABS = {
     "lab.runs": ["--only=saving", "--small", "--repeats=1", "--steps=6"],
     "lab.ladder": ["--data=toy.txt", "--only=ngram,addk"],
     "lab.gradients": ["--length=12", "--width=8"],
+    "lab.classic": ["--data=toy.csv"],
     "lab.growth": ["--help"],  # runs in tests/lab/test_growth.py, with smaller sizes
     "lab.finetuning": [
         *("--model=classify", "--init=out/minilm/best.pt", "--repeats=2"),

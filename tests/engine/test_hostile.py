@@ -42,7 +42,7 @@ from engine import checkpoint as checkpoints
 from engine import cli, closing
 from engine.logs import draw_curves
 from engine.presets import PRESETS
-from lab import bench, gpu, gradients, growth, ladder
+from lab import bench, classic, gpu, gradients, growth, ladder
 from lab import finetuning as bench_finetune
 from lab import runs as bench_runs
 from lab import sampling as bench_sampling
@@ -74,12 +74,13 @@ FLOATS += words("1e300 1e308 1e999 nan inf -inf ٣.٥ seven 0,5 --")
 FLOATS += ["9" * 300, "9" * 5000, ""]
 BOOLS = ["", *words("true FALSE yes No on off 1 0 2 maybe None ٣")]
 FILES = words(
-    """toy.txt toy-docs.txt toy.tsv toy.csv toy.conll toy.jsonl toy.json toy-alike.csv toy.txt.gz
-    toy.txt,toy-docs.txt word.txt empty.txt blank.txt binary.txt latin.txt wide.txt -dash.txt
-    ünï—日本.txt tokenizer.json cut.pt cut.json cut.jsonl.gz notes notes.png notes.npy out/gpt
-    out/gpt/latest.pt out/bert/best.pt out/seq2seq/best.pt out/classify/best.pt theirs folder
-    folder.pt texts strange fifo fifo.pt fifo.png broken broken.npy broken.pt broken.png loop
-    zero.txt new new.npy new.png new/a no/where.npy missing.txt . / .. ~ /dev/null /dev/zero"""
+    """toy.txt toy-docs.txt toy.tsv toy.csv toy.conll toy.jsonl toy-choices.jsonl toy.json
+    toy-alike.csv toy.txt.gz toy.txt,toy-docs.txt word.txt empty.txt blank.txt binary.txt
+    latin.txt wide.txt -dash.txt ünï—日本.txt tokenizer.json cut.pt cut.json cut.jsonl.gz notes
+    notes.png notes.npy out/gpt out/gpt/latest.pt out/bert/best.pt out/seq2seq/best.pt
+    out/classify/best.pt theirs folder folder.pt texts strange fifo fifo.pt fifo.png broken
+    broken.npy broken.pt broken.png loop zero.txt new new.npy new.png new/a no/where.npy
+    missing.txt . / .. ~ /dev/null /dev/zero"""
 )
 FILES += ["", 'it\'s "quoted".txt']
 CHOICES = [
@@ -186,6 +187,7 @@ COMMANDS = {
             ("answer", "answer", ["--context=toy.txt", "--prompt=what?"]),
             ("similar", "similar", ["--similar", "toy.txt", "toy-docs.txt"]),
             ("complete", "complete", ["--prompt=cat", "--max_new_tokens=4"]),
+            ("choices", "gpt", ["--choices=toy-choices.jsonl", "--shots=2"]),
         )
     },
     "import": Command(convert.main, ["import", "theirs", "--out=new/gpt.pt"]),
@@ -198,6 +200,7 @@ COMMANDS = {
     "growth": Command(growth.main, ["--repeats=1"]),
     "ladder": Command(ladder.main, ["--only=ngram,cbow", "--data=toy.txt", "--steps=1"]),
     "gradients": Command(gradients.main, ["--length=3", "--width=4"]),
+    "classic": Command(classic.main, ["--data=toy.csv"]),
     "gpu": Command(gpu.main, ["--rehearse", "--only=ceilings"]),
     "bench_finetune": Command(
         bench_finetune.main, ["--init=out/bert/best.pt", "--data=toy.csv", "--repeats=2"]
