@@ -21,6 +21,7 @@ from engine.hub.families import (
     BASES,
     FAMILIES,
     KINDS,
+    LLAMAS,
     RELATIVES,
     Family,
     Get,
@@ -59,7 +60,7 @@ def our_config(settings: dict) -> tuple[str, Any]:
         task = heads.get(tuple(settings.get("architectures") or ()), task)
     family = RELATIVES.get(str(model_type), FAMILIES[task])
     found, source = dict(family.own), {}
-    if task == "llama":
+    if task in LLAMAS:
         settings = with_rotation(settings)
     for name, (default, allowed) in family.fixed.items():
         if settings.get(name, default) not in allowed:
@@ -105,7 +106,7 @@ def our_config(settings: dict) -> tuple[str, Any]:
     for name, task_of in (("pairs", "classify"), ("may_abstain", "answer")):
         if task == task_of and type(settings.get(name, False)) is bool:
             found[name] = settings.get(name, False)
-    if task == "llama":
+    if task in LLAMAS:
         kinds = settings.get("layer_types") or []
         wanted = "sliding_attention" if found.get("window") else "full_attention"
         if not isinstance(kinds, list) or any(kind != wanted for kind in kinds):
@@ -196,7 +197,7 @@ def their_settings(task: str, config: Any) -> dict:
     if hasattr(config, "labels"):
         settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
         settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
-    if task == "llama":
+    if task in LLAMAS:
         settings = with_nested_rotation(settings)
     # Their classes ignore these settings of ours but keep them, so they can be imported again.
     settings |= {
@@ -227,7 +228,7 @@ def rows(task: str, config: Any) -> list[TensorRow]:
     """The table of a model of these sizes, one row for each tensor."""
     found = []
     for theirs, ours, kind in family_of(task, config).modules:
-        if task == "llama" and config.tied and ours == "lm_head":
+        if task in LLAMAS and config.tied and ours == "lm_head":
             continue
         if task == "bert" and not config.nsp and ours in ("pooler", "nsp_head"):
             continue

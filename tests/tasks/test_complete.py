@@ -245,7 +245,7 @@ def test_sampling_reads_a_prompt_as_training_did(name, prompt, completion):
     rows = [Row(1, (prompt, completion))]
     corpus = TableCorpus("x", "", "", {"train": rows, "validation": rows})
     data = Data(corpus, "train", tokenizer, block_size=10_000, batch_size=1)
-    row, border = data.rows[0].tolist(), data.borders[0]
+    row, border = data.rows[0].tolist(), int(data.asked[0].argmax())
     assert row[:border] == ids and row[-1] == tokenizer.special_tokens[END_OF_TEXT]
     assert tokenizer.decode_bytes(row[border:-1]).startswith(lead)
     # What sampling demands of the first new token holds for the one that training asks for.
@@ -264,7 +264,7 @@ def test_sampling_gives_the_model_the_ids_of_the_training_row(monkeypatch):
     model = SimpleNamespace(token_embedding=torch.nn.Embedding(1, 1))  # on a CPU: all that is asked
     text.complete(model, tokenizer, prompts, config, encode=encode_prompt)
     data, _ = splits(tokenizer=tokenizer, block_size=200)
-    assert given == [row[:b].tolist() for row, b in zip(data.rows, data.borders, strict=True)]
+    assert given == [row[~own].tolist() for row, own in zip(data.rows, data.asked, strict=True)]
     assert any(a.endswith(" ") for a in prompts) and any(END_OF_TEXT in a for a in prompts)
 
 
