@@ -177,7 +177,7 @@ def check_messages(messages: object) -> None:
 
 
 def with_system(messages: list[Message], text: str) -> list[Message]:
-    """The messages behind a system's of this text, unless it is "" or they have one of their own."""
+    """The messages behind a system's of this text, unless it is "" or they have one already."""
     if not text or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": text}, *messages]
@@ -199,8 +199,8 @@ def pieces(
     answers: bool = False,
 ) -> Iterator[Piece]:
     """The parts of a conversation, in order; with `answers`, behind them what stands before the
-    next answer. tokenizer None: there is none yet. Raises ValueError for messages that are none, and
-    where there is nothing to answer."""
+    next answer. tokenizer None: there is none yet. Raises ValueError for messages that are none,
+    and where there is nothing to answer."""
     check_messages(messages)
     if answers and messages[-1]["role"] != "user":
         raise ValueError("there is nothing to answer: end the messages with one of the user")
