@@ -159,8 +159,8 @@ def test_an_answer_is_the_assistants_and_so_is_its_end(name):
     said = tokenizer.decode_bytes([i for i, mine in zip(ids, own, strict=True) if mine]).decode()
     end = {"<ending>": "</s>" if hasattr(tokenizer, "adds_bos") else END_OF_TEXT}
     end = end.get(template.end, template.end)
-    first, second = (template.answer.replace("{}", answer) for answer in ("Hello!", "Yes"))
-    assert said == f"{first}{end}{second}{end}"
+    one, two = (template.answer.replace("{}", answer) for answer in ("Hello!", "Yes"))
+    assert said == f"{one}{end}{two}{end}"
 
 
 @ALL
