@@ -2,6 +2,7 @@
 
     python sample.py --prompt "def "              the newest checkpoint below out/
     python sample.py --checkpoint out/gpt/best.pt --prompt "A" --prompt "Once upon" --num_samples 2
+    python sample.py --checkpoint out/smollm2/best.pt --chat        a conversation: tasks/chat.py
 
 A checkpoint knows its task, the task's file has the flags and says what is made of a prompt:
 
@@ -71,7 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer, checkpoint = checkpoints.load_model(path, device, checkpoint, dtype)
     print(f"{path}: {checkpoint['task']}, step {checkpoint['step']:,}", file=sys.stderr)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        task.sample(model, tokenizer, flags, checkpoint, partial(print_scores, model, name=scored))
+        if getattr(flags, "chat", False):  # which any network that continues texts can
+            from tasks.chat import talk
+
+            talk(model, tokenizer, flags, checkpoint)
+        else:
+            score = partial(print_scores, model, name=scored)
+            task.sample(model, tokenizer, flags, checkpoint, score)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,10 @@ class ByteFallbackBPE:
             text, allowed_special, lambda part: self._encode_part(part, next(first, False))
         )
 
+    def encode_behind(self, text: str) -> list[int]:
+        """Ids of `text`, which stands behind a special token: encode() takes it for the first."""
+        return self._encode_part(text.encode("utf-8", "replace").decode("utf-8"), False)
+
     def encode_batch(
         self, texts: Iterable[str], allowed_special: Collection[str] = ()
     ) -> list[list[int]]:

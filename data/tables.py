@@ -13,8 +13,10 @@ counts whose names are all there, in the first line or in each object of a .json
 Other columns are ignored. A first line without such names is a row; its columns are then those of
 the first form of the same length, in that order.
 
-Left out: other separators and encodings, nested JSON, Excel and Parquet, tables that do not fit
-into memory, finding rows that occur twice (they may fall on both sides of the division).
+A column that a task calls nested holds a list, which becomes its JSON text.
+
+Left out: other separators and encodings, other nested JSON, Excel and Parquet, tables that do not
+fit into memory, finding rows that occur twice (they may fall on both sides of the division).
 """
 
 import csv
@@ -106,12 +108,14 @@ def read_table(
     forms: Sequence[Form],
     *,
     blank: Collection[str] = (),
+    nested: Collection[str] = (),
     collapse: bool = False,
     remedy: str = "",
 ) -> Table:
     """All rows of a file, in order.
 
-    blank: the columns whose cells may be empty or white space. collapse: white space becomes single
+    blank: the columns whose cells may be empty or white space. nested: those whose cells in a
+    .jsonl are lists, which become their JSON text. collapse: white space becomes single
     spaces and is removed at both ends; otherwise it is part of the text. Case and white space
     around the names of columns do not matter. Raises ValueError, with the line and its content, for
     what is broken, and with the remedy where a .jsonl has other names.
@@ -133,6 +137,7 @@ def read_table(
         if found is None:
             first = " and ".join(min(forms, key=len))
             raise refusal(path, number, f"it has no {first}, or no known names for them{remedy}")
+        record |= {name: json.dumps(record[name]) for name in found if name in nested}
         form = form or found
         if found != form:
             names = [", ".join(names) for names in (found, form)]

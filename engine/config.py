@@ -71,6 +71,8 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
     cli.add_flags(parser, Flags, "")
     cli.add_flags(parser, Config, "")
     given |= parser.parse(argv, flags_of_others)
+    if "model" in given:
+        given["model"] = name
     if tasks.counts(name):
         refuse_steps(name, given.keys(), {field.name for field in fields(Config)})
 
@@ -85,6 +87,9 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, dict, dict | None]:
             )
     else:
         base = recipe(name, given, preset, Flags)
+        kept = {f.name for f in fields(Flags) if f.metadata.get("inherited")}
+        trained = checkpoint["train_config"] if checkpoint else {}
+        base |= {flag: trained[flag] for flag in kept & trained.keys()}
         refuse_ignored(given, base, path)
     wanted = {**base, **given}
     refuse_unheeded(given, wanted.get("schedule", Flags.schedule))
@@ -161,13 +166,22 @@ def choose_task(given: dict, checkpoint: dict | None, path: Path | None) -> str:
     if not checkpoint:
         return asked or preset_task(given.get("preset", ""))
     found = checkpoint["task"]
-    name = asked or found
+    name = for_network(asked, tasks.network(found)) if asked else found
     fits = found == name
     if not fits and not given.get("resume"):
         fits = base_of(tasks.network(name)) is base_of(tasks.network(found))
     if not fits:
         raise ValueError(f"--model {name} cannot begin from the {found} of {path}: leave one out")
     return name
+
+
+def for_network(name: str, network: type) -> str:
+    """The row for a network of exactly this class of the task that `name` is a row of, if that is
+    one of fine-tuning; where there is none, the name itself."""
+    if not issubclass(tasks.task(name).Flags, FinetuneConfig) or tasks.network(name) is network:
+        return name
+    rows = (row for row, (_, task) in tasks.TABLE.items() if task == tasks.TABLE[name][1])
+    return next((row for row in rows if tasks.network(row) is network), name)
 
 
 def nearest(name: str, presets: dict) -> str:

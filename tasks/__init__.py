@@ -84,12 +84,14 @@ TABLE = {
     "lstm": ("models.recurrent.LSTM", "tasks.stream"),
     "bert": ("bert.BERT", "tasks.masked"),
     "seq2seq": ("seq2seq.Seq2Seq", "tasks.translation"),
-    # Fine-tuning: a pretrained encoder, or GPT, with labelled data.
+    # Fine-tuning: a pretrained encoder, or a decoder, with labelled data.
     "classify": ("tasks.classify.Classifier", "tasks.classify"),
     "tag": ("tasks.tag.Tagger", "tasks.tag"),
     "answer": ("tasks.answer.Answerer", "tasks.answer"),
     "similar": ("tasks.similar.Similarity", "tasks.similar"),
     "complete": ("model.GPT", "tasks.complete"),
+    "complete_llama": ("models.llama.Llama", "tasks.complete"),
+    "complete_moe": ("models.moe.MoE", "tasks.complete"),
 }
 
 

@@ -107,6 +107,9 @@ class TrainConfig:
     recompute: bool = False  # compute activations again in the backward pass, to save memory
     # divide model, or optimizer alone
     shard: str = choice("", "model", "optimizer", "", alone="model")
+    # Of conversations: see data/chat.py. They have no flag, but pass from --init to the new run.
+    template: str = field(default="", metadata={"flag": False, "inherited": True})
+    system: str = field(default="", metadata={"flag": False, "inherited": True})
     dry_run: bool = False  # print the plan and the parameter table, allocate and train nothing
     world: int = ranged(1, 1, 10**6)  # --dry_run: the number of processes to plan for
 

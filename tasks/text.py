@@ -29,6 +29,7 @@ from torch import Tensor
 
 import decoding
 from bpe import END_OF_TEXT, Tokenizer
+from data.chat import TEMPLATES
 from data.shuffle import Feistel, shuffled
 from data.tables import TableCorpus, is_table, open_tables
 from data.text import NAMES, Corpus, open_corpus, whole
@@ -189,6 +190,10 @@ def batch_shapes(flags: TrainConfig, config, B: int, T: int) -> dict[str, tuple[
 class SampleFlags:
     checkpoint: str = ""  # the file to load; empty: the newest below out/
     prompt: list[str] = field(default_factory=list)  # text to continue; may be repeated
+    chat: bool = False  # converse: each line of standard input gets an answer
+    template: str = choice("", *TEMPLATES, "")  # --chat: how turns are written; empty: the model's
+    # --chat: the system's message, "" for none, may be repeated for more lines; the model's if not
+    system: list[str] = field(default_factory=list)
     max_new_tokens: int = ranged(200, 1, 1_000_000)  # tokens to write at most
     # 0 takes the likeliest token, below 1 is safer, above 1 is wilder
     temperature: float = ranged(0.8, 0)
@@ -214,10 +219,16 @@ class SampleFlags:
         check(self)
         if self.eval and self.prompt:
             raise ValueError("--eval and --prompt are two things to do: give one of them")
-        if self.choices and (self.eval or self.prompt):
-            raise ValueError("--choices is a thing to do by itself: leave out --eval and --prompt")
+        if self.choices and (self.eval or self.prompt or self.chat):
+            raise ValueError(
+                "--choices is a thing to do by itself: leave out --eval, --prompt and --chat"
+            )
         if (self.shots or self.shots_from) and not self.choices:
             raise ValueError("--shots and --shots_from need questions: name them with --choices")
+        if self.chat and (self.eval or self.num_samples > 1):
+            raise ValueError("--chat goes with neither --eval nor --num_samples: leave it out")
+        if not self.chat and (self.template or self.system):
+            raise ValueError("--template and --system are for conversations: add --chat")
 
 
 def split_space(prompt: str) -> tuple[str, str]:

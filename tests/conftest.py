@@ -175,6 +175,11 @@ def write_labelled(folder: Path) -> None:
     pairs = [f"the {a} saw {b},{b} was seen by {a}\n" for a in words for b in words if a < b]
     tagged = [f"the O\n{a} B-animal\nsaw O\n{b} B-animal\n\n" for a in words for b in words]
     asked = [{"prompt": f"{a} {b} ", "completion": b} for a in words for b in words]
+    talks = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a in words
+        for b in words
+    ]
     options = [
         {"question": f"the {a} saw the {b}:", "choices": [" bad", " good"], "answer": int(a < b)}
         for a in words
@@ -194,6 +199,7 @@ def write_labelled(folder: Path) -> None:
         "toy-alike.csv": "a,b\n" + "".join(pairs),
         "toy.conll": "".join(tagged),
         "toy.jsonl": "".join(json.dumps(row) + "\n" for row in asked),
+        "toy-talks.jsonl": "".join(json.dumps(row) + "\n" for row in talks),
         "toy.json": json.dumps(squad),
         "toy-choices.jsonl": "".join(json.dumps(row) + "\n" for row in options),
     }.items():

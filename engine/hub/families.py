@@ -464,13 +464,16 @@ FAMILIES = {
     ),
     "similar": with_head("BertModel", "feature-extraction"),
     "complete": GPT2,
+    "complete_llama": LLAMA,
+    "complete_moe": MIXTRAL,
 }
+LLAMAS = tuple(task for task, family in FAMILIES.items() if family is LLAMA)
+ROTARY = (*LLAMAS, *(task for task, family in FAMILIES.items() if family is MIXTRAL))
 WITH_HEAD = ("classify", "tag", "answer")  # tasks for which their BERT has a class with a head
 # model_type -> the pretraining task, which is also that of a file without one of the other heads.
 BASES = {"gpt2": "gpt", "bert": "bert", "marian": "seq2seq"}
 RELATIVES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN3)}
 BASES |= dict.fromkeys(RELATIVES, "llama") | {"mixtral": "moe"}
-ROTARY = ("llama", "moe")  # tasks whose settings are like Llama's
 
 
 def tokenized_as(family: Family) -> str:
@@ -482,7 +485,7 @@ def tokenized_as(family: Family) -> str:
 def family_of(task: str, config: Any = None) -> Family:
     """The family of a task, which for Llama's relatives depends on our config too. Raises
     ValueError if Hugging Face has no format for it that we know."""
-    if task == "llama" and config is not None:
+    if task in LLAMAS and config is not None:
         return QWEN3 if config.qk_norm else MISTRAL if config.window else LLAMA
     if task not in FAMILIES:
         raise ValueError(

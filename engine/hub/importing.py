@@ -4,6 +4,7 @@ A tokenizer, a weight or a setting with which we could not compute exactly the s
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,15 +12,24 @@ import torch
 import torch.nn as nn
 
 import tasks
+from data.chat import TEMPLATES, read_template
 from data.tokens import AnyTokenizer
 from engine import checkpoint as checkpoints
+from engine.hub.declared import SETTINGS
 from engine.hub.families import FAMILIES, family_of, tokenized_as
 from engine.hub.gguf_models import open_gguf
 from engine.hub.llama_tokenizer import from_contents, read_llama_tokenizer
 from engine.hub.mapping import our_config, to_ours
-from engine.hub.tokenizer_files import note_on_case, read_json, read_tokenizer
+from engine.hub.tokenizer_files import (
+    TEMPLATE,
+    note_on_case,
+    read_json,
+    read_tokenizer,
+    read_whole,
+)
 from engine.hub.weights import CONFIG, files_of, open_weights
 from model import count_parameters
+from tasks.text import SampleFlags
 from tasks.translation import start_and_end
 
 
@@ -67,8 +77,13 @@ def import_model(source: str) -> tuple[dict, list[str]]:
     model.load_state_dict(state, strict=False, assign=True)
     torch.manual_seed(Flags.seed)
     init_missing(model, fresh)
+    chat = {}
+    template = contents[1].get("chat_template") if is_gguf else template_of(folder)
+    if isinstance(template, str) and issubclass(tasks.task(task).SampleFlags, SampleFlags):
+        chat = dict(zip(("template", "system"), read_template(template, tokenizer), strict=True))
     # --resume would need these settings and refuses a run without them; --init does not read them.
     train_config = Flags(model=task, data="", init=source, tokens_per_step=32 * config.block_size)
+    train_config = replace(train_config, **chat)
     checkpoint = checkpoints.pack(
         task,
         model,
@@ -86,6 +101,10 @@ def import_model(source: str) -> tuple[dict, list[str]]:
         f"{title}, {count_parameters(model):,} parameters, {', '.join(kinds)}",
         ", ".join(f"{name}={value}" for name, value in checkpoint["model_config"].items()),
     ]
+    if chat.get("template"):
+        lines.append(f"conversations: {chat['template']}, {chat['system'] or 'no default system'}")
+    elif chat:
+        lines.append(f"its template of conversations is none of {', '.join(TEMPLATES)}: not kept")
     if note := note_on_case(folder, tokenizer):
         lines.append(note)
     if fresh:
@@ -93,6 +112,18 @@ def import_model(source: str) -> tuple[dict, list[str]]:
     if task == "bert" and not config.nsp:
         lines.append("not in the file: pooler and next-sentence head; nsp=False does without them")
     return checkpoint, lines
+
+
+def template_of(folder: Path) -> str | None:
+    """The template of conversations, in a file of its own or among the tokenizer's settings."""
+    if (path := folder / TEMPLATE).is_file():
+        return read_whole(path).decode("utf-8", "replace")
+    found = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    found = found.get("chat_template")
+    if isinstance(found, list):  # of templates with names
+        named = (entry for entry in found if isinstance(entry, dict))
+        found = next((x.get("template") for x in named if x.get("name") == "default"), None)
+    return found
 
 
 def init_missing(model: nn.Module, names: list[str]) -> None:

@@ -114,13 +114,13 @@ def our_config(settings: dict) -> tuple[str, Any]:
         if not isinstance(kinds, list) or any(kind != wanted for kind in kinds):
             raise ValueError(f"layer_types={str(kinds)[:80]} is not supported: all are {wanted}")
     config = tasks.network(task).Config(**found)
-    refuse_single_expert(task, config)
+    refuse_single_expert(config)
     return task, config
 
 
-def refuse_single_expert(task: str, config: Any) -> None:
+def refuse_single_expert(config: Any) -> None:
     """Raises ValueError for a Mixtral whose tokens go through one expert: its gate is 1 there."""
-    if task == "moe" and config.n_active == 1:
+    if getattr(config, "n_active", 2) == 1:
         raise ValueError(
             "num_experts_per_tok=1 is not supported: a single expert has the gate 1 in Mixtral, "
             "and its probability here"
@@ -194,7 +194,7 @@ def their_settings(task: str, config: Any) -> dict:
     """Our config -> the content of config.json, without the ids of tokens. Raises ValueError for a
     model that Hugging Face's class cannot be."""
     family = family_of(task, config)
-    refuse_single_expert(task, config)
+    refuse_single_expert(config)
     known = {*(ours for ours, _ in family.settings.values()), *family.own, *family.others}
     if strange := [
         f"{name}={value!r}" for name, value in vars(config).items() if name not in known

@@ -39,6 +39,7 @@ from engine.hub.declared import (
 from engine.hub.wordpiece_json import wordpiece_from_json, wordpiece_to_json
 from wordpiece import UNK, WordPiece
 
+TEMPLATE = "chat_template.jinja"
 # vocab.txt is BERT's, *.spm are Marian's.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,6 +52,7 @@ TOKENIZER_FILES = (
     ADDED,
     "source.spm",
     "target.spm",
+    TEMPLATE,
 )
 MOST_JSON = 100_000_000  # bytes of a file; GPT-2's tokenizer.json has 1.4 million, a .spm 0.8
 

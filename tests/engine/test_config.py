@@ -103,7 +103,7 @@ def test_a_schedule_heeds_what_its_table_says(name):
         ("--model=gpt2", "--model gpt2 is not known: .*--preset gpt2$"),
         ("--model=openai-community/gpt2-medium", "--preset gpt2-medium$"),
         ("--model=bert-base-uncased", "--preset bert-base$"),
-        ("--model=xyzzy", "choose gpt, .*complete$"),
+        ("--model=xyzzy", "choose gpt, .*complete, complete_llama, complete_moe$"),
         ("--preset=gpt2-small", "--preset gpt2-small is not known: did you mean gpt2[?] There are"),
         ("--preset=gtp2-xl", "did you mean gpt2-xl[?]"),
         ("--preset=GPT2", "did you mean gpt2[?]"),

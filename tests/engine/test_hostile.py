@@ -75,9 +75,9 @@ FLOATS += ["9" * 300, "9" * 5000, ""]
 BOOLS = ["", *words("true FALSE yes No on off 1 0 2 maybe None ٣")]
 FILES = words(
     """toy.txt toy-docs.txt toy.tsv toy.csv toy.conll toy.jsonl toy-choices.jsonl toy.json
-    toy-alike.csv toy.txt.gz toy.txt,toy-docs.txt word.txt empty.txt blank.txt binary.txt
-    latin.txt wide.txt -dash.txt ünï—日本.txt tokenizer.json cut.pt cut.json cut.jsonl.gz notes
-    notes.png notes.npy out/gpt out/gpt/latest.pt out/bert/best.pt out/seq2seq/best.pt
+    toy-alike.csv toy-talks.jsonl toy.txt.gz toy.txt,toy-docs.txt word.txt empty.txt blank.txt
+    binary.txt latin.txt wide.txt -dash.txt ünï—日本.txt tokenizer.json cut.pt cut.json cut.jsonl.gz
+    notes notes.png notes.npy out/gpt out/gpt/latest.pt out/bert/best.pt out/seq2seq/best.pt
     out/classify/best.pt theirs folder folder.pt texts strange fifo fifo.pt fifo.png broken
     broken.npy broken.pt broken.png loop zero.txt new new.npy new.png new/a no/where.npy
     missing.txt . / .. ~ /dev/null /dev/zero"""
@@ -171,6 +171,7 @@ COMMANDS = {
     **{f"train {task}": Command(train.main, [*toy, *SHORT]) for task, toy in TOYS.items()},
     "train ngram": Command(train.main, TOY_NGRAM),
     "train lstm": Command(train.main, [*TOY_LSTM, *SHORT]),
+    "train talks": Command(train.main, [*TOYS["complete"], *SHORT, "--data=toy-talks.jsonl"]),
     "train resumed": Command(train.main, ["--resume", "--out=out/gpt", "--stop_after=1"]),
     "train begun": Command(train.main, [*BEGUN, *SHORT, "--init=out/bert/best.pt"]),
     **{
@@ -188,6 +189,7 @@ COMMANDS = {
             ("similar", "similar", ["--similar", "toy.txt", "toy-docs.txt"]),
             ("complete", "complete", ["--prompt=cat", "--max_new_tokens=4"]),
             ("choices", "gpt", ["--choices=toy-choices.jsonl", "--shots=2"]),
+            ("chat", "gpt", ["--chat", "--max_new_tokens=4"]),
         )
     },
     "import": Command(convert.main, ["import", "theirs", "--out=new/gpt.pt"]),

@@ -1,6 +1,7 @@
 """tasks/complete.py: what a GPT is asked for, by hand, by perturbation, and when it samples."""
 
 import gzip
+import io
 import json
 import math
 import re
@@ -12,14 +13,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TOY_LLAMA, peer, write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import convert
+import sample
+import train
 from bpe import GPT2_PATTERN, PATTERNS, Tokenizer
 from data.tables import Row, TableCorpus
 from data.tokens import END_OF_TEXT
+from engine import checkpoint as checkpoints
+from engine.config import for_network
 from engine.processes import Processes
 from model import GPT, GPTConfig
+from models.llama import Llama
 from tasks import complete, text
 from tasks.complete import Data, encode_prompt, split_space
 from train import evaluate
@@ -245,7 +253,7 @@ def test_sampling_reads_a_prompt_as_training_did(name, prompt, completion):
     rows = [Row(1, (prompt, completion))]
     corpus = TableCorpus("x", "", "", {"train": rows, "validation": rows})
     data = Data(corpus, "train", tokenizer, block_size=10_000, batch_size=1)
-    row, border = data.rows[0].tolist(), data.borders[0]
+    row, border = data.rows[0].tolist(), int(data.asked[0].argmax())
     assert row[:border] == ids and row[-1] == tokenizer.special_tokens[END_OF_TEXT]
     assert tokenizer.decode_bytes(row[border:-1]).startswith(lead)
     # What sampling demands of the first new token holds for the one that training asks for.
@@ -264,7 +272,7 @@ def test_sampling_gives_the_model_the_ids_of_the_training_row(monkeypatch):
     model = SimpleNamespace(token_embedding=torch.nn.Embedding(1, 1))  # on a CPU: all that is asked
     text.complete(model, tokenizer, prompts, config, encode=encode_prompt)
     data, _ = splits(tokenizer=tokenizer, block_size=200)
-    assert given == [row[:b].tolist() for row, b in zip(data.rows, data.borders, strict=True)]
+    assert given == [row[~own].tolist() for row, own in zip(data.rows, data.asked, strict=True)]
     assert any(a.endswith(" ") for a in prompts) and any(END_OF_TEXT in a for a in prompts)
 
 
@@ -339,6 +347,204 @@ def test_no_gradient_comes_through_what_is_not_asked_for():
         (gradient,) = torch.autograd.grad(model(**batch)["loss"], held[-1])
         reached = gradient.abs().sum(-1) > 0
         assert torch.equal(reached, batch["targets"] != -100) and not reached.all()
+
+
+# ---- conversations -------------------------------------------------------------------------------
+
+
+def turns(*contents: str, system: str = "") -> list[dict]:
+    """user, assistant, user, … in turns."""
+    roles = ("user", "assistant")
+    made = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    return [{"role": "system", "content": system}, *made] if system else made
+
+
+def write_messages(name: str, rows: list[list[dict]]) -> str:
+    lines = [json.dumps({"id": 7, "messages": messages}) + "\n" for messages in rows]
+    Path(name).write_text("".join(lines), encoding="utf-8")
+    return name
+
+
+def talks(*rows: list[dict], block_size: int = 300, tokenizer=BYTES, **flags) -> Data:
+    name = write_messages("talks.jsonl", list(rows))
+    flags = {"data": name, "valid": name, "batch_size": len(rows), **flags}
+    return splits(tokenizer=tokenizer, block_size=block_size, **flags)[0]
+
+
+TALKS = [
+    turns("ab", "cd", "e", "fgh", system="s"),
+    turns("x", "yz"),
+    turns("many more words", "w", "v"),
+]
+
+
+def test_conversations_by_hand():
+    """Every turn of the assistant is asked for, with its end token, and nothing else."""
+    data = talks(turns("ab", "cd", "e", "f"))
+    batch = data.batch(0)
+    ids = [END, *b"User: ab\n\nAssistant: cd", END, *b"\n\nUser: e\n\nAssistant: f", END, *b"\n\n"]
+    assert batch["tokens"][0].tolist() == ids[:-1]
+    own = [i for i, place in enumerate(ids) if place == END and i]
+    asked = {own[0] - 3, own[0] - 2, own[0] - 1, own[0], own[1] - 2, own[1] - 1, own[1]}
+    want = [token if i in asked else -100 for i, token in enumerate(ids)][1:]
+    assert batch["targets"][0].tolist() == want
+
+
+def test_every_conversation_comes_once_an_epoch_with_its_mask():
+    data = talks(*TALKS, batch_size=1)
+    found = []
+    for i in range(data.n_batches):
+        batch = data.batch(i)
+        for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+            if (targets != -100).any():
+                found.append(BYTES.decode_bytes(targets[targets != -100].tolist()).decode())
+                same = targets[:-1] == tokens[1:]
+                assert (same | (targets[:-1] == -100)).all()
+    end = END_OF_TEXT
+    assert sorted(found) == sorted([f" cd{end} fgh{end}", f" yz{end}", f" w{end}"])
+    assert data.describe().endswith("; template plain") and "3 rows, " in data.describe()
+
+
+@torch.no_grad()
+def test_only_what_the_assistant_says_is_in_the_loss():
+    """A model that looks at only one token: a change of what the others say, but for the token
+    before an answer, which is the template's, changes nothing, and each letter of an answer does.
+    """
+    model = gpt(block_size=300)
+    model.position_embedding.weight.zero_()
+    for block in model.blocks:
+        for p in (*block.attention.proj.parameters(), *block.mlp.proj.parameters()):
+            p.zero_()
+
+    def loss(*contents: str, **system) -> float:
+        return model(**talks(turns(*contents, **system)).batch(0))["loss"].item()
+
+    one = loss("ab", "cd", "e", "fg")
+    for others in (("xy", "cd", "e", "fg"), ("ab", "cd", "long words", "fg")):
+        assert loss(*others) == pytest.approx(one, rel=1e-6)
+    assert loss("ab", "cd", "e", "fg", system="s") == pytest.approx(one, rel=1e-6)
+    assert loss("ab", "cd", "e", "fg", "unanswered") == pytest.approx(one, rel=1e-6)
+    for others in (("Cd", "fg"), ("cD", "fg"), ("cd", "Fg"), ("cd", "fG"), ("cdd", "fg")):
+        assert abs(loss("ab", others[0], "e", others[1]) - one) > 1e-3
+
+
+def test_no_gradient_comes_through_what_others_say():
+    model, data = gpt(block_size=300), talks(*TALKS)
+    held = []
+    model.norm.register_forward_hook(lambda module, args, out: held.append(out))
+    batch = data.batch(0)
+    (gradient,) = torch.autograd.grad(model(**batch)["loss"], held[-1])
+    assert torch.equal(gradient.abs().sum(-1) > 0, batch["targets"] != -100)
+
+
+def test_a_conversation_that_is_too_long_loses_its_end():
+    whole = talks(TALKS[0])
+    ids, own = whole.rows[0], whole.asked[0]
+    places = own.nonzero()[0]
+    for T in (places[0], places[2], places[-1], len(ids) - 2):
+        data = talks(TALKS[0], row_length=int(T))
+        assert data.rows[0].tolist() == ids[: T + 1].tolist()
+        assert data.asked[0].tolist() == own[: T + 1].tolist() and data.ended == 1
+        assert "; 1 conversations are cut at their end" in data.describe()
+    some = talks(TALKS[0], TALKS[1], TALKS[2], row_length=int(places[0]) - 1)
+    assert some.left_out == 2 and "; 2 without an answer are left out" in some.describe()
+    with pytest.raises(ValueError, match="no conversation of talks that is to train has an answer"):
+        talks(TALKS[0], row_length=int(places[0]) - 1)
+
+
+CHAT = {name: 256 + i for i, name in enumerate([END_OF_TEXT, "<|im_start|>", "<|im_end|>"])}
+CHATML = Tokenizer({bytes([i]): i for i in range(256)}, GPT2_PATTERN, CHAT)
+
+
+def test_the_template_and_the_system_are_those_of_the_run():
+    assert talks(TALKS[1], tokenizer=CHATML).template == "chatml"
+    assert talks(TALKS[1], tokenizer=CHATML, template="plain").template == "plain"
+    data = talks(TALKS[0], TALKS[1], tokenizer=CHATML, system="Be kind.")
+    begin = b"Be kind.", b"system\ns"
+    assert [
+        text in CHATML.decode_bytes(row) for text, row in zip(begin, data.rows[::-1], strict=True)
+    ] == [1, 1]
+    with pytest.raises(ValueError, match="--template chatml needs the token"):
+        talks(TALKS[1], template="chatml")
+    assert splits()[0].template == ""
+
+
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ('{"messages": "hello"}', "line 2: its messages are no list"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: no message is of the assis"),
+        ('{"messages": [{"role": "x", "content": "a"}]}', "line 2: its message 1 has no content"),
+        ('{"question": "a"}', "line 2: it has no .*call them prompt and completion, or messages"),
+        ('{"prompt": "a", "completion": "b"}', "it has prompt, completion where the others have m"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_with_its_line(line, message):
+    write_messages("bad.jsonl", [TALKS[1]])
+    with Path("bad.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=f"bad.jsonl.*{message}"):
+        splits(data="bad.jsonl", valid="")
+
+
+def test_a_tokenizer_learns_from_the_words_of_conversations():
+    data = talks(*[turns("abab", "XYXY")] * 50, tokenizer=None)
+    assert b" XYXY" in data.tokenizer.ranks and b"User" in data.tokenizer.ranks
+    assert b"messages" not in data.tokenizer.ranks
+
+
+def test_questions_and_answers_are_shown_at_the_end(monkeypatch):
+    data, given, generate = talks(*TALKS, *TALKS, system="Be kind."), [], text.generate
+    monkeypatch.setattr(
+        text, "generate", lambda *args, **more: given.extend(args[1]) or generate(*args, **more)
+    )
+    shown = complete.show(gpt(block_size=300), BYTES, data, None)
+    assert [block.split("\nassistant: ")[0] for block in shown] == [
+        "user: ab",
+        "user: x",
+        "user: many more words",
+    ]
+    begin = BYTES.decode_bytes(given[1]).decode()
+    assert begin == f"{END_OF_TEXT}Be kind.\n\nUser: x\n\nAssistant:"
+    assert complete.ask(data.prompts) == ("--chat", "--prompt", "ab")
+
+
+def test_llama_learns_a_conversation_goes_on_and_talks(monkeypatch, capsys):
+    """From --init, by the name of the task alone; then out to transformers' files and in."""
+    write_texts(Path())
+    train.main([*TOY_LLAMA, "--block_size=64", "--steps=2", "--out=llama"])
+    rows = [turns(f"{i}?", f"{i}!", "and?", "no") for i in range(20)]
+    data = f"--data={write_messages('talks.jsonl', rows)}"
+    flags = ["--model=complete", "--device=cpu", "--dtype=fp32", "--tokens_per_step=128"]
+    begin = [*flags, data, "--init=llama/best.pt", "--batch_size=2", "--epochs=2", "--lr=1e-2"]
+    train.main([*begin, "--out=whole"])
+    said = capsys.readouterr().out
+    assert "user: " in said and "--chat --prompt" in said
+    train.main([*begin, "--out=parts", "--stop_after=3"])
+    train.main(["--resume", "--out=parts", "--model=complete"])
+    one, two = (checkpoints.load(Path(name) / "latest.pt") for name in ("whole", "parts"))
+    assert one["task"] == two["task"] == one["train_config"]["model"] == "complete_llama"
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"3?\n"), "utf-8"))
+    sample.main(["--checkpoint=whole/best.pt", "--chat", "--max_new_tokens=4", "--device=cpu"])
+    assert "template: plain" in capsys.readouterr().err
+    sample.main(["--checkpoint=whole/best.pt", "--eval=talks.jsonl", "--device=cpu"])
+    assert "perplexity" in capsys.readouterr().out
+    peer("transformers")
+    convert.main(["export", "whole/best.pt", "--to=theirs"])
+    assert "outputs differ by at most" in capsys.readouterr().out
+    convert.main(["import", "theirs", "--out=again.pt"])
+    again = checkpoints.load(Path("again.pt"))
+    best = checkpoints.load(Path("whole/best.pt"))["model"]
+    assert again["task"] == "llama"
+    assert all(torch.equal(best[name], again["model"][name]) for name in best)
+
+
+def test_a_name_leads_to_the_row_of_the_checkpoints_network():
+    assert for_network("complete", Llama) == "complete_llama"
+    assert for_network("complete_llama", GPT) == for_network("complete", GPT) == "complete"
+    assert for_network("gpt", Llama) == "gpt"  # which is then refused
+    assert for_network("complete", type("MoE", (Llama,), {})) == "complete"
 
 
 # ---- tables, the tokenizer, messages -------------------------------------------------------------
