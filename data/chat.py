@@ -126,6 +126,9 @@ def choose_template(tokenizer: AnyTokenizer, name: str = "") -> str:
     ValueError for a template whose tokens it lacks."""
     there = tokenizer.special_tokens
     if name:
+        if name not in TEMPLATES:
+            known = ", ".join(TEMPLATES)
+            raise ValueError(f"the template {name[:80]} is not known: choose --template {known}")
         if missing := [token for token in TEMPLATES[name].special if token not in there]:
             raise ValueError(
                 f"--template {name} needs the token {missing[0]}, which this tokenizer lacks: "
@@ -289,6 +292,7 @@ MARKS = (  # what only the templates of one family have in them
 )
 # A literal: up to the quote that ends it, without the marks of an expression.
 LITERAL = r"((?:(?!<\||\{\{|\{%)(?:\\.|[^'\"\\]|(?<=\w)'(?=\w)))+)"
+NO_TEXT = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # it is shown in a terminal
 DEFAULTS = (
     rf"<\|im_start\|>system(?:\n|\\n){LITERAL}<\|im_end\|>",
     rf"set (?:default_)?system_message = ['\"]{LITERAL}['\"]",
@@ -306,4 +310,5 @@ def read_template(text: str, tokenizer: AnyTokenizer) -> tuple[str, str]:
         return "", ""
     found = next(filter(None, (re.search(pattern, text) for pattern in DEFAULTS)), None)
     default = found[1] if found else ""
-    return name, default.replace("\\n", "\n").replace("\\'", "'").replace('\\"', '"').strip()
+    default = default.replace("\\n", "\n").replace("\\'", "'").replace('\\"', '"')
+    return name, NO_TEXT.sub("", default).strip()

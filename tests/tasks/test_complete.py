@@ -534,10 +534,10 @@ def test_llama_learns_a_conversation_goes_on_and_talks(monkeypatch, capsys):
     convert.main(["export", "whole/best.pt", "--to=theirs"])
     assert "outputs differ by at most" in capsys.readouterr().out
     convert.main(["import", "theirs", "--out=again.pt"])
-    again = checkpoints.load(Path("again.pt"))
+    back = checkpoints.load(Path("again.pt"))
     best = checkpoints.load(Path("whole/best.pt"))["model"]
-    assert again["task"] == "llama"
-    assert all(torch.equal(best[name], again["model"][name]) for name in best)
+    assert back["task"] == "llama"
+    assert all(torch.equal(best[name], back["model"][name]) for name in best)
 
 
 def test_a_name_leads_to_the_row_of_the_checkpoints_network():

@@ -329,6 +329,41 @@ def test_what_they_cannot_be_is_not_exported():
         their_settings("llama", config)
 
 
+# ---- conversations -------------------------------------------------------------------------------
+
+JINJA = "{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{{ '<|im_start|>' + m['role'] }}"
+
+
+@pytest.mark.parametrize(
+    "template,found",
+    [
+        (JINJA, ("chatml", "Be kind.")),
+        (
+            [{"name": "tools", "template": ""}, {"name": "default", "template": JINJA}],
+            ("chatml", "Be kind."),
+        ),
+        ("{{ '<|user|>' }}", ("", "")),
+        (7, ("", "")),
+        (None, ("", "")),
+    ],
+)
+def test_of_a_template_its_family_and_its_system_message_are_kept(template, found, tmp_path):
+    """In the settings of the tokenizer, or in a file of its own, which is the newer place."""
+    save_llama(tmp_path, "smollm")
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "chat_template": template}), encoding="utf-8")
+    checkpoint, lines = import_model(str(tmp_path))
+    kept = checkpoint["train_config"]
+    assert (kept["template"], kept["system"]) == found
+    said = "conversations: chatml, Be kind." in lines
+    assert said == bool(found[0])
+    assert any("none of chatml, " in line for line in lines) == (template == "{{ '<|user|>' }}")
+    (tmp_path / "chat_template.jinja").write_text(JINJA.replace("kind", "short"), encoding="utf-8")
+    checkpoint, _ = import_model(str(tmp_path))
+    assert checkpoint["train_config"]["system"] == "Be short."
+
+
 # ---- the real one --------------------------------------------------------------------------------
 
 
@@ -364,3 +399,15 @@ def test_smollm2_has_the_logits_of_transformers_and_its_bits_per_byte(smollm2):
     theirs = hugging_face_llama(peer("transformers"), model).eval()
     want = theirs(tokens[:, :256]).logits[0]
     assert torch.equal(want.argmax(-1), logits[:256].argmax(-1))
+
+
+@pytest.mark.slow
+def test_smollm2_answers_and_remembers_what_was_said(smollm2, capsys, monkeypatch):
+    lines = b"What is the capital of France?\nWhich river flows through Paris?\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8"))
+    capsys.readouterr()
+    flags = ["--temperature=0", "--max_new_tokens=30", "--device=cpu"]
+    sample.main([f"--checkpoint={smollm2}", "--chat", *flags])
+    out, err = capsys.readouterr()
+    assert "Paris" in out.split("\n")[0] and "Seine" in out.split("\n")[1]
+    assert "system: You are a helpful AI assistant named SmolLM, trained by Hugging Face" in err

@@ -208,6 +208,8 @@ def test_the_tokens_of_a_tokenizer_choose_the_template():
         ValueError, match=r"--template chatml needs the token <\|im_start\|>, .*pla"
     ):
         choose_template(TOKENIZERS["plain"], "chatml")
+    with pytest.raises(ValueError, match="the template x is not known: choose --template chatml, "):
+        choose_template(TOKENIZERS["plain"], "x")  # as a checkpoint may name it
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,7 @@ QWEN += "{{- '<|im_start|>system\\nYou are Qwen. It\\'s so.<|im_end|>\\n' }}{%- 
         (QWEN, "chatml", ("chatml", "You are Qwen. It's so.")),
         (CHATML_JINJA, "chatml", ("chatml", "")),
         ("{{ '<|im_start|>system\nA\nB<|im_end|>\n' }}", "chatml", ("chatml", "A\nB")),
+        ("<|im_start|>system\nA\x1b[2J\ud800B<|im_end|>", "chatml", ("chatml", "A[2JB")),
         (LLAMA3_JINJA, "llama3", ("llama3", "")),
         (LLAMA2_JINJA, "llama2", ("llama2", "")),
         ("{% set system_message = 'Be kind.' %}'<<SYS>>'", "llama2", ("llama2", "Be kind.")),
