@@ -169,7 +169,7 @@ def choose_task(given: dict, checkpoint: dict | None, path: Path | None) -> str:
     name = for_network(asked, tasks.network(found)) if asked else found
     fits = found == name
     if not fits and not given.get("resume"):
-        fits = base_of(tasks.network(name)) is base_of(tasks.network(found))
+        fits = base_of(tasks.network(name)) == base_of(tasks.network(found))
     if not fits:
         raise ValueError(f"--model {name} cannot begin from the {found} of {path}: leave one out")
     return name
@@ -193,9 +193,11 @@ def nearest(name: str, presets: dict) -> str:
     return next(iter(begin or difflib.get_close_matches(name, presets, n=1)), "")
 
 
-def base_of(network: type) -> type:
-    """The direct subclass of nn.Module that a network is built on: the same for all its heads."""
-    return network.__mro__[network.__mro__.index(nn.Module) - 1]
+def base_of(network: type) -> tuple[type, type | None]:
+    """The direct subclass of nn.Module that a network is built on, and its blocks where these are
+    not that one's: the same for all networks that differ only in their heads."""
+    base = network.__mro__[network.__mro__.index(nn.Module) - 1]
+    return base, getattr(network, "Block", None)
 
 
 def preset_task(preset: str) -> str:

@@ -31,7 +31,7 @@ def divisor(name: str, counts: dict[str, float]) -> float:
 def learnt(sums: dict[str, Tensor], counts: dict[str, float]) -> list[str]:
     """The sums that a step makes smaller: the losses of the targets, and those that a network adds
     of its own accord, whose names end in "_loss"."""
-    return [name for name in sums if name in counts or name.endswith("_loss")]
+    return [*counts, *(n for n in sums if n not in counts and n.endswith("_loss"))]
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import decoding
 import model
 from engine import cpu, graphs, losses, splitting
-from models import recurrent
+from models import moe, recurrent
 
 
 def install(device: torch.device) -> None:
@@ -26,6 +26,7 @@ def install(device: torch.device) -> None:
     model.cross_entropy = losses.linear_cross_entropy
     model.attention_kernel = cpu.attention if on_cpu else F.scaled_dot_product_attention
     model.dropout_kernel = cpu.dropout if on_cpu else F.dropout
+    moe.experts_kernel = torch.compiler.disable(moe.plain_experts)
     recurrent.layer_kernel = torch.compiler.disable(layer_by_torch)  # it would unroll the loop
     decoding.text_steps = graphs.TextSteps if on_cuda else None
     decoding.pair_steps = graphs.StaticAdvance if on_cuda else None

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import tasks
@@ -105,8 +106,9 @@ def compare_micro_batches(checkpoint: dict, micro_batch: int, say: Say) -> None:
     if micro_batch != before:
         say(
             f"note: micro-batches have {micro_batch} sequences now, {before} before: with dropout, "
-            "or negatives from the same batch, this is another run from here on; to go on with the "
-            f"same one, choose a --batch_size and a number of processes that give {before}"
+            "negatives from the same batch, or balanced experts, this is another run from here on; "
+            "to go on with the same one, choose a --batch_size and a number of processes that give "
+            f"{before}"
         )
 
 
@@ -356,7 +358,7 @@ def layers_are_compiled(model: nn.Module) -> bool:
     return any("forward" in vars(layer) for layer in chain(*sharding.layers_of_blocks(model)))
 
 
-def try_layer(errors: list[Exception], layer: nn.Module, plain, fast, *inputs) -> Tensor:
+def try_layer(errors: list[Exception], layer: nn.Module, plain, fast, *inputs):
     """plain(*inputs), after a trial of `fast` unless one has failed: in training with its gradient,
     which is not kept."""
     if errors:
@@ -368,7 +370,8 @@ def try_layer(errors: list[Exception], layer: nn.Module, plain, fast, *inputs) -
             learning = [x.requires_grad_() for x in learning]
             learning += [p for p in layer.parameters() if p.requires_grad]
             with torch.enable_grad():
-                torch.autograd.grad(fast(*leaves).sum(), learning, allow_unused=True)
+                out = [x for x in tree_leaves(fast(*leaves)) if x.is_floating_point()]
+                torch.autograd.grad(sum(x.sum() for x in out), learning, allow_unused=True)
         else:
             fast(*inputs)
     return plain(*inputs)

@@ -124,7 +124,8 @@ def dual_descent(
 
     The dual is f(alpha) = alpha' Q alpha / 2 - the sum of alpha, alpha >= 0, where Q has y_i y_j
     x_i·x_j, and 1 / 2C more on its diagonal. Its derivative by one alpha needs w and one text. Ends
-    when, in a pass over all texts, no derivative along which alpha can move exceeds the tolerance.
+    when, in a pass over all texts, no derivative along which alpha can move exceeds the tolerance,
+    or after `most` passes, which is said.
     """
     w, alpha = np.zeros(size), np.zeros(len(y))
     parts = [slice(a, b) for a, b in zip(x.starts, x.starts[1:], strict=False)]
@@ -144,7 +145,12 @@ def dual_descent(
                 w[words] += (new - alpha[i]) * y[i] * values
                 alpha[i] = new
         if largest < tolerance:
-            break
+            return w, alpha
+    print(
+        f"note: the SVM's best weights are not reached in {most:,} passes over the texts: choose a "
+        "lower --C",
+        file=sys.stderr,
+    )
     return w, alpha
 
 

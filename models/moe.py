@@ -12,7 +12,7 @@ nothing.
 
 Left alone, a router falls in love with a few experts, which then are the only ones that learn. So
 the balance loss is added, α · E · Σ_e f_e P_e: E experts, f_e the share of the tokens that chose e,
-P_e its mean probability. It is least where both are even. Only P has a gradient.
+P_e its mean probability, in a micro-batch. It is least where both are even. Only P has a gradient.
 
 Switch also limits the tokens of an expert, to `capacity` times what an even division would give it,
 so that a device has no more work than planned. Those beyond, the last of a row, pass by the expert
@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import model
@@ -67,9 +68,37 @@ class MoEConfig(LlamaConfig):
 # ---- router and experts --------------------------------------------------------------------------
 
 
+class Router(nn.Linear):
+    """A linear layer in fp32, also under autocast: in bf16 many probabilities would be equal."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
 def tokens_of_each(chosen: Tensor, n: int) -> list[int]:
-    """How many of the choices (N,), numbers below n, are 0, 1, …, n - 1. The host waits for it."""
+    """How many of the choices (N,), numbers below n, are 0, 1, …, n - 1. The host waits for it;
+    engine/memory.py, for which nothing is computed, has another one."""
     return torch.bincount(chosen, minlength=n).tolist()
+
+
+def plain_experts(x: Tensor, chosen: Tensor, experts: nn.ModuleList) -> Tensor:
+    """x (N, C), chosen (N, k), numbers of experts or E, which is none -> (N, k, C): what each
+    chosen expert makes of its token; zeros for none."""
+    # All choices, sorted by expert: then the tokens of each are one stretch.
+    order = chosen.flatten().argsort(stable=True)
+    counts = tokens_of_each(chosen.flatten(), len(experts) + 1)
+    parts = x[order // chosen.size(1)].split(counts)
+    # An expert without tokens computes too, with no row: so it has a gradient, of zeros, which the
+    # processes of a run wait for.
+    made = [f(part) for f, part in zip((*experts, torch.zeros_like), parts, strict=True)]
+    y = torch.cat([part.type_as(made[0]) for part in made])
+    return y[order.argsort()].view(*chosen.shape, -1)
+
+
+# Assigned by engine/kernels.py, as those of model.py are: outside of what is compiled, since the
+# numbers of tokens are others in each step.
+experts_kernel = plain_experts
 
 
 class Experts(MLP):
@@ -81,7 +110,7 @@ class Experts(MLP):
     def __init__(self, config, expert: Callable[[], nn.Module]):
         nn.Module.__init__(self)
         self.n_active, self.capacity = config.n_active, config.capacity
-        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.router = Router(config.n_embd, config.n_expert, bias=False)
         self.experts = nn.ModuleList(expert() for _ in range(config.n_expert))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,22 +118,14 @@ class Experts(MLP):
 
         `chosen` is what the router wants, before any limit.
         """
-        probabilities = self.router(x).float().softmax(-1)
+        probabilities = self.router(x).softmax(-1)
         gates, chosen = probabilities.topk(self.n_active, -1)
         if self.n_active > 1:
             gates = gates / gates.sum(-1, keepdim=True)
         taken = self.within_capacity(chosen) if self.training and self.capacity else chosen
-        # All choices, sorted by expert: then the tokens of each are one stretch.
-        order = taken.flatten().argsort(stable=True)
-        rows = x.flatten(0, 1)[order // self.n_active]
-        counts = tokens_of_each(taken.flatten(), len(self.experts) + 1)
-        # Those beyond the capacity come last. An expert without tokens computes too, with no row:
-        # so it has a gradient, of zeros, which the processes of a run wait for.
-        networks = (*self.experts, torch.zeros_like)
-        parts = [f(part) for f, part in zip(networks, rows.split(counts), strict=True)]
-        y = torch.cat([part.type_as(parts[0]) for part in parts])
-        y = y[order.argsort()].view(*chosen.shape, -1)  # (B, T, n_active, C)
-        return (gates[..., None] * y).sum(-2).type_as(x), probabilities, chosen
+        y = experts_kernel(x.flatten(0, 1), taken.flatten(0, 1), self.experts)
+        y = (gates[..., None] * y.view(*chosen.shape, -1)).sum(-2)
+        return y.type_as(x), probabilities, chosen
 
     def within_capacity(self, chosen: Tensor) -> Tensor:
         """chosen (B, T, n_active), with E, which is no expert, where an expert has its tokens
@@ -149,7 +170,10 @@ class MoEBlock(LlamaBlock):
 
 class MoE(Llama):
     """Llama with experts: Mixtral with n_active=2, a decoder with Switch's layers with n_active=1
-    and capacity=1.25."""
+    and capacity=1.25.
+
+    It is initialised as Llama is, `mlp.experts` as its MLP, `mlp.router` by N(0, 0.02).
+    """
 
     Config = MoEConfig
     Block = MoEBlock

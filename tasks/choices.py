@@ -128,6 +128,7 @@ class Prompts:
     ):
         self.tokenizer, self.limit = tokenizer, block_size + 1  # the last token is only predicted
         self.left_out = self.cut = 0  # examples, questions
+        self.last: list[int] = []  # the answer of the example before each question
         self.sequences: list[Sequence] = []
         alike = Counter(example.text for example in pool)
         for number, row in enumerate(tqdm(rows, "tokenizing", unit=" rows", disable=None)):
@@ -139,6 +140,7 @@ class Prompts:
                 )
             some = {"alike": alike[row.text], "shots": shots, "seed": seed}
             examples = draw_shots(pool, number, row.text, **some) if shots else []
+            self.last += [example.answer for example in examples[-1:]]
             self.sequences += self.fitting(row, [example.solved for example in examples])
 
     def fitting(self, row: Question, examples: list[str]) -> list[Sequence]:
@@ -259,6 +261,17 @@ def accuracies(
     return {way: (p, math.sqrt(p * (1 - p) / len(rows))) for way, p in shares.items()}
 
 
+def repeated(rows: list[Question], last: list[int], sums: list[float]) -> int:
+    """In how many rows the choice of the highest sum stands where the right one of the example
+    before the question stood, `last`: of models that only repeat, in all."""
+    n, place = 0, 0
+    for row, before in zip(rows, last, strict=True):
+        found = sums[place : place + len(row.choices)]
+        place += len(row.choices)
+        n += found.index(max(found)) == before
+    return n
+
+
 def print_accuracies(model: nn.Module, tokenizer: Tokenizer, flags) -> None:
     """Prints how many of the questions in the file flags.choices the model answers right, behind
     flags.shots examples each."""
@@ -278,5 +291,8 @@ def print_accuracies(model: nn.Module, tokenizer: Tokenizer, flags) -> None:
         f"{len(rows):,} rows, {flags.shots} shots; chance has {chance:.4f}, and answer {answer}, "
         f"the commonest, {n / len(rows):.4f}"
     )
+    if prompts.last:
+        n = repeated(rows, prompts.last, sums)
+        print(f"the answer of the example before the question is given in {n / len(rows):.4f}")
     for way, (share, error) in accuracies(rows, prompts.sequences, sums).items():
         print(f"{way:<14} {share:.4f} ± {error:.4f}")

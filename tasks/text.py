@@ -225,6 +225,8 @@ class SampleFlags:
             )
         if (self.shots or self.shots_from) and not self.choices:
             raise ValueError("--shots and --shots_from need questions: name them with --choices")
+        if self.shots_from and not self.shots:
+            raise ValueError("--shots_from has no effect with --shots 0: say how many, --shots 4")
         if self.chat and (self.eval or self.num_samples > 1):
             raise ValueError("--chat goes with neither --eval nor --num_samples: leave it out")
         if not self.chat and (self.template or self.system):

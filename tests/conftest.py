@@ -20,7 +20,7 @@ import model
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
 from engine import closing, cpu, kernels
 from engine.logs import draw_curves
-from models import recurrent
+from models import moe, recurrent
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -132,6 +132,7 @@ PLACES = {
     decoding: ("text_steps", "pair_steps"),
     bpe: ("make_splitter", "count_chunks"),
     recurrent: ("layer_kernel",),
+    moe: ("experts_kernel",),
 }
 
 

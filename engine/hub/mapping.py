@@ -87,6 +87,9 @@ def our_config(settings: dict) -> tuple[str, Any]:
         elif ours.startswith("rope_"):
             fits = type(value) in (int, float) and 1 <= value < math.inf
             wanted = "a number, 1 or more"
+        elif ours == "balance":
+            fits = type(value) in (int, float) and 0 <= value < math.inf
+            wanted = "a number, 0 or more"
         else:
             fits = type(value) in (int, float) and (value > 0 or ours != "ln_eps") and value < 1
             wanted = "a number below 1" + (" and above 0" if ours == "ln_eps" else "")

@@ -224,14 +224,23 @@ def test_with_caches_the_logits_are_the_same(kind):
     assert written[0] == written[1]
 
 
-def test_laid_out_for_decoding_it_writes_the_same(installed):
-    model, tokens = network(), tokens_of(2, 30)
-    want = model(tokens)
-    cpu.lay_out_for_decoding(model)
-    caches = model.make_caches()
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+def test_laid_out_for_decoding_it_writes_the_same(dtype, near, by_onednn, installed, monkeypatch):
+    """Token by token, where most experts have no row."""
+    monkeypatch.setattr(cpu, "by_onednn", by_onednn)
+    model, tokens = network(), tokens_of(1, 30)
+    model.to(dtype)
     with torch.no_grad():
-        parts = [model(part, caches=caches) for part in tokens.split([9, *[1] * 21], 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-4, rtol=0)
+        want, caches = model(tokens).float(), model.make_caches()
+        cpu.lay_out_for_decoding(model)
+        parts = [
+            model.head(model.features(part, caches=caches))
+            for part in tokens.split([9, *[1] * 21], 1)
+        ]
+    # In bf16 a near tie may choose another expert: most places are the same.
+    apart = (torch.cat(parts, 1).float() - want).norm(dim=-1) / want.norm(dim=-1)
+    assert apart.median() < near
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
@@ -282,13 +291,32 @@ def test_a_mixtral_with_one_active_expert_is_refused_both_ways():
     settings = their_settings("moe", network().config)
     with pytest.raises(ValueError, match="num_experts_per_tok=1 is not supported"):
         our_config({**settings, "num_experts_per_tok": 1})
+    assert our_config({**settings, "router_aux_loss_coef": 2.0})[1].balance == 2
+    with pytest.raises(ValueError, match="router_aux_loss_coef=-1 cannot be"):
+        our_config({**settings, "router_aux_loss_coef": -1})
     with pytest.raises(ValueError, match=r"router_jitter_noise=0\.1 is not supported"):
         our_config({**settings, "router_jitter_noise": 0.1})
 
 
+def test_every_tensor_has_its_law():
+    torch.manual_seed(0)
+    model = MoE(MoEConfig(1000, n_layer=8, n_head=8, n_embd=256, n_expert=4, tied=False))
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            want = 0.02 / 4 if name.endswith("proj.weight") else 0.02
+            assert abs(p.std().item() / want - 1) < 0.08, name
+
+
+def test_the_router_computes_in_fp32():
+    layer, x = network().blocks[0].mlp, torch.randn(2, 9, 36)
+    want = layer(x)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x)[1], want)
+
+
 # ---- in the loop ---------------------------------------------------------------------------------
 
-RUN = [*TOY, "--model=moe", "--n_expert=4", "--steps=4"]
+RUN = [*TOY, "--model=moe", "--n_expert=4", "--balance=5", "--steps=4"]
 
 
 def test_it_is_trained_resumed_and_sampled_by_the_same_commands(toy, capsys):
@@ -302,10 +330,13 @@ def test_it_is_trained_resumed_and_sampled_by_the_same_commands(toy, capsys):
     for record in read_log(Path("whole/log.jsonl")):
         if record["split"] == "train":
             assert sum(record[f"expert_{e}"] for e in range(4)) == pytest.approx(2)
-            assert record["balance_loss"] >= 0.99 * 2 * 0.01 < record["loss"]
+            assert record["balance_loss"] >= 0.99 * 2 * 5
+            assert record["loss"] < 7  # to which it is not added
     capsys.readouterr()
     sample.main(["--checkpoint=whole/best.pt", "--prompt=3 times", "--max_new_tokens=30"])
     assert capsys.readouterr().out.startswith("3 times")
+    with pytest.raises(ValueError, match="--model llama cannot begin from the moe of"):
+        train.main(["--model=llama", "--init=whole/best.pt", "--data=toy.txt"])
     other = ["--data=toy.txt", "--n_active=1", "--tokens_per_step=128", "--device=cpu"]
     train.main([*other, "--init=whole/best.pt", "--steps=1", "--out=single"])
 
@@ -373,3 +404,18 @@ def test_the_memory_of_a_plan_shares_the_tokens_evenly():
     }
     assert needed["active"].weights == needed["plain"].weights < needed["idle"].weights
     assert needed["active"].activations > 1.3 * needed["plain"].activations
+
+
+@pytest.mark.slow
+def test_it_is_compiled_once_whatever_the_experts_get(toy, capsys):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    compiled = []
+    for steps in (2, 12):
+        counters.clear()
+        train.main([*RUN, f"--steps={steps}", "--compile", f"--out=compiled-{steps}"])
+        compiled.append(counters["stats"]["unique_graphs"])
+        torch._dynamo.reset()
+    assert "torch.compile failed" not in capsys.readouterr().out
+    assert compiled[0] == compiled[1] > 0

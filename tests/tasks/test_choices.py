@@ -28,6 +28,7 @@ from tasks.choices import (
     draw_shots,
     log_probabilities,
     print_accuracies,
+    repeated,
     read_questions,
 )
 from tasks.text import SampleFlags
@@ -307,6 +308,7 @@ def test_accuracies_by_hand():
     found = accuracies(rows, sequences, sums)
     assert found["summed"] == pytest.approx((2 / 3, math.sqrt(2 / 27)))
     assert found["per token"] == found["per character"] == pytest.approx((1 / 3, (2 / 27) ** 0.5))
+    assert repeated(rows, [0, 0, 0], sums) == 2 and repeated(rows, [1, 1, 1], sums) == 1
     rows[0] = rows[0]._replace(answer=2)
     assert {way: share for way, (share, _) in accuracies(rows, sequences, sums).items()} == (
         pytest.approx({"summed": 1 / 3, "per token": 2 / 3, "per character": 1 / 3})
@@ -354,6 +356,11 @@ def test_a_model_that_knows_is_always_right(toy_choices, capsys):
     )
     print_accuracies(Knows(False), WORDS, toy_choices)
     assert "summed         0.5000 ± 0.1118\n" in capsys.readouterr().out
+    toy_choices.shots = 1  # drawn evenly from both
+    print_accuracies(Knows(False), WORDS, toy_choices)
+    said = capsys.readouterr().out
+    share = re.search(r"the answer of the example before the question is given in ([0-9.]+)", said)
+    assert 0.2 < float(share[1]) < 0.8
 
 
 @pytest.mark.parametrize("task", [text, complete, stream])
