@@ -28,8 +28,8 @@ from tasks.choices import (
     draw_shots,
     log_probabilities,
     print_accuracies,
-    repeated,
     read_questions,
+    repeated,
 )
 from tasks.text import SampleFlags
 
