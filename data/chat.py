@@ -160,14 +160,15 @@ def check_messages(messages: object) -> None:
         raise ValueError('its messages are no list with a {"role": "user", "content": …} in it')
     turns = 0
     for number, message in enumerate(messages, 1):
-        role, content = (
-            (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
-        )
-        if role not in ROLES or not isinstance(content, str):
+        if not isinstance(message, dict):
+            raise ValueError(f"its message {number} is no object with a role and a content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
             raise ValueError(
-                f"its message {number} has no content that is text, or another role than "
-                f"{', '.join(ROLES)}"
+                f"its message {number} has the role {str(role)[:20]!r}: choose {', '.join(ROLES)}"
             )
+        if not isinstance(content, str):
+            raise ValueError(f"its message {number} has no content that is text")
         if role == "system":
             if number > 1:
                 raise ValueError(f"its message {number} is of the system, which only begins")
@@ -289,6 +290,7 @@ MARKS = (  # what only the templates of one family have in them
     ("llama3", "<|start_header_id|>"),
     ("llama2", "<<SYS>>"),
     ("mistral", "[INST]"),
+    ("plain", '"User: " ~ content'),  # as engine/hub/jinja.py writes it
 )
 # A literal: up to the quote that ends it, without the marks of an expression.
 LITERAL = r"((?:(?!<\||\{\{|\{%)(?:\\.|[^'\"\\]|(?<=\w)'(?=\w)))+)"
@@ -310,5 +312,5 @@ def read_template(text: str, tokenizer: AnyTokenizer) -> tuple[str, str]:
         return "", ""
     found = next(filter(None, (re.search(pattern, text) for pattern in DEFAULTS)), None)
     default = found[1] if found else ""
-    default = default.replace("\\n", "\n").replace("\\'", "'").replace('\\"', '"')
+    default = re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], default)
     return name, NO_TEXT.sub("", default).strip()

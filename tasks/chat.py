@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain, takewhile
+from itertools import chain, repeat, takewhile
 from operator import eq
 
 import torch
@@ -70,12 +70,12 @@ class Conversation:
     ) -> str:
         """Answers a message; write(text) gets each part as soon as it is there. Returns why the
         answer ended before its end, "" if it did not: "stopped" when stopped() became true,
-        "length" after max_new_tokens, "full" where the context is full. In the last case, where
-        there was no place for any answer, the message is not kept."""
+        "length" after max_new_tokens, "full" where the context is full, and "unread" where the
+        message leaves no place for an answer: then it is not kept."""
         asked = [*self.messages, {"role": "user", "content": message}]
         ids, _ = render(self.template, self.tokenizer, with_system(asked, self.system), True)
         if len(ids) >= self.limit:
-            return "full"
+            return "unread"
         stream, why = TextStream(self.tokenizer, self.flags.stop), ""
         lead = TEMPLATES[self.template].answer.startswith(" ")
 
@@ -185,24 +185,31 @@ def talk(model: nn.Module, tokenizer: Tokenizer, flags: SampleFlags, checkpoint:
     template = choose_template(tokenizer, flags.template or trained.get("template", ""))
     system = "\n".join(flags.system) if flags.system else trained.get("system", "")
     conversation = Conversation(model, tokenizer, flags, template, system)
-    say(f"template: {template}; system: {system or 'none'}")
-    say(f"Ctrl-C ends an answer, {NEW} begins a new conversation, Ctrl-D ends the program")
     limit = f"{conversation.limit:,}"
+    say(f"template: {template}; system: {system or 'none'}; context: {limit} tokens")
+    say(f"Ctrl-C ends an answer, {NEW} begins a new conversation, Ctrl-D ends the program")
     notes = {
         "stopped": "[stopped]",
         "length": f"[--max_new_tokens {flags.max_new_tokens} are written]",
         "full": f"[the conversation fills the model's context of {limit} tokens: {NEW} begins a "
         "new one]",
+        "unread": f"[not read: with this message the conversation would have {limit} tokens or "
+        f"more, the model's context; {NEW} begins a new one]",
     }
+    seen = sys.stdin.isatty()  # what is typed is on the screen already
+    given = chain(zip(flags.prompt, repeat(False)), zip(typed(), repeat(seen)))
     with suppress(KeyboardInterrupt):  # where a message is awaited
-        for message in chain(flags.prompt, typed()):
+        for message, shown in given:
             if message.strip() == NEW:
                 conversation.begin()
                 say("[a new conversation]")
             elif message.strip():
+                if not shown:
+                    say(f"> {message}")
                 with interruptible() as stopped:
                     why = conversation.answer(message, write, stopped)
-                print(flush=True)
+                if why != "unread":
+                    print(flush=True)
                 if why:
                     say(notes[why])
 

@@ -223,6 +223,8 @@ def check_conversations(flags: Flags, corpus: TableCorpus) -> None:
                 messages = parse_messages(row.texts[0])
                 if all(message["role"] != "assistant" for message in messages):
                     raise ValueError("no message is of the assistant, so there is nothing to learn")
+                if not all(message["content"].strip() for message in messages):
+                    raise ValueError("one of its messages is empty")
             except ValueError as error:
                 name = flags.valid if split != "train" and flags.valid else flags.data
                 raise ValueError(f"{name}, line {row.line:,}: {error}") from None

@@ -17,8 +17,9 @@ from engine import checkpoint as checkpoints
 from engine.evaluation import goal_of
 from engine.hub.comparing import compare, our_logits, random_inputs
 from engine.hub.families import Family, family_of, tokenized_as
+from engine.hub.jinja import jinja
 from engine.hub.mapping import their_settings, to_theirs
-from engine.hub.tokenizer_files import tokenizer_json
+from engine.hub.tokenizer_files import TEMPLATE, tokenizer_json
 from engine.hub.weights import safetensors
 from engine.logs import read_log
 from tasks.text import TURN_ENDS
@@ -84,6 +85,9 @@ def export_model(path: Path, folder: Path) -> str:
         tensors = to_theirs(task, config, model.state_dict())
         weights = temporary / "model.safetensors"
         safetensors().torch.save_file(tensors, weights, metadata={"format": "pt"})
+        if chat := checkpoint["train_config"].get("template"):
+            text = jinja(chat, checkpoint["train_config"].get("system", ""), tokenizer)
+            (temporary / TEMPLATE).write_text(text, encoding="utf-8")
         for name, content in files.items():
             text = json.dumps(content, indent=2)
             (temporary / name).write_text(text + "\n", encoding="utf-8")

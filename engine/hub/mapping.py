@@ -125,8 +125,8 @@ def refuse_single_expert(config: Any) -> None:
     """Raises ValueError for a Mixtral whose tokens go through one expert: its gate is 1 there."""
     if getattr(config, "n_active", 2) == 1:
         raise ValueError(
-            "num_experts_per_tok=1 is not supported: a single expert has the gate 1 in Mixtral, "
-            "and its probability here"
+            "num_experts_per_tok=1 (here n_active) is not supported: a lone expert has the gate 1 "
+            "in Mixtral, and its probability here"
         )
 
 

@@ -22,6 +22,7 @@ from data.chat import (
     with_system,
 )
 from data.tokens import END_OF_TEXT
+from engine.hub.jinja import jinja
 
 BYTES = {bytes([i]): i for i in range(256)}
 
@@ -153,6 +154,20 @@ def test_apply_chat_template_gives_the_same_tokens(name, system):
 
 
 @ALL
+@pytest.mark.parametrize("default", ["", 'Say "no"\\, it\'s kind.'])
+def test_in_jinjas_language_they_are_the_same(name, default):
+    """And when they are read once more, so is the default system message."""
+    text = jinja(name, default, TOKENIZERS[name])
+    made = peer("jinja2").Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+    for system in ([], [SYSTEM]):
+        for more, answers in (([], True), ([{"role": "assistant", "content": " he\n"}], False)):
+            messages = [*system, *TALK, *more]
+            found = made.render(messages=messages, add_generation_prompt=answers)
+            assert found == written(name, with_system(messages, default), answers)
+    assert read_template(text, TOKENIZERS[name]) == (name, default)
+
+
+@ALL
 def test_an_answer_is_the_assistants_and_so_is_its_end(name):
     tokenizer, template = TOKENIZERS[name], TEMPLATES[name]
     ids, own = render(name, tokenizer, [*TALK, {"role": "assistant", "content": "Yes"}])
@@ -217,10 +232,13 @@ def test_the_tokens_of_a_tokenizer_choose_the_template():
     [
         ([], "its messages are no list with"),
         ("hello", "its messages are no list with"),
-        (["hello"], "message 1 has no content that is text"),
+        (["hello"], "message 1 is no object with a role and a content"),
         ([{"role": "user"}], "message 1 has no content that is text"),
         ([{"role": "user", "content": None}], "message 1 has no content that is text"),
-        ([{"role": "tool", "content": "x"}], "another role than system, user, assistant"),
+        (
+            [{"role": "tool", "content": "x"}],
+            "message 1 has the role 'tool': choose system, user",
+        ),
         ([*TALK, TALK[0]], "message 4 is of the user, where user and assistant take turns"),
         ([TALK[1]], "message 1 is of the assistant, where"),
         ([SYSTEM, SYSTEM], "message 2 is of the system, which only begins"),

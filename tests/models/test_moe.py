@@ -286,10 +286,10 @@ def test_sizes_that_cannot_be_are_refused(settings, message):
 
 
 def test_a_mixtral_with_one_active_expert_is_refused_both_ways():
-    with pytest.raises(ValueError, match="num_experts_per_tok=1 is not supported"):
+    with pytest.raises(ValueError, match=r"num_experts_per_tok=1 .* is not supported"):
         their_settings("moe", network(n_active=1).config)
     settings = their_settings("moe", network().config)
-    with pytest.raises(ValueError, match="num_experts_per_tok=1 is not supported"):
+    with pytest.raises(ValueError, match=r"num_experts_per_tok=1 .* is not supported"):
         our_config({**settings, "num_experts_per_tok": 1})
     assert our_config({**settings, "router_aux_loss_coef": 2.0})[1].balance == 2
     with pytest.raises(ValueError, match="router_aux_loss_coef=-1 cannot be"):

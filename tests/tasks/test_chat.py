@@ -184,9 +184,9 @@ def test_a_full_context_is_said_and_nothing_is_dropped():
     assert talk.answer("Hi", lambda text: None) == "full"
     assert len(talk.read) <= 64 and set(talk.messages[-1]["content"]) == {"x"}
     messages = list(talk.messages)
-    assert talk.answer("more", lambda text: None) == "full" and talk.messages == messages
+    assert talk.answer("more", lambda text: None) == "unread" and talk.messages == messages
     talk.begin()
-    assert talk.answer("x" * 64, lambda text: None) == "full" and not talk.messages
+    assert talk.answer("x" * 64, lambda text: None) == "unread" and not talk.messages
 
 
 # ---- the terminal --------------------------------------------------------------------------------
@@ -207,7 +207,10 @@ def test_each_line_is_a_message(monkeypatch, capsys):
     model = Says(*b"one", 258, *b"two", 258, *b"three", 258)
     out, err = said(monkeypatch, capsys, model, b"a\n\n  \r\nb\n/new\nc")
     assert out == "one\ntwo\nthree\n"
-    assert err.startswith("template: chatml; system: none\n") and "[a new conversation]" in err
+    assert (
+        err.startswith("template: chatml; system: none; context: ")
+        and "> b\n[a new conversation]" in err
+    )
 
 
 def test_a_prompt_is_the_opening_message(monkeypatch, capsys):
@@ -219,7 +222,7 @@ def test_what_ends_an_answer_is_said(monkeypatch, capsys):
     out, err = said(monkeypatch, capsys, Says(*b"abc", block_size=30), b"a\n", max_new_tokens=2)
     assert out == "ab\n" and "[--max_new_tokens 2 are written]" in err
     out, err = said(monkeypatch, capsys, Says(*b"abc", block_size=30), b"a" * 40)
-    assert out == "\n" and "fills the model's context of 30 tokens: /new begins a new one" in err
+    assert out == "" and "[not read: with this message the conversation would have 30" in err
 
     def interrupt(text: str) -> None:
         print(text, end="")

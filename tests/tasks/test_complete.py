@@ -474,7 +474,11 @@ def test_the_template_and_the_system_are_those_of_the_run():
     [
         ('{"messages": "hello"}', "line 2: its messages are no list"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: no message is of the assis"),
-        ('{"messages": [{"role": "x", "content": "a"}]}', "line 2: its message 1 has no content"),
+        ('{"messages": [{"role": "x", "content": "a"}]}', "line 2: its message 1 has the role 'x'"),
+        (
+            json.dumps({"messages": [TALKS[1][0], {"role": "assistant", "content": " "}]}),
+            "line 2: one of its messages is empty",
+        ),
         ('{"question": "a"}', "line 2: it has no .*call them prompt and completion, or messages"),
         ('{"prompt": "a", "completion": "b"}', "it has prompt, completion where the others have m"),
     ],

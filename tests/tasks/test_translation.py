@@ -304,7 +304,7 @@ def test_a_picture_of_where_the_decoder_looked(trained, toy_pairs, capsys, dtype
         (["--beem=4"], r"there is no flag --beem: did you mean --beam\?"),
         (
             ["--num_samples=4"],
-            r"--num_samples is for checkpoints of gpt, .*complete: leave",
+            r"--num_samples is for checkpoints of gpt, .*complete_moe: leave",
         ),
         (["--eval=nothing.tsv"], r"^--eval nothing\.tsv: nothing\.tsv is no file here"),
         (["--eval=toy.tsv", "--prompt=a"], r"--eval and --prompt are two things to do"),

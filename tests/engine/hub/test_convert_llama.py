@@ -359,6 +359,11 @@ def test_of_a_template_its_family_and_its_system_message_are_kept(template, foun
     said = "conversations: chatml, Be kind." in lines
     assert said == bool(found[0])
     assert any("none of chatml, " in line for line in lines) == (template == "{{ '<|user|>' }}")
+    if found[0]:
+        checkpoints.save(tmp_path / "a.pt", checkpoint)
+        convert.main(["export", str(tmp_path / "a.pt"), "--to", str(tmp_path / "again")])
+        kept = import_model(str(tmp_path / "again"))[0]["train_config"]
+        assert (kept["template"], kept["system"]) == found
     (tmp_path / "chat_template.jinja").write_text(JINJA.replace("kind", "short"), encoding="utf-8")
     checkpoint, _ = import_model(str(tmp_path))
     assert checkpoint["train_config"]["system"] == "Be short."
