@@ -170,6 +170,7 @@ def test_both_models_are_printed_with_their_telling_words(tmp_path, capsys):
         classic.main([])
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_page(capsys):
     data, valid = shared("sst2/train.tsv"), shared("sst2/dev.tsv")
     classic.main([f"--data={data}", f"--valid={valid}"])

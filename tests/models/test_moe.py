@@ -391,6 +391,7 @@ def test_recomputed_blocks_have_the_same_gradients():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_plan_shares_the_tokens_evenly():
     """More active experts keep more activations, more idle ones only more weights."""
     config = TrainConfig(model="moe", tokens_per_step=148, batch_size=4, dry_run=True)
