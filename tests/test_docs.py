@@ -96,6 +96,7 @@ ALL_TOYS = {
     **TOYS,
     "complete_llama": TOY_TALKS,
     "llama": TOY_LLAMA,
+    "moe": [*TOYS["gpt"], "--model=moe"],
     "ngram": TOY_NGRAM,
     "lstm": TOY_LSTM,
 }
@@ -198,10 +199,12 @@ def test_command(have, command, monkeypatch, capsys):
         capsys.readouterr()
         with suppress(SystemExit):  # of --help
             MAINS[name](flags)
-        said = capsys.readouterr().out
+        said, noted = capsys.readouterr()
+        if "--chat" in flags:  # at toy size a message may fill the context, which is said
+            assert "> 3 plus 4" in noted and (said or "[not read: " in noted)
+            return
     translates = name == "sample.py" and task_of(folder_of(flags, "--checkpoint")) == "seq2seq"
-    # An untrained translator may write empty lines, and so may one that talks.
-    assert said if translates or "--chat" in flags else said.strip()
+    assert said if translates else said.strip()  # an untrained translator may write empty lines
 
 
 def for_training(have, flags: list[str]) -> list[str]:
