@@ -294,7 +294,7 @@ MARKS = (  # what only the templates of one family have in them
 )
 # A literal: up to the quote that ends it, without the marks of an expression.
 LITERAL = r"((?:(?!<\||\{\{|\{%)(?:\\.|[^'\"\\]|(?<=\w)'(?=\w)))+)"
-NO_TEXT = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # it is shown in a terminal
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # it is shown in a terminal
 DEFAULTS = (
     rf"<\|im_start\|>system(?:\n|\\n){LITERAL}<\|im_end\|>",
     rf"set (?:default_)?system_message = ['\"]{LITERAL}['\"]",
@@ -313,4 +313,4 @@ def read_template(text: str, tokenizer: AnyTokenizer) -> tuple[str, str]:
     found = next(filter(None, (re.search(pattern, text) for pattern in DEFAULTS)), None)
     default = found[1] if found else ""
     default = re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], default)
-    return name, NO_TEXT.sub("", default).strip()
+    return name, CONTROL.sub("", default).strip()

@@ -283,8 +283,12 @@ class Llama(nn.Module):
         features = self.features(tokens, mask, caches)
         if targets is None:
             return self.head(features)
-        weight = self.token_embedding.weight if self.config.tied else self.lm_head.weight
-        return {"loss": model.cross_entropy(features, weight, targets)[0]}
+        return {"loss": model.cross_entropy(features, self.output_matrix, targets)[0]}
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """(V, C)"""
+        return self.token_embedding.weight if self.config.tied else self.lm_head.weight
 
     def features(
         self,

@@ -195,8 +195,7 @@ class MoE(Llama):
         features, routing = self.through_blocks(tokens, mask, caches)
         if targets is None:
             return self.head(features)
-        weight = self.token_embedding.weight if self.config.tied else self.lm_head.weight
-        losses = {"loss": model.cross_entropy(features, weight, targets)[0]}
+        losses = {"loss": model.cross_entropy(features, self.output_matrix, targets)[0]}
         n, E = (targets != -100).sum(), self.config.n_expert
         share = torch.stack([shares(chosen, E) for _, chosen in routing])  # (n_layer, E)
         mean = torch.stack([probabilities.mean((0, 1)) for probabilities, _ in routing])

@@ -77,7 +77,8 @@ class Conversation:
         if len(ids) >= self.limit:
             return "unread"
         stream, why = TextStream(self.tokenizer, self.flags.stop), ""
-        lead = TEMPLATES[self.template].answer.startswith(" ")
+        spaced = lead = TEMPLATES[self.template].answer.startswith(" ")
+        self.go_back(ids)
 
         def show(text: str) -> None:
             nonlocal lead
@@ -101,13 +102,12 @@ class Conversation:
             if why:
                 break
         show(stream.finish())
-        text = stream.text.removeprefix(" " * TEMPLATES[self.template].answer.startswith(" "))
+        text = stream.text.removeprefix(" " * spaced)
         self.messages = [*asked, {"role": "assistant", "content": text}]
         return why
 
-    @torch.no_grad()
-    def next_token(self, ids: list[int]) -> int:
-        """The token that the network puts behind these, of which it reads those that are new."""
+    def go_back(self, ids: list[int]) -> None:
+        """Leaves in the caches only what these tokens begin with."""
         # At least one token is read, because the features of those in the caches are not kept.
         same = sum(1 for _ in takewhile(bool, map(eq, self.read, ids[:-1])))
         if self.caches and same < len(self.read):
@@ -118,10 +118,15 @@ class Conversation:
                 self.caches = None
         if self.caches is None:
             self.caches, same = self.model.make_caches(), 0
+        del self.read[same:]
+
+    @torch.no_grad()
+    def next_token(self, ids: list[int]) -> int:
+        """The token that the network puts behind these, of which it reads those that are new."""
+        new = ids[len(self.read) :]
         device = next(chain(self.model.parameters(), self.model.buffers())).device
-        new = torch.tensor([ids[same:]], device=device)
-        features = self.model.features(new, caches=self.caches)
-        self.read = list(ids)
+        features = self.model.features(torch.tensor([new], device=device), caches=self.caches)
+        self.read += new
         picked = self.pick(self.model.head(features[:, -1]).float(), [0])
         check_chosen(picked.tolist())
         return int(picked[0])

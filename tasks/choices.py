@@ -28,7 +28,8 @@ import re
 import sys
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from itertools import chain
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -242,17 +243,20 @@ def scored(log_p: Tensor, sequence: Sequence, start: int) -> float:
 # ---- scores -> what is printed -------------------------------------------------------------------
 
 
+def by_row(rows: list[Question], values: list) -> Iterator[list]:
+    """Of values, one for each choice of all rows, those of each row."""
+    left = iter(values)
+    return (list(islice(left, len(row.choices))) for row in rows)
+
+
 def accuracies(
     rows: list[Question], sequences: list[Sequence], sums: list[float]
 ) -> dict[str, tuple[float, float]]:
     """{way to score: (share of rows whose best choice is the right one, its standard error)}. Of
     equal scores the first choice counts."""
     right = dict.fromkeys(WAYS, 0)
-    place = 0
-    for row in rows:
-        found = sums[place : place + len(row.choices)]
-        lengths = [len(ids) - start for ids, start in sequences[place : place + len(row.choices)]]
-        place += len(row.choices)
+    counts = [len(ids) - start for ids, start in sequences]
+    for row, found, lengths in zip(rows, by_row(rows, sums), by_row(rows, counts), strict=True):
         divisors = ([1] * len(found), lengths, [len(choice) for choice in row.choices])
         for way, divisor in zip(WAYS, divisors, strict=True):
             scores = [total / n for total, n in zip(found, divisor, strict=True)]
@@ -264,12 +268,8 @@ def accuracies(
 def repeated(rows: list[Question], last: list[int], sums: list[float]) -> int:
     """In how many rows the choice of the highest sum stands where the right one of the example
     before the question stood, `last`: of models that only repeat, in all."""
-    n, place = 0, 0
-    for row, before in zip(rows, last, strict=True):
-        found = sums[place : place + len(row.choices)]
-        place += len(row.choices)
-        n += found.index(max(found)) == before
-    return n
+    scores = zip(by_row(rows, sums), last, strict=True)
+    return sum(found.index(max(found)) == before for found, before in scores)
 
 
 def print_accuracies(model: nn.Module, tokenizer: Tokenizer, flags) -> None:

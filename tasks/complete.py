@@ -138,8 +138,9 @@ class Data(InBuckets):
             flags.data, flags.valid, forms, blank=("prompt",), nested=MESSAGES, remedy=remedy
         )
         check_conversations(flags, corpus)
-        learnt = replace(corpus, splits={"train": to_learn_from(corpus.splits["train"])})
-        tokenizer = tokenizer or get_tokenizer(flags, sizes, learnt, cls.special_tokens)
+        if tokenizer is None:
+            learnt = replace(corpus, splits={"train": to_learn_from(corpus.splits["train"])})
+            tokenizer = get_tokenizer(flags, sizes, learnt, cls.special_tokens)
         more = settings(flags, sizes, "row_length", "tokens_per_step")
         if any(map(is_conversation, chain(*corpus.splits.values()))):
             more["template"] = choose_template(tokenizer, getattr(flags, "template", ""))

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -396,7 +398,7 @@ def test_the_page_makes_the_files_of_its_commands(tmp_path, monkeypatch):
     Path("sst2").mkdir()
     for name in ("train", "dev"):
         Path(f"sst2/{name}.tsv").write_text('a "b" c\t1\nd\t0\n', encoding="utf-8")
-    exec(code, {})
+    subprocess.run([sys.executable, "-c", code], check=True)
     found = read_questions("choices", Path("dev.jsonl"))
     assert found == read_questions("choices", Path("train.jsonl"))
     assert found[0] == (1, 'Review: a "b" c\nSentiment:', (" negative", " positive"), 1)
