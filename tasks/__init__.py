@@ -74,6 +74,7 @@ TABLE = {
     "gpt": ("model.GPT", "tasks.text"),
     "llama": ("models.llama.Llama", "tasks.text"),
     "moe": ("models.moe.MoE", "tasks.text"),
+    "variant": ("models.variants.Variant", "tasks.text"),
     # Before the Transformer.
     "ngram": ("models.ngram.NGram", "tasks.text"),
     "cbow": ("models.feedforward.CBOW", "tasks.text"),
@@ -83,6 +84,7 @@ TABLE = {
     "gru": ("models.recurrent.GRU", "tasks.stream"),
     "lstm": ("models.recurrent.LSTM", "tasks.stream"),
     "bert": ("bert.BERT", "tasks.masked"),
+    "fnet": ("models.fnet.FNet", "tasks.masked"),
     "seq2seq": ("seq2seq.Seq2Seq", "tasks.translation"),
     # Fine-tuning: a pretrained encoder, or a decoder, with labelled data.
     "classify": ("tasks.classify.Classifier", "tasks.classify"),
