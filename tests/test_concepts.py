@@ -120,6 +120,21 @@ def evens_the_experts_out_and_says_the_verse(said: str) -> None:
     assert said.endswith("What immortal hand or eye\n")
 
 
+def scores_places_and_distances(said: str) -> None:
+    """The scores of two queries at other places: the same where only the distance counts."""
+    rows = {}
+    for name, scores in re.findall(r"^(\w+) +[36]0((?: +-?\d+\.\d{3}){6})$", said, re.MULTILINE):
+        rows.setdefault(name, []).append([float(score) for score in scores.split()])
+    assert len(rows) == 8 and all(len(both) == 2 for both in rows.values())
+    assert rows.pop("none") == [[0.0] * 6] * 2
+    assert rows["learned_sinusoidal"] == rows["sinusoidal"]  # before anything is learned
+    assert rows["alibi"][0] == pytest.approx([-d / 4 for d in (0, 1, 2, 5, 10, 20)], abs=2e-3)
+    for name, (left, right) in rows.items():
+        apart = max(abs(a - b) for a, b in zip(left, right, strict=True))
+        added = name in ("learned", "sinusoidal", "learned_sinusoidal")
+        assert (apart > 0.5 if added else apart < 3e-3) and len(set(left)) == 6, name
+
+
 # file: (the others of ours that it needs, what its output must show)
 CONCEPTS = {
     "model.py": ((), says_the_verse),
@@ -132,6 +147,7 @@ CONCEPTS = {
     "models/feedforward.py": (("model.py",), three_learn_the_verse),
     "models/recurrent.py": (("model.py",), three_learn_the_verse),
     "models/moe.py": (("model.py", "models/llama.py"), evens_the_experts_out_and_says_the_verse),
+    "models/positions.py": (("model.py", "models/llama.py"), scores_places_and_distances),
     "models/llama.py": (("model.py",), shows_the_distance_and_says_the_verse),
 }
 
