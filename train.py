@@ -335,7 +335,7 @@ def loop(run: Run, interruption: Interruption) -> bool:
             f"repeat them with: {go_on}"
         )
     if not math.isfinite(run.best):
-        raise ValueError(closing.no_figure(run, finite))
+        raise (ValueError if finite else steps.Diverged)(closing.no_figure(run, finite))
     return True
 
 

@@ -95,9 +95,9 @@ def program() -> str:
 
 def underscored(argument: str) -> str:
     """--n-layer=2 -> --n_layer=2, because people type both; the prefix --no- stays."""
-    if not argument.startswith("--"):
-        return argument
     name, equals, value = argument.partition("=")
+    if not re.fullmatch(r"--[\w-]+", name):  # a value may be flags: --base "--n_layer 2 --lr 1e-3"
+        return argument
     prefix = "--no-" if name.startswith("--no-") else "--"
     return prefix + name.removeprefix(prefix).replace("-", "_") + equals + value
 

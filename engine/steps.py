@@ -21,6 +21,10 @@ QUEUING = {"cuda"}  # devices that work while the host goes on; a test makes the
 MOST_SKIPPED = 5  # steps in a row whose gradient is not finite
 
 
+class Diverged(ValueError):
+    """A run whose gradients, or all of whose evaluations, are no finite numbers."""
+
+
 def update(optimizer, norm: Tensor) -> None:
     """optimizer.step(), unless the gradient's norm is not finite: then nothing changes.
 
@@ -95,7 +99,7 @@ class StepQueue:
         self.read(log, leave=int(self.group.device.type in QUEUING))
 
     def read(self, log: RunLog | None, leave: int = 0) -> None:
-        """Waits for all queued steps but the last `leave` of them. Raises ValueError after
+        """Waits for all queued steps but the last `leave` of them. Raises Diverged after
         MOST_SKIPPED skipped steps in a row."""
         while len(self.queue) > leave:
             record = self.queue.popleft().read(self.group)
@@ -110,7 +114,7 @@ class StepQueue:
                 if bad:
                     log.say(f"step {step:,} skipped: its gradient is not finite")
             if self.in_a_row == MOST_SKIPPED:
-                raise ValueError(
+                raise Diverged(
                     f"{MOST_SKIPPED} steps in a row, up to {step:,}, had gradients that are not "
                     f"finite: lower --lr (now {config.lr:g}) or use --dtype fp32; what "
                     f"{config.out} holds is from before them"

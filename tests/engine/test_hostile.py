@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, TOY_LSTM, TOY_NGRAM, TOYS, write_labelled, write_pairs, write_texts
+from conftest import ROOT, TOY, TOY_LSTM, TOY_NGRAM, TOYS, write_labelled, write_pairs, write_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -42,7 +42,8 @@ from engine import checkpoint as checkpoints
 from engine import cli, closing
 from engine.logs import draw_curves
 from engine.presets import PRESETS
-from lab import bench, classic, gpu, gradients, growth, ladder
+from engine.steps import Diverged
+from lab import bench, classic, gpu, gradients, growth, ladder, sweep
 from lab import finetuning as bench_finetune
 from lab import runs as bench_runs
 from lab import sampling as bench_sampling
@@ -74,7 +75,7 @@ FLOATS += words("1e300 1e308 1e999 nan inf -inf ٣.٥ seven 0,5 --")
 FLOATS += ["9" * 300, "9" * 5000, ""]
 BOOLS = ["", *words("true FALSE yes No on off 1 0 2 maybe None ٣")]
 FILES = words(
-    """toy.txt toy-docs.txt toy.tsv toy.csv toy.conll toy.jsonl toy-choices.jsonl toy.json
+    """rows.txt toy.txt toy-docs.txt toy.tsv toy.csv toy.conll toy.jsonl toy-choices.jsonl toy.json
     toy-alike.csv toy-talks.jsonl toy.txt.gz toy.txt,toy-docs.txt word.txt empty.txt blank.txt
     binary.txt latin.txt wide.txt -dash.txt ünï—日本.txt tokenizer.json cut.pt cut.json cut.jsonl.gz
     notes notes.png notes.npy out/gpt out/gpt/latest.pt out/bert/best.pt out/seq2seq/best.pt
@@ -164,7 +165,7 @@ class Command(NamedTuple):
         return [*found, *(Flag("", "name", i) for i in places)]
 
 
-OURS = (ValueError, checkpoints.Unreadable)
+OURS = (ValueError, checkpoints.Unreadable, Diverged)
 SHORT = ["--steps=9", "--stop_after=1"]
 BEGUN = [flag for flag in TOYS["classify"] if not re.match("--(vocab|block|n)_", flag)]
 COMMANDS = {
@@ -201,6 +202,9 @@ COMMANDS = {
     "bench_runs": Command(bench_runs.main, ["--small", "--only=saving"]),
     "growth": Command(growth.main, ["--repeats=1"]),
     "ladder": Command(ladder.main, ["--only=ngram,cbow", "--data=toy.txt", "--steps=1"]),
+    "sweep": Command(
+        sweep.main, ["--rows=rows.txt", f"--base={' '.join(TOY)} --steps=1", "--seeds=1"]
+    ),
     "gradients": Command(gradients.main, ["--length=3", "--width=4"]),
     "classic": Command(classic.main, ["--data=toy.csv"]),
     "gpu": Command(gpu.main, ["--rehearse", "--only=ceilings"]),
@@ -212,7 +216,17 @@ COMMANDS = {
 # The flags that name what is to be written, and what is there already.
 WRITES = {
     **dict.fromkeys(
-        ("train gpt", "sample embeddings", "import", "bench", "growth", "gradients", "gpu"), "--out"
+        (
+            "train gpt",
+            "sample embeddings",
+            "import",
+            "bench",
+            "growth",
+            "gradients",
+            "gpu",
+            "sweep",
+        ),
+        "--out",
     ),
     "sample attention": "--attention",
     "export": "--to",
@@ -273,6 +287,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         patch.setattr(gpu.Session, "run", lambda self, parts: None)
         quick = dict.fromkeys(bench_runs.BENCHES, lambda config, folder: found)
         patch.setattr(bench_runs, "BENCHES", quick)
+        patch.setattr(sweep, "in_processes", lambda jobs, workers: map(sweep.train_job, jobs))
         cost = growth.Cost(1.0, 1.0)
         patch.setattr(growth, "measure", lambda sizes, *_: dict.fromkeys(sizes, cost))
         yield work
@@ -293,6 +308,7 @@ def fill(work: Path) -> None:
         "cut.jsonl.gz": b"\x1f\x8b\x08\x00no gzip",
         **dict.fromkeys(("notes.png", "notes.npy", "notes", "embeddings.npy"), b"my own notes"),
         "word.txt": b"word",
+        "rows.txt": b"as it is:\nfast: --lr 0.01\n",
         "toy.txt.gz": gzip.compress(text),
         "tokenizer.json": (work / "theirs/tokenizer.json").read_bytes(),
         **dict.fromkeys(("folder/config.json", "folder/writable"), b"my own notes"),
