@@ -207,6 +207,7 @@ PRESETS = {
     "llama-toy-gpu": {**TOY_GPU, "model": "llama"},
     # Two experts of half the width: a token pays what it pays in llama-toy.
     "moe-toy": {**TOY, "model": "moe", "n_ff": 176},
+    "variant-toy": {**TOY, "model": "variant"},
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
@@ -313,6 +314,7 @@ PRESETS = {
     "bert-small": {**BERT_RECIPE, "n_layer": 4, "n_head": 8, "n_embd": 512},
     "bert-medium": {**BERT_RECIPE, "n_layer": 8, "n_head": 8, "n_embd": 512},
     "pydocs": PYDOCS,
+    "fnet-pydocs": {**PYDOCS, "model": "fnet"},
     # The lowest loss of masked words in the same three minutes, after Geiping and Goldstein 2022
     # (arXiv:2212.14034): LayerNorm first, no pairs of sentences, more masks (Wettig et al. 2022,
     # arXiv:2202.08005).
@@ -435,11 +437,19 @@ PRESETS = {
 }
 
 
+FIRST_HOUR = {
+    "gpt": "toy",
+    "llama": "llama-toy",
+    "moe": "moe-toy",
+    "variant": "variant-toy",
+    "bert": "pydocs",
+    "fnet": "fnet-pydocs",
+}
+
+
 def first_hour(task: str, device: str, data: str) -> str:
     """The preset of a run that names none; "" for none. "dates" is the recipe for its data only."""
     if task == "seq2seq":
         return "dates" if data in ("", "dates") else "transformer-tiny"
-    if task == "bert":
-        return "pydocs"
-    toy = {"gpt": "toy", "llama": "llama-toy", "moe": "moe-toy"}.get(task, "")  # else the defaults
-    return f"{toy}-gpu" if f"{toy}-gpu" in PRESETS and device == "cuda" else toy
+    name = FIRST_HOUR.get(task, "")  # else the defaults
+    return f"{name}-gpu" if f"{name}-gpu" in PRESETS and device == "cuda" else name

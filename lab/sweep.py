@@ -414,14 +414,14 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def write_csv(results: Results, path: Path, ours: str = OURS) -> None:
+def write_csv(results: Results, path: Path) -> None:
     """A line for each run, with all figures of its best evaluation, in UTF-8."""
     lines = []
     for row, records in results.items():
         for r in records:
             line = {"row": row, **asdict(r), "flags": cli.command_line(*r.flags)}
             del line["evaluations"], line["curve"]
-            line |= {"early": r.early, "final": r.final, "source": ours}
+            line |= {"early": r.early, "final": r.final, "source": OURS}
             lines.append(line | {f"best {name}": value for name, value in r.best.items()})
     with path.open("w", encoding="utf-8", newline="") as file:
         names = {name: None for line in lines for name in line}  # without those that diverged
@@ -439,7 +439,7 @@ def usual(values: list[float]) -> tuple[float, float]:
     return min(near), max(near)
 
 
-def draw(results: Results, caption: str, path: Path, ours: str = OURS) -> None:
+def draw(results: Results, caption: str, path: Path) -> None:
     """A line for each row, with a dot for each seed and a bar for their mean. Gray is where single
     runs of a row that equals the first would be. Triangles are of runs that are far away."""
     figure = new_figure(path, 9, 1.6 + 0.24 * len(results))
@@ -466,7 +466,31 @@ def draw(results: Results, caption: str, path: Path, ours: str = OURS) -> None:
     axes.set_xlabel(next(iter(results.values()))[0].goal)
     axes.grid(alpha=0.3)
     axes.set_title("\n".join(textwrap.wrap(caption, 100)), fontsize=9, parse_math=False)
-    save(figure, path, ours)
+    save(figure, path, OURS)
+
+
+def new_files(out: str) -> list[Path]:
+    """The paths of the picture, the table and the figures. Raises ValueError if they cannot be
+    written."""
+    return new_picture(out, OURS, ".md", ".csv")
+
+
+def show(results: Results, base: str, files: list[Path]) -> None:
+    """Prints the table, and writes it, all figures and the picture into `new_files`."""
+    picture, beside, numbers = files
+    records = [record for row in results.values() for record in row]
+    n, threads = len(next(iter(results.values()))), sorted({str(r.threads) for r in records})
+    caption = (
+        f"Each row with {n} seed{'s' * (n > 1)}, compared with the first; all: {base or 'no flags'}"
+        ". The spread is 2·sqrt(s² + s0²) of the two rows' standard deviations. "
+        f"Threads: {', '.join(threads)}."
+    )
+    text = "\n\n".join([f"Measured by {OURS}.", table(results), caption])
+    print(text)
+    beside.write_text(f"{text}\n", encoding="utf-8")
+    write_csv(results, numbers)
+    draw(results, caption, picture)
+    print(f"\nthe same in {beside}, all figures in {numbers}, drawn in {picture}")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -503,20 +527,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_flags(parser, RowsConfig, "sweep")
     config = RowsConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     rows = read_rows(config.rows)
-    picture, beside, numbers = new_picture(config.out, OURS, ".md", ".csv")
-    results = run_rows(rows, config.base, config)
-    threads = sorted({str(r.threads) for records in results.values() for r in records})
-    caption = (
-        f"Each row with {config.seeds} seed{'s' * (config.seeds > 1)}, compared with the first; "
-        f"all: {config.base or 'no flags'}. The spread is 2·sqrt(s² + s0²) of the two rows' "
-        f"standard deviations. Threads: {', '.join(threads)}."
-    )
-    text = "\n\n".join([f"Measured by {OURS}.", table(results), caption])
-    print(text)
-    beside.write_text(f"{text}\n", encoding="utf-8")
-    write_csv(results, numbers)
-    draw(results, caption, picture)
-    print(f"\nthe same in {beside}, all figures in {numbers}, drawn in {picture}")
+    files = new_files(config.out)
+    show(run_rows(rows, config.base, config), config.base, files)
 
 
 if __name__ == "__main__":

@@ -81,9 +81,12 @@ class Learned(Positions):
 class Sinusoidal(Positions):
     """sin and cos of place · 10000^(-2i/C) in the channels 2i and 2i + 1, in fp32.
 
-    They are as large as embeddings of unit variance; 2017 has such, N(0, 1 / C) times sqrt(C).
-    Raises ValueError where n_embd is odd.
+    They are added SIZE times as large. In 2017 the embeddings begin with a deviation of about 1,
+    in GPT with 0.02, and sinusoids that are 35 times as large would hide the tokens. Raises
+    ValueError where n_embd is odd.
     """
+
+    SIZE = 0.02 * 2**0.5  # the deviation of a sine is 2^-0.5
 
     def __init__(self, config):
         super().__init__(config)
@@ -101,7 +104,7 @@ class Sinusoidal(Positions):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         angles = positions[:, None].float() * self.frequencies(x.device)  # (T, C / 2)
-        return x + torch.stack([angles.sin(), angles.cos()], -1).flatten(1).type_as(x)
+        return x + self.SIZE * torch.stack([angles.sin(), angles.cos()], -1).flatten(1).type_as(x)
 
 
 class LearnedSinusoidal(Sinusoidal):
@@ -303,8 +306,11 @@ if __name__ == "__main__":  # the score of a key, as it falls and rises with the
     print(f"{'':20}query at{''.join(f'{d:8}' for d in distances)}")
     for name, kind in POSITIONS.items():
         torch.manual_seed(1)
-        positions, token = kind(sizes), torch.randn(64)
+        positions, token = kind(sizes), 0.02 * torch.randn(64)
+        if name == "learned":
+            nn.init.normal_(positions.embedding.weight, std=0.02)  # GPT's law
         x = positions(token.expand(1, 64, 64), torch.arange(64)).detach()
+        x = F.layer_norm(x, (64,))  # as GPT's blocks do
         x = x.unflatten(-1, (4, 16)).transpose(1, 2)  # queries, keys and values: (1, 4, 64, 16)
         for query in (30, 60):
             v = x.clone().requires_grad_()

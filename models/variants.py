@@ -16,8 +16,8 @@ mixture of softmaxes as output. With the defaults it is GPT.
 The file needs torch, model.py, and models/positions.py with what that needs. `python -m
 models.variants` lets some variants learn a verse; `python -m lab.variants` compares them all.
 
-Left out: halting of the Universal Transformer, mixtures of Synthesizers, variants of encoders
-(models/fnet.py, models/sparse.py); experts are in models/moe.py, today's decoder in models/llama.py.
+Left out: halting of the Universal Transformer, mixtures of Synthesizers, encoders. Experts are in
+models/moe.py, sparse attention in models/sparse.py, the decoder of today in models/llama.py.
 
 Papers: the comparison that this follows is Do Transformer Modifications Transfer Across
 Implementations and Applications? (Narang et al. 2021, arXiv:2102.11972); those of the parts stand
@@ -37,7 +37,7 @@ from torch import Tensor
 import model
 from model import GPT, MLP, Attention, Block, Dropout, GPTConfig, KVCache, Mask, tanh_gelu
 from models.llama import RMSNorm
-from models.positions import POSITIONS, Positions
+from models.positions import POSITIONS, Positions, Sinusoidal
 from seq2seq import sinusoids
 
 # ---- feed-forward --------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ class Variant(GPT):
         self.path = [*map(kinds.index, c.sublayers)] if c.shared != "no" else range(len(kinds))
         if c.shared == "universal":
             table = sinusoids(max(c.block_size, c.n_layer + 1), c.n_embd)
-            self.register_buffer("coordinates", table, persistent=False)
+            self.register_buffer("coordinates", Sinusoidal.SIZE * table, persistent=False)
         ends = Residual.ends_with_norm or not Residual.normalises
         self.norm = nn.Identity() if ends else NORMS[c.norm](c)
         if c.n_softmax > 1:
@@ -440,7 +440,7 @@ class Variant(GPT):
         width, K = self.token_embedding.embedding_dim, c.n_softmax
         # A Synthesizer makes no products of queries and keys: it has only those with the values.
         seen = (12 if c.mixing == "attention" else 6) * c.n_embd * c.block_size
-        weights = K * c.vocab_size * width + count(self.up)
+        weights = K * c.vocab_size * width + count(self.up) + count(self.norm)
         weights += count(self.prior) + count(self.contexts) if K > 1 else count(self.down)
         weights += sum(count(self.blocks[i]) for i in self.path)
         if c.mixing == "random":
@@ -477,7 +477,7 @@ if __name__ == "__main__":  # a verse learnt by heart, by some variants
         {"residual": "rezero"},
         {"order": "ssff", "shared": "all"},
         {"mixing": "random"},
-        {"order": "ffff"},
+        {"order": "ffff", "positions": "none"},
     ):
         torch.manual_seed(1)
         sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": len(text)}

@@ -51,6 +51,14 @@ def fills_the_holes(said: str) -> None:
     assert holes.count("_") > 20 and filled.startswith("every position sees all others")
 
 
+def fills_more_holes(said: str) -> None:
+    losses = losses_in(said)
+    assert losses[-1] < 0.1 * losses[0]
+    holes, filled = said.splitlines()[-2:]
+    assert holes.count("_") > 8
+    assert filled == "every position receives from all others, those before it and those behind it"
+
+
 def reverses(said: str) -> None:
     losses = losses_in(said)
     assert losses[-1] < 0.05 * losses[0]
@@ -135,6 +143,15 @@ def scores_places_and_distances(said: str) -> None:
         assert (apart > 0.5 if added else apart < 3e-3) and len(set(left)) == 6, name
 
 
+def all_learn_but_those_that_never_look_back(said: str) -> None:
+    """What has no attention knows one letter, and no more."""
+    found = dict(re.findall(r"^(\S.*?) +loss (\d\.\d+)$", said, re.MULTILINE))
+    assert len(found) == 6
+    losses = {name: float(loss) for name, loss in found.items()}
+    blind = losses.pop("order ffff, positions none")
+    assert max(losses.values()) < 0.2 and blind > 0.8
+
+
 # file: (the others of ours that it needs, what its output must show)
 CONCEPTS = {
     "model.py": ((), says_the_verse),
@@ -148,6 +165,11 @@ CONCEPTS = {
     "models/recurrent.py": (("model.py",), three_learn_the_verse),
     "models/moe.py": (("model.py", "models/llama.py"), evens_the_experts_out_and_says_the_verse),
     "models/positions.py": (("model.py", "models/llama.py"), scores_places_and_distances),
+    "models/variants.py": (
+        ("model.py", "seq2seq.py", "models/llama.py", "models/positions.py"),
+        all_learn_but_those_that_never_look_back,
+    ),
+    "models/fnet.py": (("model.py", "bert.py"), fills_more_holes),
     "models/llama.py": (("model.py",), shows_the_distance_and_says_the_verse),
 }
 

@@ -64,7 +64,7 @@ QUICK = {
     'python sample.py --prompt "def "',
 }
 FOLDERS = {"out/gpt": "gpt", "out/gpt2": "gpt", "out/bert": "bert", "out/crammed": "bert"}
-FOLDERS |= {"out/lstm": "lstm", "out/ngram": "ngram"}
+FOLDERS |= {"out/lstm": "lstm", "out/ngram": "ngram", "out/variant": "variant"}
 FOLDERS |= dict.fromkeys(("out/llama", "out/smollm2"), "llama") | {"out/talks": "complete_llama"}
 FOLDERS |= {"out/minilm": "bert", **{f"out/{task}": task for task in LABELLED}}  # else seq2seq
 STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt", "shakespeare": "toy.txt"}
@@ -78,6 +78,11 @@ LABS = {
     "lab.bench": ["--only=optim", "--repeats=2"],
     "lab.runs": ["--only=saving", "--small", "--repeats=1", "--steps=6"],
     "lab.ladder": ["--data=toy.txt", "--only=ngram,addk"],
+    "lab.sweep": ["--rows=rows.txt", f"--base={shlex.join(TOYS['gpt'])} --steps=2", "--seeds=1"],
+    "lab.variants": [
+        *("--quick", "--only=swiglu,FNet", "--steps=2", "--workers=1"),
+        "--flags=--data toy.txt --n_embd 32 --block_size 16 --tokens_per_step 64 --batch_size 4",
+    ],
     "lab.gradients": ["--length=12", "--width=8"],
     "lab.classic": ["--data=toy.csv"],
     "lab.growth": ["--help"],  # runs in tests/lab/test_growth.py, with smaller sizes
@@ -97,6 +102,9 @@ ALL_TOYS = {
     "complete_llama": TOY_TALKS,
     "llama": TOY_LLAMA,
     "moe": [*TOYS["gpt"], "--model=moe"],
+    "variant": [*TOYS["gpt"], "--model=variant"],
+    "fnet": [f for f in TOYS["bert"] if "attention" not in f and "n_head" not in f]
+    + ["--model=fnet"],
     "ngram": TOY_NGRAM,
     "lstm": TOY_LSTM,
 }
@@ -232,7 +240,8 @@ def for_sampling(have, flags: list[str]) -> list[str]:
     task = task_of(folder)
     have(folder, task)
     short = (
-        task in ("gpt", "llama", "seq2seq", "complete", "complete_llama", "lstm", "ngram")
+        task
+        in ("gpt", "llama", "seq2seq", "complete", "complete_llama", "lstm", "ngram", "variant")
         and "--eval" not in flags
     )
     flags = [STAND_INS.get(flag, flag) for flag in flags]
@@ -257,8 +266,10 @@ def test_lab(have, name):
     shown = run("-m", name, "--help")
     for command in IN_LABS:
         if name in command:
-            assert all(word in shown for word in shlex.split(command) if word.startswith("--"))
+            words = [word for word in shlex.split(command) if re.fullmatch(r"--\w+", word)]
+            assert all(word in shown for word in words)
     have("out/minilm", "bert")
+    Path("rows.txt").write_text("gpt:\nwide: --n_ff 64\n", encoding="utf-8")
     assert run("-m", name, *LABS[name]).strip()
 
 

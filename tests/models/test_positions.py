@@ -11,7 +11,7 @@ from conftest import peer
 from torch import Tensor
 
 from model import Attention, KVCache, Mask, attend, causal_mask, initialise
-from models.positions import POSITIONS, Positions, alibi_slopes, spread
+from models.positions import POSITIONS, Sinusoidal, Positions, alibi_slopes, spread
 from seq2seq import sinusoids
 
 B, C, H, T = 2, 48, 6, 40  # sizes of the peers: heads no power of 2, distances beyond Shaw's 16
@@ -190,14 +190,15 @@ def test_rotary_is_that_of_roformer():
 def test_sinusoids_are_those_of_the_encoder_decoder():
     zeros, places = torch.zeros(1, 64, C), torch.arange(64)
     fixed, learned = POSITIONS["sinusoidal"](sizes()), POSITIONS["learned_sinusoidal"](sizes())
-    found = fixed(zeros, places)[0]
+    found = fixed(zeros, places)[0] / Sinusoidal.SIZE
     near(found, sinusoids(64, C))
     assert found[7, 10].item() == pytest.approx(math.sin(7 / 10000 ** (10 / C)), abs=1e-6)
     assert found[7, 11].item() == pytest.approx(math.cos(7 / 10000 ** (10 / C)), abs=1e-6)
-    assert torch.equal(learned(zeros, places)[0], found)
+    assert torch.equal(learned(zeros, places), fixed(zeros, places))
+    assert fixed(zeros, places).std().item() == pytest.approx(0.02, rel=0.1)
     # fp32 angles: a place in the thousands costs three digits.
     near(
-        fixed(zeros[:, :3], torch.tensor([5, 1000, 4000]))[0],
+        fixed(zeros[:, :3], torch.tensor([5, 1000, 4000]))[0] / Sinusoidal.SIZE,
         sinusoids(4001, C)[[5, 1000, 4000]],
         1e-3,
     )
@@ -209,7 +210,7 @@ def test_frequencies_are_learned():
         nn.init.zeros_(p)
     initialise(learned, lambda name, weight: pytest.fail(name))
     assert torch.equal(learned.scale, torch.ones(C // 2))
-    wanted = sinusoids(80, C)[::2][:30]  # as if all turned twice as fast
+    wanted = Sinusoidal.SIZE * sinusoids(80, C)[::2][:30]  # as if all turned twice as fast
     loss = (learned(torch.zeros(1, 30, C), torch.arange(30))[0] - wanted).square().mean()
     loss.backward()
     assert learned.scale.grad.abs().min() > 0

@@ -292,9 +292,7 @@ def test_albert():
         layer_norm_eps=1e-5,
     )
     theirs = AlbertTransformer(config).eval()
-    network = make(
-        n_layer=3, shared="all", residual="post_ln", embedding_width=8, positions="none"
-    )
+    network = make(n_layer=3, shared="all", residual="post_ln", embedding_width=8, positions="none")
     layer = theirs.albert_layer_groups[0].albert_layers[0]
     with torch.no_grad():
         for p in layer.parameters():
@@ -318,9 +316,7 @@ def test_albert():
     tokens = random_tokens(2, 11)
     expected = theirs(network.token_embedding(tokens), attention_mask=None)
     expected = getattr(expected, "last_hidden_state", expected)
-    torch.testing.assert_close(
-        network.features(tokens, mask=None), expected, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(network.features(tokens, mask=None), expected, atol=1e-4, rtol=1e-4)
 
 
 # ---- the parts -----------------------------------------------------------------------------------
@@ -481,7 +477,7 @@ def test_universal_adds_place_and_depth_before_each_layer():
 
     for depth in range(2):
         places = torch.stack([sinusoid(t) + sinusoid(depth) for t in range(9)])
-        x = f(s(x + places, "causal"))
+        x = f(s(x + 0.02 * 2**0.5 * places, "causal"))
     torch.testing.assert_close(network.features(tokens), network.norm(x), atol=1e-5, rtol=1e-5)
 
 

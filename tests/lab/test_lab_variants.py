@@ -88,7 +88,9 @@ def test_all_tables_and_pictures_at_toy_size(tmp_path, monkeypatch, capsys):
     flags = ["--quick", "--steps=2", "--workers=1", f"--flags={TOY}"]
     variants.main(flags)
     said = capsys.readouterr().out
-    rows = re.findall(r"^\| ([^|]+) \| [\d,]+ \| \S+ M \| [\d.e+]+ \| \S+ \| (\d\.\d+) \|", said, re.M)
+    rows = re.findall(
+        r"^\| ([^|]+) \| [\d,]+ \| \S+ M \| [\d.e+]+ \| \S+ \| (\d\.\d+) \|", said, re.M
+    )
     assert [name for name, _ in rows] == [*DECODERS, *ENCODERS]
     assert len({loss for _, loss in rows}) > 10
     assert "attention alone, no skip connections" in said
