@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model
-from model import Block, Dropout, check_sizes, count_parameters, initialise, padding_mask
+from model import Block, Dropout, Mask, check_sizes, count_parameters, initialise, padding_mask
 
 SEGMENTS = 2  # the two parts of the input
 
@@ -91,10 +91,14 @@ class Encoder(nn.Module):
         segments = torch.zeros_like(tokens) if segments is None else segments
         x = self.token_embedding(tokens) + self.position_embedding.weight[:T]
         x = self.dropout(self.embedding_norm(x + self.segment_embedding(segments)))
-        mask = None if keep is None else padding_mask(keep)
+        mask = self.attention_mask(keep)
         for block in self.blocks:
             x = block(x, mask=mask)
         return self.norm(x)
+
+    def attention_mask(self, keep: Tensor | None) -> Mask:
+        """What every query of a block may see, from keep (B, T), None without padding."""
+        return None if keep is None else padding_mask(keep)
 
     def pooled(self, features: Tensor) -> Tensor:
         """features (B, T, C) -> (B, C): the pooler, where a model has one, prepares the first

@@ -169,7 +169,8 @@ def choose_task(given: dict, checkpoint: dict | None, path: Path | None) -> str:
     name = for_network(asked, tasks.network(found)) if asked else found
     fits = found == name
     if not fits and not given.get("resume"):
-        fits = base_of(tasks.network(name)) == base_of(tasks.network(found))
+        new, old = tasks.network(name), tasks.network(found)
+        fits = base_of(new) == base_of(old) or getattr(new, "begins_from", None) is old
     if not fits:
         raise ValueError(f"--model {name} cannot begin from the {found} of {path}: leave one out")
     return name
@@ -193,11 +194,12 @@ def nearest(name: str, presets: dict) -> str:
     return next(iter(begin or difflib.get_close_matches(name, presets, n=1)), "")
 
 
-def base_of(network: type) -> tuple[type, type | None]:
-    """The direct subclass of nn.Module that a network is built on, and its blocks where these are
-    not that one's: the same for all networks that differ only in their heads."""
+def base_of(network: type) -> tuple[type | None, ...]:
+    """The direct subclass of nn.Module that a network is built on, its blocks where these are not
+    that one's, and what else it may begin from: the same for all networks that differ only in their
+    heads."""
     base = network.__mro__[network.__mro__.index(nn.Module) - 1]
-    return base, getattr(network, "Block", None)
+    return base, getattr(network, "Block", None), getattr(network, "begins_from", None)
 
 
 def preset_task(preset: str) -> str:

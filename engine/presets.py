@@ -208,6 +208,7 @@ PRESETS = {
     # Two experts of half the width: a token pays what it pays in llama-toy.
     "moe-toy": {**TOY, "model": "moe", "n_ff": 176},
     "variant-toy": {**TOY, "model": "variant"},
+    "sparse-toy": {**TOY, "model": "sparse_gpt", "window": 32, "sparse_block": 16},
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
@@ -315,6 +316,7 @@ PRESETS = {
     "bert-medium": {**BERT_RECIPE, "n_layer": 8, "n_head": 8, "n_embd": 512},
     "pydocs": PYDOCS,
     "fnet-pydocs": {**PYDOCS, "model": "fnet"},
+    "sparse-pydocs": {**PYDOCS, "model": "sparse_bert", "window": 33, "sparse_block": 16},
     # The lowest loss of masked words in the same three minutes, after Geiping and Goldstein 2022
     # (arXiv:2212.14034): LayerNorm first, no pairs of sentences, more masks (Wettig et al. 2022,
     # arXiv:2202.08005).
@@ -442,8 +444,10 @@ FIRST_HOUR = {
     "llama": "llama-toy",
     "moe": "moe-toy",
     "variant": "variant-toy",
+    "sparse_gpt": "sparse-toy",
     "bert": "pydocs",
     "fnet": "fnet-pydocs",
+    "sparse_bert": "sparse-pydocs",
 }
 
 

@@ -22,6 +22,7 @@ and, where it is to do more:
     features, head, make_caches      as GPT has them: tasks/text.py and complete.py write with them;
                                      captured steps of a GPU (engine/graphs.py) need `positions` too
     model.Block inside               for --recompute, and for the blocks of --shard model
+    begins_from = a class            --init may also begin from a checkpoint of that network
     names as in finetune.py          (blocks, …embedding, HEADS) to be fine-tuned
     count(ids)                       reads all of Data.ids once instead of learning by steps
                                      (engine/counting.py); then it has buffers, not parameters
@@ -75,6 +76,7 @@ TABLE = {
     "llama": ("models.llama.Llama", "tasks.text"),
     "moe": ("models.moe.MoE", "tasks.text"),
     "variant": ("models.variants.Variant", "tasks.text"),
+    "sparse_gpt": ("models.sparse.SparseGPT", "tasks.text"),
     # Before the Transformer.
     "ngram": ("models.ngram.NGram", "tasks.text"),
     "cbow": ("models.feedforward.CBOW", "tasks.text"),
@@ -85,6 +87,7 @@ TABLE = {
     "lstm": ("models.recurrent.LSTM", "tasks.stream"),
     "bert": ("bert.BERT", "tasks.masked"),
     "fnet": ("models.fnet.FNet", "tasks.masked"),
+    "sparse_bert": ("models.sparse.SparseBERT", "tasks.masked"),
     "seq2seq": ("seq2seq.Seq2Seq", "tasks.translation"),
     # Fine-tuning: a pretrained encoder, or a decoder, with labelled data.
     "classify": ("tasks.classify.Classifier", "tasks.classify"),

@@ -103,6 +103,8 @@ ALL_TOYS = {
     "llama": TOY_LLAMA,
     "moe": [*TOYS["gpt"], "--model=moe"],
     "variant": [*TOYS["gpt"], "--model=variant"],
+    "sparse_gpt": [*TOYS["gpt"], "--model=sparse_gpt", "--window=4", "--sparse_block=4"],
+    "sparse_bert": [*TOYS["bert"], "--model=sparse_bert", "--window=5", "--sparse_block=4"],
     "fnet": [f for f in TOYS["bert"] if "attention" not in f and "n_head" not in f]
     + ["--model=fnet"],
     "ngram": TOY_NGRAM,

@@ -17,7 +17,16 @@ def test_the_rungs_are_presets_of_all_networks_before_the_transformer():
     models = {PRESETS[name]["model"] for name in ladder.RUNGS.values()}
     names = {name for name in tasks.TABLE if tasks.TABLE[name][0].startswith("models.")}
     assert names - models == {
-        *("llama", "moe", "complete_llama", "complete_moe", "variant", "fnet"),
+        *(
+            "llama",
+            "moe",
+            "complete_llama",
+            "complete_moe",
+            "variant",
+            "fnet",
+            "sparse_gpt",
+            "sparse_bert",
+        ),
     }
     assert [name for name in ladder.RUNGS if ladder.counts(name)] == ["ngram", "addk", "backoff"]
 

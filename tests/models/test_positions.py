@@ -11,7 +11,7 @@ from conftest import peer
 from torch import Tensor
 
 from model import Attention, KVCache, Mask, attend, causal_mask, initialise
-from models.positions import POSITIONS, Sinusoidal, Positions, alibi_slopes, spread
+from models.positions import POSITIONS, Positions, Sinusoidal, alibi_slopes, spread
 from seq2seq import sinusoids
 
 B, C, H, T = 2, 48, 6, 40  # sizes of the peers: heads no power of 2, distances beyond Shaw's 16
