@@ -316,7 +316,7 @@ PRESETS = {
     "bert-medium": {**BERT_RECIPE, "n_layer": 8, "n_head": 8, "n_embd": 512},
     "pydocs": PYDOCS,
     "fnet-pydocs": {**PYDOCS, "model": "fnet"},
-    "sparse-pydocs": {**PYDOCS, "model": "sparse_bert", "window": 33, "sparse_block": 16},
+    "sparse-pydocs": {**PYDOCS, "model": "sparse_bert", "block_size": 256, "batch_size": 8},
     # The lowest loss of masked words in the same three minutes, after Geiping and Goldstein 2022
     # (arXiv:2212.14034): LayerNorm first, no pairs of sentences, more masks (Wettig et al. 2022,
     # arXiv:2202.08005).

@@ -32,8 +32,8 @@ from tasks.flags import ranged
 
 TEXT = "--data shakespeare --block_size 64 --batch_size 32 --tokens_per_step 2048 --dtype fp32"
 RECIPE = "--optimizer muon --lr 7e-3 --cooldown 1 --eval_tokens 32768 --device cpu"
-SIZES = "--n_layer 4 --n_head 4 --n_embd 128"
-DECODER = f"--model variant --pattern char --vocab_size 257 {TEXT} {RECIPE} {SIZES}"
+SIZES = "--n_layer 4 --n_embd 128"
+DECODER = f"--model variant --pattern char --vocab_size 257 {TEXT} {RECIPE} {SIZES} --n_head 4"
 ENCODER = f"--model bert --vocab_size 1024 --nsp false --dropout 0 {TEXT} {RECIPE} {SIZES}"
 
 # row: the flags by which it differs from the first one
@@ -95,18 +95,20 @@ DECODERS = {
     "factorised and untied": "--embedding_width 32 --tied false",
     "4 softmaxes": "--n_softmax 4",
     # sparse attention
-    "window 8": "--model sparse_gpt --window 8",
-    "window 32": "--model sparse_gpt --window 32",
-    "dilated window 8": "--model sparse_gpt --window 8 --dilation 4",
+    "window 8": "--model sparse_gpt --window 8 --sparse_block 16",
+    "window 32": "--model sparse_gpt --window 32 --sparse_block 16",
+    "dilated window 8": "--model sparse_gpt --window 8 --dilation 4 --sparse_block 16",
     # more than one change
     "Llama": "--model llama",
     "experts, 2 of 8": "--model moe --n_ff 176",
 }
+ATTENTION = "--n_head 4 --attention_dropout 0"
 ENCODERS = {
-    "BERT": "--attention_dropout 0",
-    "FNet": "--model fnet --dropout 0",
-    "window 9": "--model sparse_bert --attention_dropout 0 --window 9",
-    "Linformer 16": "--model sparse_bert --attention_dropout 0 --linformer 16",
+    "BERT": ATTENTION,
+    "FNet": "--model fnet",
+    "window 9": f"--model sparse_bert {ATTENTION} --window 9 --sparse_block 16",
+    "window 33": f"--model sparse_bert {ATTENTION} --window 33 --sparse_block 16",
+    "Linformer 16": f"--model sparse_bert {ATTENTION} --linformer 16",
 }
 
 
