@@ -40,9 +40,10 @@ def made(kind: str, causal: bool = True, **settings) -> Positions:
 
 
 def near(found: Tensor, want: Tensor, most: float = 1e-5) -> None:
-    apart = (found - want).abs().max().item()
-    print(f"{apart:.1e} of {want.abs().max().item():.1f}")
-    assert found.shape == want.shape and apart < most
+    """Apart by no more than `most`, as a part of the largest value if that is above 1."""
+    apart, largest = (found - want).abs().max().item(), want.abs().max().item()
+    print(f"{apart:.1e} of {largest:.1f}")
+    assert found.shape == want.shape and apart < most * max(1, largest)
 
 
 def near_with_gradients(found: Tensor, want: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
@@ -352,7 +353,7 @@ def test_with_caches_the_outputs_are_the_same(kind, kernels, request):
     want, caches = network(x), [KVCache(T) for _ in range(2)]
     with torch.no_grad():
         parts = [network(part, caches=caches) for part in x.split([5, 4, *[1] * 28, 3], 1)]
-    near(torch.cat(parts, 1), want.detach(), 3e-5)
+    near(torch.cat(parts, 1), want.detach())
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
@@ -385,7 +386,7 @@ def test_the_same_words_further_to_the_right(kind, causal):
     if kind in ADDED:
         assert (behind - alone).abs().max() > 0.1
     else:
-        near(behind, alone, 5e-5)
+        near(behind, alone)
 
 
 def test_without_positions_nothing_but_the_past_tells_the_order():
