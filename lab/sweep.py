@@ -12,11 +12,14 @@ Each row is compared with the first. A row's figure is that of its best.pt, the 
 the run by the goal of its task, not the last one. Does a difference exceed the spread? Take s and
 s0, the standard deviations of the two rows over their seeds: single runs of two equal rows differ
 by less than 2·sqrt(s² + s0²) in 95% of the cases. (Their means differ by less: what exceeds this
-is not chance, what does not exceed it may be more than chance, and wants more seeds.)
+is hardly chance, what does not may be more than chance, and wants more seeds. Three seeds tell s
+roughly, and where sixty rows are compared, the odd "yes" is still an accident.)
 
 A run is kept in a folder named after the hash of its resolved settings, its seed and the contents
 of its files. So rows with equal settings share their runs, and an interrupted sweep goes on where
-it was with the same command. --workers 2 trains two at once, in processes of one thread each.
+it was with the same command. --workers 2 trains two at once, in processes of one thread each; then
+steps/s are of machines that are shared, and comparable among themselves alone. Ctrl-C in the last
+step of a run, or its evaluation, comes too late for train.py to heed: press it again.
 
 Left out: a search for settings; runs on several machines; noticing that the program has changed
 (delete --runs then).

@@ -39,6 +39,7 @@ def parse(*argv: str) -> dict:
         (["--compile=TRUE"], {"compile": True}),
         (["--prompt=a-b", "--prompt", "--x".lstrip("-")], {"prompt": ["a-b", "x"]}),
         (["--name=--dashed-text"], {"name": "--dashed-text"}),
+        (["--name", "--n-head 2 --x-y=3"], {"name": "--n-head 2 --x-y=3"}),  # a value of flags
         (["--rate", "1e-3"], {"rate": 1e-3}),
     ],
 )

@@ -14,6 +14,7 @@ from engine import closing, saving
 from engine.checkpoint import LATEST
 from engine.evaluation import evaluate
 from engine.logs import read_log
+from engine.steps import Diverged
 from tasks import text
 
 
@@ -21,7 +22,7 @@ from tasks import text
 def test_a_run_without_a_finite_evaluation_says_so(toy, monkeypatch, figure):
     """It said that there is no checkpoint best.pt: train first."""
     monkeypatch.setattr(train, "evaluate", lambda *args: {**evaluate(*args), "loss": figure})
-    with pytest.raises(ValueError, match=r"no evaluation gave a finite loss.*lower --lr") as error:
+    with pytest.raises(Diverged, match=r"no evaluation gave a finite loss.*lower --lr") as error:
         train.main([*TOY, "--steps=4"])
     assert "\n" not in str(error.value)
     assert not Path("out/gpt/best.pt").exists()

@@ -287,7 +287,11 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         patch.setattr(gpu.Session, "run", lambda self, parts: None)
         quick = dict.fromkeys(bench_runs.BENCHES, lambda config, folder: found)
         patch.setattr(bench_runs, "BENCHES", quick)
-        patch.setattr(sweep, "in_processes", lambda jobs, workers: map(sweep.train_job, jobs))
+
+        def here(jobs, workers):
+            return (sweep.train_job(job) for job in jobs)
+
+        patch.setattr(sweep, "in_processes", here)
         cost = growth.Cost(1.0, 1.0)
         patch.setattr(growth, "measure", lambda sizes, *_: dict.fromkeys(sizes, cost))
         yield work
