@@ -122,7 +122,8 @@ class VariantsConfig(sweep.SweepConfig):
     only: str = ""  # some of the rows, with commas; the first of their table is added; empty: all
     flags: str = ""  # of train.py, for all rows
     runs: str = "out/variants"  # where the runs are kept: those that are there are not repeated
-    out: str = "out/variants.png"  # the pictures; the tables and all figures lie beside it
+    # the picture of the decoders; all else lies beside it: encoders, rank, tables, figures
+    out: str = "out/variants.png"
 
     def __post_init__(self):
         super().__post_init__()
@@ -229,14 +230,15 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_flags(parser, VariantsConfig, "variants")
     config = VariantsConfig(**parser.parse(sys.argv[1:] if argv is None else argv))
     length = f"--steps {config.steps} --eval_interval {max(1, config.steps // 4)} {config.flags}"
-    stem = Path(config.out).with_suffix("")
-    for name, rows, base in (("decoders", DECODERS, DECODER), ("encoders", ENCODERS, ENCODER)):
+    decoders = sweep.new_files(config.out)  # all of them before an hour is spent
+    stem = decoders[0].with_suffix("")
+    encoders = sweep.new_files(f"{stem}-encoders.png")
+    picture, beside = new_picture(f"{stem}-{RANK}.png", sweep.OURS, ".md")
+    for rows, base, files in ((DECODERS, DECODER, decoders), (ENCODERS, ENCODER, encoders)):
         if wanted := config.wanted(rows):
-            files = sweep.new_files(f"{stem}-{name}.png")  # before an hour is spent
             results = sweep.run_rows(wanted, f"{base} {length}", config)
             sweep.show(results, f"{base} {length}", files)
     if not config.only or RANK in config.only.split(","):
-        picture, beside = new_picture(f"{stem}-{RANK}.png", sweep.OURS, ".md")
         found = ranks()
         text = f"Measured by {sweep.OURS}.\n\n{rank_table(found)}"
         print(text)

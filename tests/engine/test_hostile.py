@@ -43,7 +43,7 @@ from engine import cli, closing
 from engine.logs import draw_curves
 from engine.presets import PRESETS
 from engine.steps import Diverged
-from lab import bench, classic, gpu, gradients, growth, ladder, sweep
+from lab import bench, classic, gpu, gradients, growth, ladder, sweep, variants
 from lab import finetuning as bench_finetune
 from lab import runs as bench_runs
 from lab import sampling as bench_sampling
@@ -171,6 +171,8 @@ BEGUN = [flag for flag in TOYS["classify"] if not re.match("--(vocab|block|n)_",
 COMMANDS = {
     **{f"train {task}": Command(train.main, [*toy, *SHORT]) for task, toy in TOYS.items()},
     "train ngram": Command(train.main, TOY_NGRAM),
+    "train variant": Command(train.main, [*TOY, *SHORT, "--model=variant"]),
+    "train sparse": Command(train.main, [*TOY, *SHORT, "--model=sparse_gpt"]),
     "train lstm": Command(train.main, [*TOY_LSTM, *SHORT]),
     "train talks": Command(train.main, [*TOYS["complete"], *SHORT, "--data=toy-talks.jsonl"]),
     "train resumed": Command(train.main, ["--resume", "--out=out/gpt", "--stop_after=1"]),
@@ -205,6 +207,13 @@ COMMANDS = {
     "sweep": Command(
         sweep.main, ["--rows=rows.txt", f"--base={' '.join(TOY)} --steps=1", "--seeds=1"]
     ),
+    "variants": Command(
+        variants.main,
+        [
+            *("--quick", "--only=swiglu", "--steps=1", "--workers=1"),
+            "--flags=--data toy.txt --n_embd 8 --block_size 8 --tokens_per_step 16 --batch_size 2",
+        ],
+    ),
     "gradients": Command(gradients.main, ["--length=3", "--width=4"]),
     "classic": Command(classic.main, ["--data=toy.csv"]),
     "gpu": Command(gpu.main, ["--rehearse", "--only=ceilings"]),
@@ -225,6 +234,7 @@ WRITES = {
             "gradients",
             "gpu",
             "sweep",
+            "variants",
         ),
         "--out",
     ),

@@ -94,8 +94,8 @@ def test_all_tables_and_pictures_at_toy_size(tmp_path, monkeypatch, capsys):
     assert [name for name, _ in rows] == [*DECODERS, *ENCODERS]
     assert len({loss for _, loss in rows}) > 10
     assert "attention alone, no skip connections" in said
-    for name in ("decoders", "encoders", "rank"):
-        picture = tmp_path / f"out/variants-{name}.png"
+    for name in ("variants", "variants-encoders", "variants-rank"):
+        picture = tmp_path / f"out/{name}.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.with_suffix(".md").read_text(encoding="utf-8").startswith("Measured by")
     variants.main(flags)  # all is there
