@@ -200,6 +200,8 @@ TOY_GPU = {
     "eval_interval": 250,
 }
 
+WINDOWS = {"window": 17, "sparse_block": 16}
+
 PRESETS = {
     "toy": TOY,
     "toy-gpu": TOY_GPU,
@@ -207,6 +209,7 @@ PRESETS = {
     "llama-toy-gpu": {**TOY_GPU, "model": "llama"},
     # Two experts of half the width: a token pays what it pays in llama-toy.
     "moe-toy": {**TOY, "model": "moe", "n_ff": 176},
+    "sparse-toy": {**TOY, "model": "sparse_gpt", **WINDOWS},
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
@@ -313,6 +316,9 @@ PRESETS = {
     "bert-small": {**BERT_RECIPE, "n_layer": 4, "n_head": 8, "n_embd": 512},
     "bert-medium": {**BERT_RECIPE, "n_layer": 8, "n_head": 8, "n_embd": 512},
     "pydocs": PYDOCS,
+    # As in Longformer, [CLS] is global.
+    "sparse-pydocs": {**PYDOCS, "model": "sparse_bert", **WINDOWS, "n_global": 1},
+    "linformer-pydocs": {**PYDOCS, "model": "linformer", "n_keys": 16},
     # The lowest loss of masked words in the same three minutes, after Geiping and Goldstein 2022
     # (arXiv:2212.14034): LayerNorm first, no pairs of sentences, more masks (Wettig et al. 2022,
     # arXiv:2202.08005).
@@ -435,11 +441,20 @@ PRESETS = {
 }
 
 
+FIRST = {
+    "gpt": "toy",
+    "llama": "llama-toy",
+    "moe": "moe-toy",
+    "sparse_gpt": "sparse-toy",
+    "bert": "pydocs",
+    "sparse_bert": "sparse-pydocs",
+    "linformer": "linformer-pydocs",
+}
+
+
 def first_hour(task: str, device: str, data: str) -> str:
     """The preset of a run that names none; "" for none. "dates" is the recipe for its data only."""
     if task == "seq2seq":
         return "dates" if data in ("", "dates") else "transformer-tiny"
-    if task == "bert":
-        return "pydocs"
-    toy = {"gpt": "toy", "llama": "llama-toy", "moe": "moe-toy"}.get(task, "")  # else the defaults
+    toy = FIRST.get(task, "")  # else the defaults
     return f"{toy}-gpu" if f"{toy}-gpu" in PRESETS and device == "cuda" else toy

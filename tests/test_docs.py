@@ -81,6 +81,7 @@ LABS = {
     "lab.gradients": ["--length=12", "--width=8"],
     "lab.classic": ["--data=toy.csv"],
     "lab.growth": ["--help"],  # runs in tests/lab/test_growth.py, with smaller sizes
+    "lab.lengths": ["--help"],  # runs in tests/lab/test_lengths.py, likewise
     "lab.finetuning": [
         *("--model=classify", "--init=out/minilm/best.pt", "--repeats=2"),
         *("--data=toy.csv", "--valid=toy.csv"),
@@ -97,6 +98,9 @@ ALL_TOYS = {
     "complete_llama": TOY_TALKS,
     "llama": TOY_LLAMA,
     "moe": [*TOYS["gpt"], "--model=moe"],
+    "sparse_gpt": [*TOYS["gpt"], "--model=sparse_gpt"],
+    "sparse_bert": [*TOYS["bert"], "--model=sparse_bert"],
+    "linformer": [*TOYS["bert"], "--model=linformer"],
     "ngram": TOY_NGRAM,
     "lstm": TOY_LSTM,
 }
