@@ -170,7 +170,7 @@ def choose_task(given: dict, checkpoint: dict | None, path: Path | None) -> str:
     fits = found == name
     if not fits and not given.get("resume"):
         new, old = tasks.network(name), tasks.network(found)
-        fits = base_of(new) == base_of(old) or getattr(new, "begins_from", None) is old
+        fits = base_of(new) == base_of(old) or old in getattr(new, "begins_from", ())
     if not fits:
         raise ValueError(f"--model {name} cannot begin from the {found} of {path}: leave one out")
     return name
@@ -194,7 +194,7 @@ def nearest(name: str, presets: dict) -> str:
     return next(iter(begin or difflib.get_close_matches(name, presets, n=1)), "")
 
 
-def base_of(network: type) -> tuple[type | None, ...]:
+def base_of(network: type) -> tuple:
     """The direct subclass of nn.Module that a network is built on, its blocks where these are not
     that one's, and what else it may begin from: the same for all networks that differ only in their
     heads."""

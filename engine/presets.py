@@ -200,6 +200,8 @@ TOY_GPU = {
     "eval_interval": 250,
 }
 
+WINDOWS = {"window": 17, "sparse_block": 16}
+
 PRESETS = {
     "toy": TOY,
     "toy-gpu": TOY_GPU,
@@ -208,7 +210,7 @@ PRESETS = {
     # Two experts of half the width: a token pays what it pays in llama-toy.
     "moe-toy": {**TOY, "model": "moe", "n_ff": 176},
     "variant-toy": {**TOY, "model": "variant"},
-    "sparse-toy": {**TOY, "model": "sparse_gpt", "window": 32, "sparse_block": 16},
+    "sparse-toy": {**TOY, "model": "sparse_gpt", **WINDOWS},
     # Tiny Shakespeare on two cores, in 98 seconds and in ten minutes. Short windows win: for equal
     # tokens, windows of 128 instead of 64 cost 0.025 nats per character, half the vocabulary 0.03.
     "shakespeare": SHAKESPEARE,
@@ -316,7 +318,9 @@ PRESETS = {
     "bert-medium": {**BERT_RECIPE, "n_layer": 8, "n_head": 8, "n_embd": 512},
     "pydocs": PYDOCS,
     "fnet-pydocs": {**PYDOCS, "model": "fnet"},
-    "sparse-pydocs": {**PYDOCS, "model": "sparse_bert", "block_size": 256, "batch_size": 8},
+    # As in Longformer, [CLS] is global.
+    "sparse-pydocs": {**PYDOCS, "model": "sparse_bert", **WINDOWS, "n_global": 1},
+    "linformer-pydocs": {**PYDOCS, "model": "linformer", "n_keys": 16},
     # The lowest loss of masked words in the same three minutes, after Geiping and Goldstein 2022
     # (arXiv:2212.14034): LayerNorm first, no pairs of sentences, more masks (Wettig et al. 2022,
     # arXiv:2202.08005).
@@ -448,6 +452,7 @@ FIRST_HOUR = {
     "bert": "pydocs",
     "fnet": "fnet-pydocs",
     "sparse_bert": "sparse-pydocs",
+    "linformer": "linformer-pydocs",
 }
 
 

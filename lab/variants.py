@@ -108,7 +108,7 @@ ENCODERS = {
     "FNet": "--model fnet",
     "window 9": f"--model sparse_bert {ATTENTION} --window 9 --sparse_block 16",
     "window 33": f"--model sparse_bert {ATTENTION} --window 33 --sparse_block 16",
-    "Linformer 16": f"--model sparse_bert {ATTENTION} --linformer 16",
+    "Linformer 16": f"--model linformer {ATTENTION} --n_keys 16",
 }
 
 

@@ -21,7 +21,8 @@ is a mixture of the whole text, what comes later too, and no mask could take tha
 for encoders only.
 
     SparseGPT    GPT with a pattern; the weights are GPT's, so a GPT may go on as one (--init)
-    SparseBERT   BERT with a pattern, or with Linformer's projection
+    SparseBERT   BERT with a pattern, likewise
+    Linformer    BERT with Linformer's projection
 
 The file needs torch, numpy, model.py and bert.py. `python -m models.sparse` draws the patterns.
 
@@ -39,7 +40,7 @@ w + 1 in Longformer, 2r + 1 for the radius r of LongT5, three blocks of keys in 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import numpy as np
@@ -350,7 +351,7 @@ class SparseGPT(GPT):
     training, evaluation and writing, whatever the length of a text."""
 
     Config = SparseGPTConfig
-    begins_from = GPT
+    begins_from = (GPT,)
 
     def __init__(self, config: SparseGPTConfig):
         super().__init__(config)
@@ -385,8 +386,6 @@ class SparseGPT(GPT):
 class SparseBERTConfig(SparseConfig, BERTConfig):
     # tokens that each sees in a layer, itself and as many on both sides: an odd number
     window: int = field(default=129, metadata={"free": True})
-    # keys and values that Linformer makes of all, in place of a pattern; 0: none
-    linformer: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -395,54 +394,62 @@ class SparseBERTConfig(SparseConfig, BERTConfig):
                 f"window={self.window} is even, but an encoder sees as many tokens on both sides: "
                 f"choose {self.window - 1} or {self.window + 1}"
             )
-        if not 0 <= self.linformer <= self.block_size:
-            raise ValueError(
-                f"linformer={self.linformer} is out of range: choose 0 to "
-                f"block_size={self.block_size}"
-            )
-        for setting in fields(SparseConfig) if self.linformer else ():
-            default = type(self).__dataclass_fields__[setting.name].default
-            if getattr(self, setting.name) != default:
-                raise ValueError(
-                    f"{setting.name}={getattr(self, setting.name)} has no effect with "
-                    f"linformer={self.linformer}, which has no pattern: leave one of them out"
-                )
 
 
 class SparseBERT(BERT):
-    """BERT whose tokens see a window on both sides, and perhaps global tokens and random blocks; or
-    with Linformer's attention, whose projection is shared by keys and values, heads and layers.
-
-    It is initialised as BERT is, `projection` by N(0, 1 / sqrt(block_size)), which keeps the size
-    of independent keys.
-    """
+    """BERT whose tokens see a window on both sides, and perhaps global tokens and random blocks."""
 
     Config = SparseBERTConfig
-    begins_from = BERT
+    begins_from = (BERT,)
 
     def __init__(self, config: SparseBERTConfig):
         super().__init__(config)
         side = config.window // 2
         self.sparse = BlockAttention(pattern(config, side, side), config.sparse_block)
-        if config.linformer:
-            self.projection = nn.Parameter(torch.empty(config.linformer, config.block_size))
-            nn.init.normal_(self.projection, std=config.block_size**-0.5)
 
     def attention_mask(self, keep: Tensor | None) -> Mask:
-        if self.config.linformer:
-            return partial(project_keys, self.projection, keep)
         return partial(self.sparse, keep=keep)
 
     def flops_per_token(self) -> int:
-        """As BERT's, with the keys that a token looks at; Linformer's projections, 2·k·C for each
-        token, layer and pass, take as much as its attention to k keys."""
-        c = self.config
-        if c.linformer:
-            looked_at = 2 * c.linformer
-            return super().flops_per_token() - 12 * c.n_layer * c.n_embd * (
-                c.block_size - looked_at
-            )
+        """As BERT's, with the keys that a token looks at."""
         return super().flops_per_token() - spared(self, self.sparse.mask)
+
+
+@dataclass
+class LinformerConfig(BERTConfig):
+    n_keys: int = 64  # keys and values that are made of all those of a text
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.n_keys <= self.block_size:
+            raise ValueError(
+                f"n_keys={self.n_keys} is out of range: choose 1 to block_size={self.block_size}"
+            )
+
+
+class Linformer(BERT):
+    """BERT with Linformer's attention; keys and values, heads and layers share one projection.
+
+    It is initialised as BERT is, `projection` by N(0, 1 / sqrt(block_size)), which keeps the size
+    of independent keys.
+    """
+
+    Config = LinformerConfig
+    begins_from = ()  # a BERT has no projection
+
+    def __init__(self, config: LinformerConfig):
+        super().__init__(config)
+        self.projection = nn.Parameter(torch.empty(config.n_keys, config.block_size))
+        nn.init.normal_(self.projection, std=config.block_size**-0.5)
+
+    def attention_mask(self, keep: Tensor | None) -> Mask:
+        return partial(project_keys, self.projection, keep)
+
+    def flops_per_token(self) -> int:
+        """As BERT's, where each token has n_keys keys and is projected into as many, twice."""
+        c = self.config
+        other = 2 * c.n_keys - c.block_size
+        return super().flops_per_token() + 12 * c.n_layer * c.n_embd * other
 
 
 if __name__ == "__main__":  # three patterns, and a verse learnt by heart through windows

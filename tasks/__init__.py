@@ -22,7 +22,8 @@ and, where it is to do more:
     features, head, make_caches      as GPT has them: tasks/text.py and complete.py write with them;
                                      captured steps of a GPU (engine/graphs.py) need `positions` too
     model.Block inside               for --recompute, and for the blocks of --shard model
-    begins_from = a class            --init may also begin from a checkpoint of that network
+    begins_from = (classes,)         --init may begin from a checkpoint of these networks too; then
+                                     no other network begins from one of this
     names as in finetune.py          (blocks, …embedding, HEADS) to be fine-tuned
     count(ids)                       reads all of Data.ids once instead of learning by steps
                                      (engine/counting.py); then it has buffers, not parameters
@@ -88,6 +89,7 @@ TABLE = {
     "bert": ("bert.BERT", "tasks.masked"),
     "fnet": ("models.fnet.FNet", "tasks.masked"),
     "sparse_bert": ("models.sparse.SparseBERT", "tasks.masked"),
+    "linformer": ("models.sparse.Linformer", "tasks.masked"),
     "seq2seq": ("seq2seq.Seq2Seq", "tasks.translation"),
     # Fine-tuning: a pretrained encoder, or a decoder, with labelled data.
     "classify": ("tasks.classify.Classifier", "tasks.classify"),

@@ -31,6 +31,7 @@ FAMILIES = {
     "adamw": [*GPT_RUN, "--optimizer=adamw"],
     "llama": [*TOY_LLAMA, *RUN, "--dtype=fp32", "--n_layer=1", "--window=5", "--tied=false"],
     "moe": [*TOY, *RUN, "--model=moe", "--dtype=fp32", "--n_layer=1", "--n_expert=3"],
+    "sparse": [*TOY, *RUN, "--model=sparse_gpt", "--dtype=fp32", "--n_layer=1", "--window=5"],
     "bert": [*TOY_BERT, *RUN, "--n_layer=1"],
     "seq2seq": [*TOY_PAIRS, *RUN, "--n_layer=1"],
     "lora": [*TUNED, "--lora_rank=2", "--n_layer=1"],
@@ -53,7 +54,7 @@ def jobs() -> dict[str, dict]:
             f"{name}-model",
             *flags,
             "--shard",
-            *["--recompute"] * (name in ("gpt", "llama", "moe", "bert")),
+            *["--recompute"] * (name in ("gpt", "llama", "moe", "sparse", "bert")),
         )
     for name in ("gpt", "adamw"):
         job(f"{name}-optimizer", *FAMILIES[name], "--shard=optimizer")

@@ -152,6 +152,19 @@ def all_learn_but_those_that_never_look_back(said: str) -> None:
     assert max(losses.values()) < 0.2 and blind > 0.8
 
 
+def draws_patterns_and_says_the_verse(said: str) -> None:
+    """BigBird's rows are those of Longformer and more; two layers with windows of 8 see 15."""
+    rows = [line.split("   ") for line in said.splitlines()[1:13]]
+    _, longformer, bigbird = (["".join(row[i].split()) for row in rows] for i in range(3))
+    more = zip("".join(longformer), "".join(bigbird), strict=True)
+    assert all(b == "x" for a, b in more if a == "x")
+    assert (
+        "".join(bigbird).count("x") > "".join(longformer).count("x") == 34 + 20
+    )  # a band, a row and a column
+    assert "depends on 15 letters" in said
+    says_the_verse(said)
+
+
 # file: (the others of ours that it needs, what its output must show)
 CONCEPTS = {
     "model.py": ((), says_the_verse),
@@ -170,6 +183,7 @@ CONCEPTS = {
         all_learn_but_those_that_never_look_back,
     ),
     "models/fnet.py": (("model.py", "bert.py"), fills_more_holes),
+    "models/sparse.py": (("model.py", "bert.py"), draws_patterns_and_says_the_verse),
     "models/llama.py": (("model.py",), shows_the_distance_and_says_the_verse),
 }
 

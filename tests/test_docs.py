@@ -86,6 +86,7 @@ LABS = {
     "lab.gradients": ["--length=12", "--width=8"],
     "lab.classic": ["--data=toy.csv"],
     "lab.growth": ["--help"],  # runs in tests/lab/test_growth.py, with smaller sizes
+    "lab.lengths": ["--help"],  # runs in tests/lab/test_lengths.py, likewise
     "lab.finetuning": [
         *("--model=classify", "--init=out/minilm/best.pt", "--repeats=2"),
         *("--data=toy.csv", "--valid=toy.csv"),
@@ -105,6 +106,7 @@ ALL_TOYS = {
     "variant": [*TOYS["gpt"], "--model=variant"],
     "sparse_gpt": [*TOYS["gpt"], "--model=sparse_gpt", "--window=4", "--sparse_block=4"],
     "sparse_bert": [*TOYS["bert"], "--model=sparse_bert", "--window=5", "--sparse_block=4"],
+    "linformer": [*TOYS["bert"], "--model=linformer", "--n_keys=4"],
     "fnet": [f for f in TOYS["bert"] if "attention" not in f and "n_head" not in f]
     + ["--model=fnet"],
     "ngram": TOY_NGRAM,
