@@ -68,13 +68,14 @@ class Encoder(nn.Module):
         self.segment_embedding = nn.Embedding(SEGMENTS, C)
         self.embedding_norm = nn.LayerNorm(C, config.ln_eps, bias=config.bias)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            Block(config, pre_ln=config.pre_ln, act=F.gelu) for _ in range(config.n_layer)
-        )
+        self.blocks = nn.ModuleList(self.make_block(config) for _ in range(config.n_layer))
         # A pre-LN stack ends without a norm of its own; post-LN blocks have already normalised.
         self.norm = (
             nn.LayerNorm(C, config.ln_eps, bias=config.bias) if config.pre_ln else nn.Identity()
         )
+
+    def make_block(self, config: EncoderConfig) -> Block:
+        return Block(config, pre_ln=config.pre_ln, act=F.gelu)
 
     def features(
         self, tokens: Tensor, segments: Tensor | None = None, keep: Tensor | None = None

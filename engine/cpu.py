@@ -202,10 +202,11 @@ def lay_out_for_decoding(model: nn.Module) -> None:
             module.forward = (packed if packs else by_vector)(module.weight, module.bias)
             module.weight = None if packs else module.weight
     for attention in (m for m in model.modules() if half and isinstance(m, Attention)):
-        for layer in {attention.k, attention.v} - done:
+        layers = {getattr(attention, name, None) for name in "kv"}  # some have no keys
+        for layer in layers - done - {None}:
             layer.forward = in_fp32(layer.forward)
     tied = hasattr(model, "token_embedding") and hasattr(model, "head")
-    tied &= getattr(model.config, "tied", True)
+    tied &= getattr(model.config, "tied", True) and getattr(model, "head_is_product", True)
     if half and pack and tied and not isinstance(model.head, nn.Module):
         # The embedding stays as it is, because its rows are looked up too.
         bias = getattr(model, "output_bias", None)

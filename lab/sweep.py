@@ -10,10 +10,11 @@ rows.txt has a row on each line, a name and flags of train.py; lines that begin 
 
 Each row is compared with the first. A row's figure is that of its best.pt, the best evaluation of
 the run by the goal of its task, not the last one. Does a difference exceed the spread? Take s and
-s0, the standard deviations of the two rows over their seeds: single runs of two equal rows differ
-by less than 2·sqrt(s² + s0²) in 95% of the cases. (Their means differ by less: what exceeds this
-is hardly chance, what does not may be more than chance, and wants more seeds. Three seeds tell s
-roughly, and where sixty rows are compared, the odd "yes" is still an accident.)
+s0, the standard deviations of the two rows over their seeds: were they known exactly, single runs
+of two equal rows would differ by less than 2·sqrt(s² + s0²) in 95% of the cases; with those of
+three seeds it is 88%. The means of three seeds differ by more in 2.6% of the cases, and in 7% where
+nearly all the spread is one row's. So of fifty rows one to four say "yes" by accident, and a "no"
+may be more than chance, and wants more seeds.
 
 A run is kept in a folder named after the hash of its resolved settings, its seed and the contents
 of its files. So rows with equal settings share their runs, and an interrupted sweep goes on where
@@ -43,7 +44,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -348,10 +349,11 @@ def run_rows(rows: dict[str, str], base: str, config: SweepConfig) -> Results:
     ended, begin = len(every) - len(waiting), time.perf_counter()
     if ended:
         print(f"{ended} of {len(every)} runs are there already", file=sys.stderr)
-    workers = min(config.workers, len(waiting))
     runs = (train_job(job) for job in waiting)
     try:
-        with contextlib.closing(in_processes(waiting, workers) if workers > 1 else runs) as runs:
+        if config.workers > 1:  # also for a single run, so that its steps/s are comparable
+            runs = in_processes(waiting, config.workers)
+        with contextlib.closing(runs) as runs:
             for i, job in enumerate(runs, 1):
                 record, seconds = read_record(job.folder), time.perf_counter() - begin
                 figure = f"{record.goal} {record.final:.4f}" if record.best else "diverged"
@@ -361,7 +363,9 @@ def run_rows(rows: dict[str, str], base: str, config: SweepConfig) -> Results:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with the sweep", file=sys.stderr)
         raise
-    return {row: [read_record(job.folder) for job in jobs if job.row == row] for row in rows}
+    # Of rows with equal settings a record has the flags of one.
+    found = [(job.row, replace(read_record(job.folder), flags=job.flags)) for job in jobs]
+    return {row: [record for name, record in found if name == row] for row in rows}
 
 
 # ---- what is shown -------------------------------------------------------------------------------
@@ -375,8 +379,7 @@ def finals(records: list[Record]) -> list[float]:
 
 
 def chance(values: list[float], others: list[float]) -> float | None:
-    """The spread: how far single runs of two rows may be apart though the rows are equal, in 95% of
-    the cases. None where a row has less than two runs."""
+    """The spread: how far single runs of two equal rows may be apart, as explained above. None where a row has less than two runs."""
     if min(len(values), len(others)) < 2:
         return None
     return 2 * math.hypot(statistics.stdev(values), statistics.stdev(others))
@@ -403,7 +406,7 @@ def table(results: Results) -> str:
     ]
     for row, records in results.items():
         values, rates = finals(records), [r.steps_per_s for r in records if r.steps_per_s]
-        early = [r.early for r in records if r.early is not None]
+        early = [r.early for r in records if r.best and r.early is not None]
         figure = [plus_minus(values, 3)] if values else []
         if lost := len(records) - len(values):
             figure.append(f"{lost} of {len(records)} diverged")

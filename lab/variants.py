@@ -4,10 +4,11 @@
     python -m lab.variants --quick       one seed, few steps, ten minutes on two cores
     python -m lab.variants --only swiglu,rotary,"attention alone"
 
-All rows are runs of train.py on Tiny Shakespeare, character by character, with the sizes and the
-recipe of --preset gpt-shakespeare but for the number of steps; each changes what its flags say and
-nothing else. Nothing is tuned for a row: what a paper's change needs beside itself (another rate,
-another warmup, more depth) it does not get. --flags gives others to all rows.
+All rows are runs of train.py on Tiny Shakespeare, character by character, with the network and the
+optimizer of --preset gpt-shakespeare, for fewer steps, and scored on a part of the validation text.
+Each changes what its flags say and nothing else. Nothing is tuned for a row: what a paper's change
+needs beside itself (another rate, another warmup, more depth) it does not get. --flags gives other
+settings to all rows.
 
 Decoders are compared with GPT, and encoders, which fill in masked words, with BERT.
 
@@ -70,8 +71,8 @@ DECODERS = {
     "attention alone": "--order ssssssssssss",
     "feed-forward alone": "--order ffffff",
     # other weights in place of attention's
-    "Synthesizer, dense": "--mixing dense",
-    "Synthesizer, random": "--mixing random",
+    "dense Synthesizer": "--mixing dense",
+    "random Synthesizer": "--mixing random",
     # positions
     "no positions": "--positions none",
     "sinusoidal": "--positions sinusoidal",
@@ -83,7 +84,7 @@ DECODERS = {
     # shared weights
     "shared (ALBERT)": "--shared all",
     "shared (Universal)": "--shared universal --positions none",
-    "shared, width 256": "--shared all --n_embd 256",
+    "shared at width 256": "--shared all --n_embd 256",
     # depth and width, at the same number of parameters in the blocks
     "1 layer of 256": "--n_layer 1 --n_embd 256",
     "2 layers of 180": "--n_layer 2 --n_embd 180",
@@ -100,7 +101,7 @@ DECODERS = {
     "dilated window 8": "--model sparse_gpt --window 8 --dilation 4 --sparse_block 16",
     # more than one change
     "Llama": "--model llama",
-    "experts, 2 of 8": "--model moe --n_ff 176",
+    "2 of 8 experts": "--model moe --n_ff 176",
 }
 ATTENTION = "--n_head 4 --attention_dropout 0"
 ENCODERS = {
@@ -130,16 +131,14 @@ class VariantsConfig(sweep.SweepConfig):
         self.seeds = self.seeds or (1 if self.quick else 3)
         self.steps = self.steps or (60 if self.quick else 300)
         names = [*DECODERS, *ENCODERS, RANK]
-        for name in self.only.split(",") if self.only else ():
+        self.chosen = [name.strip() for name in self.only.split(",")] if self.only else names
+        for name in self.chosen:
             if name not in names:
                 raise ValueError(f"--only {name} is no row: choose {', '.join(names)}")
 
     def wanted(self, rows: dict[str, str]) -> dict[str, str]:
         """The rows of a table that are to be trained, with what they are compared with in front."""
-        if not self.only:
-            return rows
-        names = self.only.split(",")
-        found = {name: flags for name, flags in rows.items() if name in names}
+        found = {name: flags for name, flags in rows.items() if name in self.chosen}
         return {**dict([next(iter(rows.items()))]), **found} if found else {}
 
 
@@ -161,9 +160,9 @@ def difference(x: Tensor) -> float:
 
 
 def effective_rank(x: Tensor) -> float:
-    """x (B, T, C) -> exp of the entropy of the squared singular values of each text's (T, C), a
-    mean over the texts (Roy and Vetterli 2007)."""
-    values = torch.linalg.svdvals(x.double()).square()
+    """x (B, T, C) -> exp of the entropy of the singular values of each text's (T, C), as shares of
+    their sum; a mean over the texts (Roy and Vetterli 2007)."""
+    values = torch.linalg.svdvals(x.double())
     p = values / values.sum(-1, keepdim=True)
     return torch.special.entr(p).sum(-1).exp().mean().item()
 
@@ -234,11 +233,16 @@ def main(argv: list[str] | None = None) -> None:
     stem = decoders[0].with_suffix("")
     encoders = sweep.new_files(f"{stem}-encoders.png")
     picture, beside = new_picture(f"{stem}-{RANK}.png", sweep.OURS, ".md")
-    for rows, base, files in ((DECODERS, DECODER, decoders), (ENCODERS, ENCODER, encoders)):
-        if wanted := config.wanted(rows):
-            results = sweep.run_rows(wanted, f"{base} {length}", config)
-            sweep.show(results, f"{base} {length}", files)
-    if not config.only or RANK in config.only.split(","):
+    groups = (
+        (config.wanted(DECODERS), f"{DECODER} {length}", decoders),
+        (config.wanted(ENCODERS), f"{ENCODER} {length}", encoders),
+    )
+    for rows, base, _ in groups:  # what a row refuses is said now, too
+        sweep.plan_jobs(rows, base, config)
+    for rows, base, files in groups:
+        if rows:
+            sweep.show(sweep.run_rows(rows, base, config), base, files)
+    if RANK in config.chosen:
         found = ranks()
         text = f"Measured by {sweep.OURS}.\n\n{rank_table(found)}"
         print(text)

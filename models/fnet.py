@@ -18,6 +18,7 @@ Left out: hybrid networks, with attention in the last layers.
 Paper: FNet (Lee-Thorp et al. 2021, arXiv:2105.03824).
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert import BERT, BERTConfig, init_bert
+from bert import BERT, BERTConfig
 from model import MLP, Block, Dropout, KVCache, Mask, count_parameters
 
 
@@ -59,18 +60,16 @@ class FNet(BERT):
     Config = FNetConfig
     Block = FNetBlock
 
-    def __init__(self, config: FNetConfig):
-        super().__init__(config)
-        self.blocks = nn.ModuleList(FNetBlock(config) for _ in range(config.n_layer))
-        init_bert(self)
+    def make_block(self, config: FNetConfig) -> Block:
+        return FNetBlock(config)
 
     def flops_per_token(self) -> int:
         """As BERT's, without attention. A fast transform takes 5·n·log2(n) for n numbers, and needs
         another one for its gradient: for each token 10·C·log2(C·T) in each layer."""
         c = self.config
         attention = 12 * c.n_layer * c.n_embd * c.block_size
-        transforms = 10 * c.n_layer * c.n_embd * (c.n_embd * c.block_size).bit_length()
-        return super().flops_per_token() - attention + transforms
+        transforms = 10 * c.n_layer * c.n_embd * math.log2(c.n_embd * c.block_size)
+        return super().flops_per_token() - attention + round(transforms)
 
 
 if __name__ == "__main__":  # learn a sentence that has holes, then fill in others

@@ -35,7 +35,8 @@ Papers: Sparse Transformer (Child et al. 2019, arXiv:1904.10509); Longformer (Be
 arXiv:2004.05150), section 3; BigBird (Zaheer et al. 2020, arXiv:2007.14062), section 2 and
 appendix D; Linformer (Wang et al. 2020, arXiv:2006.04768), section 4; Mistral (Jiang et al. 2023,
 arXiv:2310.06825), section 2. What "a window of w" means differs: w keys in Mistral (and here),
-w + 1 in Longformer, 2r + 1 for the radius r of LongT5, three blocks of keys in BigBird.
+w + 1 in Longformer, 2r + 1 for the radius r of LongT5 (Guo et al. 2021, arXiv:2112.07916), three
+blocks of keys in BigBird.
 """
 
 import math
@@ -296,7 +297,7 @@ class SparseConfig:
 
     # tokens that each sees in a layer, itself included
     window: int = field(default=128, metadata={"free": True})
-    # look at each so-manyth token only: the window spans window x dilation
+    # step from each token of the window to the next one: it spans window x dilation
     dilation: int = field(default=1, metadata={"free": True})
     # tokens at the beginning that are seen by all, and, in an encoder, see all
     n_global: int = field(default=0, metadata={"free": True})
@@ -319,7 +320,7 @@ class SparseConfig:
             )
 
 
-def pattern(config: SparseConfig, before: int, after: int) -> MaskFunction:
+def pattern(config: SparseConfig, before: int, after: int, *, causal_only: bool) -> MaskFunction:
     """The mask of a network whose windows have so many tokens before and behind each."""
     c, masks = config, [dilated(before, after, config.dilation)]
     if c.n_global:
@@ -327,9 +328,9 @@ def pattern(config: SparseConfig, before: int, after: int) -> MaskFunction:
     if c.n_random:
         near = c.dilation * before // c.sparse_block + 1  # blocks of which a window may see a part
         n = math.ceil(c.block_size / c.sparse_block)
-        table = random_table(n, c.n_random, near, causal=not after)
+        table = random_table(n, c.n_random, near, causal=causal_only)
         masks.append(random_blocks(table, c.sparse_block))
-    return or_masks(*masks) if after else and_masks(causal, or_masks(*masks))
+    return and_masks(causal, or_masks(*masks)) if causal_only else or_masks(*masks)
 
 
 def spared(network: nn.Module, mask: MaskFunction) -> int:
@@ -355,7 +356,8 @@ class SparseGPT(GPT):
 
     def __init__(self, config: SparseGPTConfig):
         super().__init__(config)
-        self.sparse = BlockAttention(pattern(config, config.window - 1, 0), config.sparse_block)
+        mask = pattern(config, config.window - 1, 0, causal_only=True)
+        self.sparse = BlockAttention(mask, config.sparse_block)
 
     def features(
         self, tokens: Tensor, mask: Mask = "causal", caches: list[KVCache] | None = None
@@ -405,7 +407,8 @@ class SparseBERT(BERT):
     def __init__(self, config: SparseBERTConfig):
         super().__init__(config)
         side = config.window // 2
-        self.sparse = BlockAttention(pattern(config, side, side), config.sparse_block)
+        mask = pattern(config, side, side, causal_only=False)
+        self.sparse = BlockAttention(mask, config.sparse_block)
 
     def attention_mask(self, keep: Tensor | None) -> Mask:
         return partial(self.sparse, keep=keep)

@@ -13,15 +13,17 @@ Further settings are the order of the sublayers, written as a string of s (self-
 (feed-forward), whether all of them share their weights, factorised or untied embeddings, and a
 mixture of softmaxes as output. With the defaults it is GPT.
 
-The file needs torch, model.py, and models/positions.py with what that needs. `python -m
-models.variants` lets some variants learn a verse; `python -m lab.variants` compares them all.
+The file needs torch, model.py, models/positions.py and models/llama.py. `python -m models.variants`
+lets some variants learn a verse; `python -m lab.variants` compares them all.
 
 Left out: halting of the Universal Transformer, mixtures of Synthesizers, encoders. Experts are in
 models/moe.py, sparse attention in models/sparse.py, the decoder of today in models/llama.py.
 
 Papers: the comparison that this follows is Do Transformer Modifications Transfer Across
-Implementations and Applications? (Narang et al. 2021, arXiv:2102.11972); those of the parts stand
-beside them.
+Implementations and Applications? (Narang et al. 2021, arXiv:2102.11972); orders: Press et al. 2019,
+arXiv:1911.03864; factorised embeddings: Lan et al. 2019, arXiv:1909.11942; tied ones: Press and
+Wolf 2016, arXiv:1608.05859; mixtures of softmaxes: Yang et al. 2017, arXiv:1711.03953. Those of the
+parts stand beside them.
 """
 
 import math
@@ -37,8 +39,7 @@ from torch import Tensor
 import model
 from model import GPT, MLP, Attention, Block, Dropout, GPTConfig, KVCache, Mask, tanh_gelu
 from models.llama import RMSNorm
-from models.positions import POSITIONS, Positions, Sinusoidal
-from seq2seq import sinusoids
+from models.positions import POSITIONS, Positions, Sinusoidal, may_look
 
 # ---- feed-forward --------------------------------------------------------------------------------
 
@@ -94,10 +95,10 @@ def feed_forward(config) -> MLP:
 
 
 class Synthesizer(Attention):
-    """The weights of a query are softmax(f(x)) v, of numbers that a small network makes of the
-    query alone: it never compares two tokens (Tay et al. 2020, arXiv:2005.00743, Dense).
+    """softmax(f(x)) v: a small network f makes the scores of a query from the query alone, and no
+    two tokens are ever compared (Tay et al. 2020, arXiv:2005.00743, Dense).
 
-    There is a number for each of block_size places, so that it reads no further.
+    f gives a score for each of block_size places, so that it reads no further.
     """
 
     def __init__(self, config):
@@ -117,25 +118,21 @@ class Synthesizer(Attention):
     def forward(
         self, x: Tensor, memory: None = None, mask: Mask = None, cache: KVCache | None = None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). The mask is None, "causal" or bool, as that of `attend`, and
-        lets each query see something."""
+        """x (B, T, C) -> (B, T, C). The mask is None, "causal" or bool, as that of `attend`."""
         v = self.split(self.v(x))
         if cache is not None:  # which has a place for keys, too
             v = cache.append(v, v)[1]
-        T, S = x.size(1), v.size(2)
-        scores = self.score(x, S).float()
-        if isinstance(mask, str):
-            mask = model.causal_mask(T, S, x.device)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
+        looks, blind = may_look(self.split(x), v, v, mask)
+        scores = self.score(x, v.size(2)).float().masked_fill(~looks, -torch.inf)
         weights = scores.softmax(-1).type_as(v)
         if self.training and self.dropout:
             weights = model.dropout_kernel(weights, self.dropout)
-        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+        y = (weights @ v).masked_fill(blind, 0.0).type_as(x)
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class RandomSynthesizer(Synthesizer):
-    """The weights are the same for all texts: they are learnt as such (Random, in that paper)."""
+    """The scores are parameters, the same for all texts (Random, in that paper)."""
 
     def make_scores(self, config) -> None:
         T = config.block_size
@@ -168,8 +165,8 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-class PreLN(Block):
-    """One sublayer, an Attention or an MLP, in a residual connection: x + f(norm(x))."""
+class Sublayer(Block):
+    """An Attention or an MLP in a residual connection, which the subclasses write out."""
 
     normalises = True  # whether it has a norm
     ends_with_norm = False
@@ -193,10 +190,17 @@ class PreLN(Block):
 
     def forward(self, x: Tensor, mask: Mask = None, cache: KVCache | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C)"""
+        raise NotImplementedError
+
+
+class PreLN(Sublayer):
+    """x + f(norm(x))"""
+
+    def forward(self, x: Tensor, mask: Mask = None, cache: KVCache | None = None) -> Tensor:
         return x + self.f(self.norm(x), mask, cache)
 
 
-class PostLN(PreLN):
+class PostLN(Sublayer):
     """norm(x + f(x))"""
 
     ends_with_norm = True
@@ -211,7 +215,7 @@ class DeepNorm(PostLN):
 
     def initialise(self) -> None:
         for name, weight in self.sublayer.named_parameters():
-            if weight.dim() > 1:
+            if weight.dim() == 2:
                 gain = 1.0 if name in ("q.weight", "k.weight") else (4 * self.n) ** -0.25
                 nn.init.xavier_normal_(weight, gain)
 
@@ -219,7 +223,7 @@ class DeepNorm(PostLN):
         return self.norm(self.n**0.25 * x + self.f(x, mask, cache))
 
 
-class ReZero(PreLN):
+class ReZero(Sublayer):
     """x + α f(x): α is learnt, and 0 at first, so that the network begins as the identity."""
 
     normalises = False
@@ -235,9 +239,13 @@ class ReZero(PreLN):
         return x + self.alpha * self.f(x, mask, cache)
 
 
-class Fixup(PreLN):
+class Fixup(Sublayer):
     """x + s · f(x + b) + c with three numbers that are learnt. The last matrix of a sublayer begins
-    as 0, the one before it is divided by the root of the number of sublayers."""
+    as 0, the one before it is divided by the root of the number of sublayers.
+
+    The paper has such a b before each layer and each activation, where our layers have biases
+    already, and an output matrix that begins as 0, which tied embeddings cannot.
+    """
 
     normalises = False
 
@@ -257,14 +265,14 @@ class Fixup(PreLN):
         return x + self.scale * self.f(x + self.bias, mask, cache) + self.last_bias
 
 
-class NoSkip(PreLN):
+class NoSkip(Sublayer):
     """f(norm(x)): nothing passes by."""
 
     def forward(self, x: Tensor, mask: Mask = None, cache: KVCache | None = None) -> Tensor:
         return self.f(self.norm(x), mask, cache)
 
 
-RESIDUALS: dict[str, type[PreLN]] = {
+RESIDUALS: dict[str, type[Sublayer]] = {
     "pre_ln": PreLN,  # Radford et al. 2019; Xiong et al. 2020, arXiv:2002.04745
     "post_ln": PostLN,  # Vaswani et al. 2017, arXiv:1706.03762
     "deepnorm": DeepNorm,  # Wang et al. 2022, arXiv:2203.00555
@@ -311,7 +319,7 @@ class VariantConfig(GPTConfig):
     shared: str = one_of("shared", "no")  # weights: no, all (ALBERT), universal
     embedding_width: int = 0  # of the tokens' vectors, which a matrix makes n_embd wide; 0: n_embd
     tied: bool = True  # let the embeddings be the output matrix too
-    n_softmax: int = 1  # output: a mixture of so many softmaxes (Yang et al. 2018)
+    n_softmax: int = 1  # output: a mixture of so many softmaxes, all of whose logits are held
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -334,11 +342,26 @@ class VariantConfig(GPTConfig):
             )
         if not 1 <= self.n_softmax <= 1000:
             raise ValueError(f"n_softmax={self.n_softmax} is out of range: choose 1 to 1000")
-        in_attention = POSITIONS[self.positions].attending is not Positions.attending
-        if in_attention and self.mixing != "attention":
+        s, f = "s" in self.sublayers, "f" in self.sublayers
+        added = [name for name, kind in POSITIONS.items() if kind.attending is Positions.attending]
+        for setting, idle, why, choice in (
+            ("mixing", not s, "the order has no s", "attention"),
+            ("act", not f, "the order has no f", "gelu"),
+            ("shared", self.shared == "universal" and not s, "the order has no s", "all"),
+            ("norm", not RESIDUALS[self.residual].normalises, self.residual + " has none", "layer"),
+            (
+                "positions",
+                self.positions not in added and (not s or self.mixing != "attention"),
+                "nothing compares queries and keys",
+                ", ".join(added),
+            ),
+        ):
+            if idle and (value := getattr(self, setting)) != choice:
+                raise ValueError(f"{setting}={value} has no effect, since {why}: choose {choice}")
+        if self.shared == "universal" and self.positions != "none":
             raise ValueError(
-                f"positions={self.positions} are a part of attention, and mixing={self.mixing} has "
-                "no queries and keys: choose none, learned or sinusoidal"
+                f"positions={self.positions} come twice, since shared=universal adds places of its "
+                "own: choose none"
             )
 
     @property
@@ -350,7 +373,8 @@ class Variant(GPT):
     """GPT, with other parts where its config says so."""
 
     Config = VariantConfig
-    Block = PreLN
+    Block = Sublayer
+    head_is_product = False  # of features and embeddings: engine/cpu.py leaves it as it is
 
     def __init__(self, config: VariantConfig):
         nn.Module.__init__(self)
@@ -366,8 +390,7 @@ class Variant(GPT):
         # The block of each sublayer: the same one many times where they share their weights.
         self.path = [*map(kinds.index, c.sublayers)] if c.shared != "no" else range(len(kinds))
         if c.shared == "universal":
-            table = sinusoids(max(c.block_size, c.n_layer + 1), c.n_embd)
-            self.register_buffer("coordinates", Sinusoidal.SIZE * table, persistent=False)
+            self.coordinates = Sinusoidal(c)
         ends = Residual.ends_with_norm or not Residual.normalises
         self.norm = nn.Identity() if ends else NORMS[c.norm](c)
         if c.n_softmax > 1:
@@ -415,7 +438,7 @@ class Variant(GPT):
         mask, steps, depth = self.position.attending(mask), self.config.sublayers, 0
         for kind, i, cache in zip(steps, self.path, caches or [None] * len(steps), strict=True):
             if self.config.shared == "universal" and kind == "s":
-                x = x + self.coordinates[positions] + self.coordinates[depth]
+                x = self.coordinates(self.coordinates(x, positions), positions.new_tensor([depth]))
                 depth += 1
             x = self.blocks[i](x, mask, cache)
         return self.norm(x)
@@ -425,11 +448,15 @@ class Variant(GPT):
         of K distributions, each with a weight that depends on the context (arXiv:1711.03953)."""
         K = self.config.n_softmax
         if K == 1:
-            return F.linear(self.down(features), self.output_matrix)
+            return self.products(self.down(features))
         contexts = self.contexts(features).tanh().unflatten(-1, (K, -1))
-        log_p = F.linear(contexts, self.output_matrix).float().log_softmax(-1)  # (..., K, V)
+        log_p = self.products(contexts).float().log_softmax(-1)  # (..., K, V)
         prior = self.prior(features).float().log_softmax(-1)
         return (log_p + prior[..., None]).logsumexp(-2)
+
+    def products(self, x: Tensor) -> Tensor:
+        """x (..., embedding_width) -> (..., V)"""
+        return F.linear(x, self.token_embedding.weight) if self.config.tied else self.lm_head(x)
 
     def make_caches(self) -> list[KVCache]:
         return [KVCache(self.config.block_size) for _ in self.path]
@@ -451,11 +478,17 @@ class Variant(GPT):
 def init_variant(network: Variant) -> None:
     """GPT's laws, and then those of the residual connection.
 
-    tensor                                          law
-    every matrix                                    N(0, 0.02)
-    attention.proj, mlp.proj             weight     N(0, 0.02 / sqrt(n)), n sublayers
-    every                                bias       0
-    every norm, multiples of frequencies            1
+    tensor                                               law
+    every matrix, table and Synthesizer's scores         N(0, 0.02)
+    sublayer.proj                             weight     N(0, 0.02 / sqrt(n)), n sublayers
+    every                                     bias       0
+    every norm, frequencies, Fixup's scale               1
+
+    deepnorm: sublayer.q, sublayer.k          weight     N(0, sqrt(2 / (inputs + outputs)))
+    deepnorm: the other matrices of sublayers weight     the same, times (4 n)^(-1/4)
+    fixup: sublayer.v, .fc, .gate             weight     N(0, 0.02 / sqrt(n))
+    fixup: sublayer.proj                      weight     0
+    rezero: alpha                                        0
     """
     n = len(network.config.sublayers)
 

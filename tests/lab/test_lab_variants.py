@@ -3,6 +3,7 @@ falls as in the paper, and the tables come out at toy size."""
 
 import re
 import shlex
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ def network(base: str, flags: str) -> torch.nn.Module:
 def test_every_row_can_be_trained_and_is_another_one(base, rows):
     jobs = sweep.plan_jobs(rows, base, VariantsConfig(seeds=1))
     assert len({job.folder for job in jobs}) == len(rows)
+
+
+def test_the_recipe_is_that_of_the_preset():
+    ours, sizes, _ = resolve(shlex.split(DECODER))
+    preset, expected, _ = resolve(["--preset=gpt-shakespeare"])
+    differ = {k for k, v in asdict(preset).items() if v != getattr(ours, k)}
+    assert differ == {"model", "preset", "steps", "eval_interval", "eval_tokens", "dtype", "device"}
+    assert all(sizes[name] == value for name, value in expected.items())
 
 
 def test_the_base_is_gpt():
@@ -70,12 +79,19 @@ def test_difference_and_rank_by_hand():
     one = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
     assert variants.difference(one) == pytest.approx(1)
     assert variants.effective_rank(torch.eye(4)[None]) == pytest.approx(4)
+    shares = torch.tensor([0.75, 0.25])
+    expected = torch.exp(-(shares * shares.log()).sum()).item()
+    assert variants.effective_rank(torch.diag(torch.tensor([3.0, 1.0]))[None]) == pytest.approx(
+        expected
+    )
 
 
 def test_rows_are_chosen_with_what_they_are_compared_with():
     config = VariantsConfig(only="swiglu,rank")
     assert list(config.wanted(DECODERS)) == ["GPT", "swiglu"] and not config.wanted(ENCODERS)
     assert config.seeds == 3 and config.steps == 300
+    for rows in (DECODERS, ENCODERS):
+        assert all(name in VariantsConfig(only=f"GPT, {name}").chosen for name in rows)
     assert VariantsConfig(quick=True).seeds == 1
     with pytest.raises(ValueError, match="--only swigloo is no row: choose GPT, relu, "):
         VariantsConfig(only="swigloo")
