@@ -314,8 +314,8 @@ def in_processes(jobs: list[Job], workers: int) -> Iterator[Job]:
             for run in done:
                 yield run.result()
     except BaseException as error:
-        # Once is not enough: one that trains takes the first signal for a request to save, and would
-        # then wait for a job for ever.
+        # Once is not enough: one that trains takes the first signal for a request to save, and then
+        # would wait for a job for ever.
         children = set(multiprocessing.active_children()) - others
         while alive := [child for child in children if child.is_alive()]:
             for child in alive:
