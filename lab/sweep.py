@@ -315,8 +315,13 @@ def in_processes(jobs: list[Job], workers: int) -> Iterator[Job]:
             for run in done:
                 yield run.result()
     except BaseException as error:
-        for child in set(multiprocessing.active_children()) - others:
-            child.terminate()
+        # Once is not enough: one that trains takes the first signal for a request to save, and then
+        # would wait for a job for ever.
+        children = set(multiprocessing.active_children()) - others
+        while alive := [child for child in children if child.is_alive()]:
+            for child in alive:
+                child.terminate()
+            time.sleep(0.2)
         if isinstance(error, BrokenProcessPool):
             raise ValueError(
                 "a worker process was ended from outside, perhaps for lack of memory: begin the "
