@@ -384,7 +384,8 @@ def finals(records: list[Record]) -> list[float]:
 
 
 def chance(values: list[float], others: list[float]) -> float | None:
-    """The spread: how far single runs of two equal rows may be apart, as explained above. None where a row has less than two runs."""
+    """The spread: how far single runs of two equal rows may be apart, as explained above. None
+    where a row has less than two runs."""
     if min(len(values), len(others)) < 2:
         return None
     return 2 * math.hypot(statistics.stdev(values), statistics.stdev(others))
