@@ -65,6 +65,7 @@ QUICK = {
 }
 FOLDERS = {"out/gpt": "gpt", "out/gpt2": "gpt", "out/bert": "bert", "out/crammed": "bert"}
 FOLDERS |= {"out/lstm": "lstm", "out/ngram": "ngram", "out/variant": "variant"}
+FOLDERS |= {"out/sparse_gpt": "sparse_gpt"}
 FOLDERS |= dict.fromkeys(("out/llama", "out/smollm2"), "llama") | {"out/talks": "complete_llama"}
 FOLDERS |= {"out/minilm": "bert", **{f"out/{task}": task for task in LABELLED}}  # else seq2seq
 STAND_INS = {"multi30k": "toy.tsv", "pydocs": "toy-docs.txt", "shakespeare": "toy.txt"}
@@ -78,6 +79,7 @@ LABS = {
     "lab.bench": ["--only=optim", "--repeats=2"],
     "lab.runs": ["--only=saving", "--small", "--repeats=1", "--steps=6"],
     "lab.ladder": ["--data=toy.txt", "--only=ngram,addk"],
+    "lab.lengths": ["--quick", "--repeats=1"],
     "lab.sweep": ["--rows=rows.txt", f"--base={shlex.join(TOYS['gpt'])} --steps=2", "--seeds=1"],
     "lab.variants": [
         *("--quick", "--only=swiglu,FNet", "--steps=2", "--workers=1"),
@@ -245,7 +247,17 @@ def for_sampling(have, flags: list[str]) -> list[str]:
     have(folder, task)
     short = (
         task
-        in ("gpt", "llama", "seq2seq", "complete", "complete_llama", "lstm", "ngram", "variant")
+        in (
+            "gpt",
+            "llama",
+            "seq2seq",
+            "complete",
+            "complete_llama",
+            "lstm",
+            "ngram",
+            "variant",
+            "sparse_gpt",
+        )
         and "--eval" not in flags
     )
     flags = [STAND_INS.get(flag, flag) for flag in flags]

@@ -43,7 +43,7 @@ from engine import cli, closing
 from engine.logs import draw_curves
 from engine.presets import PRESETS
 from engine.steps import Diverged
-from lab import bench, classic, gpu, gradients, growth, ladder, sweep, variants
+from lab import bench, classic, gpu, gradients, growth, ladder, lengths, sweep, variants
 from lab import finetuning as bench_finetune
 from lab import runs as bench_runs
 from lab import sampling as bench_sampling
@@ -207,6 +207,7 @@ COMMANDS = {
     "sweep": Command(
         sweep.main, ["--rows=rows.txt", f"--base={' '.join(TOY)} --steps=1", "--seeds=1"]
     ),
+    "lengths": Command(lengths.main, ["--quick", "--repeats=1"]),
     "variants": Command(
         variants.main,
         [
