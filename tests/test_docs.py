@@ -79,7 +79,6 @@ LABS = {
     "lab.bench": ["--only=optim", "--repeats=2"],
     "lab.runs": ["--only=saving", "--small", "--repeats=1", "--steps=6"],
     "lab.ladder": ["--data=toy.txt", "--only=ngram,addk"],
-    "lab.lengths": ["--quick", "--repeats=1"],
     "lab.sweep": ["--rows=rows.txt", f"--base={shlex.join(TOYS['gpt'])} --steps=2", "--seeds=1"],
     "lab.variants": [
         *("--quick", "--only=swiglu,FNet", "--steps=2", "--workers=1"),
