@@ -42,7 +42,7 @@ from engine import checkpoint as checkpoints
 from engine import cli, closing
 from engine.logs import draw_curves
 from engine.presets import PRESETS
-from lab import bench, classic, gpu, gradients, growth, ladder
+from lab import bench, classic, gpu, gradients, growth, ladder, lengths
 from lab import finetuning as bench_finetune
 from lab import runs as bench_runs
 from lab import sampling as bench_sampling
@@ -200,6 +200,7 @@ COMMANDS = {
     ),
     "bench_runs": Command(bench_runs.main, ["--small", "--only=saving"]),
     "growth": Command(growth.main, ["--repeats=1"]),
+    "lengths": Command(lengths.main, ["--quick", "--repeats=1"]),
     "ladder": Command(ladder.main, ["--only=ngram,cbow", "--data=toy.txt", "--steps=1"]),
     "gradients": Command(gradients.main, ["--length=3", "--width=4"]),
     "classic": Command(classic.main, ["--data=toy.csv"]),
@@ -212,7 +213,17 @@ COMMANDS = {
 # The flags that name what is to be written, and what is there already.
 WRITES = {
     **dict.fromkeys(
-        ("train gpt", "sample embeddings", "import", "bench", "growth", "gradients", "gpu"), "--out"
+        (
+            "train gpt",
+            "sample embeddings",
+            "import",
+            "bench",
+            "growth",
+            "lengths",
+            "gradients",
+            "gpu",
+        ),
+        "--out",
     ),
     "sample attention": "--attention",
     "export": "--to",
@@ -275,6 +286,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         patch.setattr(bench_runs, "BENCHES", quick)
         cost = growth.Cost(1.0, 1.0)
         patch.setattr(growth, "measure", lambda sizes, *_: dict.fromkeys(sizes, cost))
+        patch.setattr(lengths, "measure", lambda *_: {lengths.KERNEL: cost, "window": cost})
         yield work
 
 
