@@ -11,6 +11,8 @@ Left out: the layers around the attention, which are linear in the length; what 
 for each length (models/sparse.py), since all contestants are warmed up; bf16.
 """
 
+import engine.waiting  # isort: skip  # noqa: F401  (before torch is loaded)
+
 import statistics
 import sys
 from collections.abc import Callable
