@@ -19,7 +19,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice, takewhile
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -306,9 +307,15 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         patch.setattr(sweep, "in_processes", here)
         cost = growth.Cost(1.0, 1.0)
         patch.setattr(growth, "measure", lambda sizes, *_: dict.fromkeys(sizes, cost))
-        for table in ("DECODERS", "ENCODERS"):  # all rows would take minutes
-            rows = dict(islice(getattr(variants, table).items(), 2))
-            patch.setattr(variants, table, rows)
+        real = sweep.run_rows
+
+        def one_run(rows, base, config):
+            """All rows are planned, and one run stands for all: they would take minutes."""
+            sweep.plan_jobs(rows, base, config)
+            found = real(dict([next(iter(rows.items()))]), base, replace(config, seeds=1))
+            return dict.fromkeys(rows, *found.values())
+
+        patch.setattr(sweep, "run_rows", one_run)
         patch.setattr(lengths, "measure", lambda T, *_: {lengths.KERNEL: cost, "window": cost})
         yield work
 
