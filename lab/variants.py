@@ -107,8 +107,8 @@ ATTENTION = "--n_head 4 --attention_dropout 0"
 ENCODERS = {
     "BERT": ATTENTION,
     "FNet": "--model fnet",
-    "window 9": f"--model sparse_bert {ATTENTION} --window 9 --sparse_block 16",
-    "window 33": f"--model sparse_bert {ATTENTION} --window 33 --sparse_block 16",
+    "window 9": f"--model sparse_bert {ATTENTION} --window 9 --sparse_block 16 --n_global 0",
+    "window 33": f"--model sparse_bert {ATTENTION} --window 33 --sparse_block 16 --n_global 0",
     "Linformer 16": f"--model linformer {ATTENTION} --n_keys 16",
 }
 
