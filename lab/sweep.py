@@ -233,6 +233,8 @@ def train_job(job: Job) -> Job:
     to a file beside the folder, which itself has to be empty. Raises KeyboardInterrupt if the run
     was asked to stop, ValueError if it could not be made. One that diverges is a result."""
     folder, diverged, begin = job.folder, False, time.perf_counter()
+    if read_record(folder):  # another sweep has been here in the meantime
+        return job
     flags = [*job.flags, f"--seed={job.seed}", f"--out={folder}"]
     with contextlib.ExitStack() as stack:
         said = folder.with_suffix(".txt").open("a", encoding="utf-8", errors="replace")
