@@ -417,7 +417,11 @@ class GPT(nn.Module):
         features = self.features(tokens, mask, caches)
         if targets is None:
             return self.head(features)
-        return {"loss": cross_entropy(features, self.token_embedding.weight, targets)[0]}
+        return {"loss": self.loss(features, targets)}
+
+    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        """features (B, T, C), targets (B, T) -> the cross-entropy, summed"""
+        return cross_entropy(features, self.token_embedding.weight, targets)[0]
 
     def features(
         self,

@@ -199,8 +199,9 @@ def ranks() -> dict[str, list[tuple[float, float]]]:
 
 def rank_table(found: dict[str, list[tuple[float, float]]]) -> str:
     sublayers = (0, 1, 2, 3, 4, 6, 8, 12, 24)
-    lines = ["| difference of the places behind sublayer | " + " | ".join(map(str, sublayers))]
-    lines = [f"{lines[0]} | rank at the end |", "|---" * (len(sublayers) + 2) + "|"]
+    head = " | ".join(map(str, sublayers))
+    lines = [f"| difference of the places behind sublayer | {head} | rank at the end |"]
+    lines.append("|---" * (len(sublayers) + 2) + "|")
     for name, values in found.items():
         cells = [f"{values[i][0]:.2g}" if i < len(values) else "-" for i in sublayers]
         lines.append(f"| {name} | {' | '.join(cells)} | {values[-1][1]:.1f} |")

@@ -404,25 +404,12 @@ class Variant(GPT):
             self.lm_head = nn.Linear(width, c.vocab_size, bias=False)
         init_variant(self)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        mask: Mask = "causal",
-        caches: list[KVCache] | None = None,
-    ) -> Tensor | dict[str, Tensor]:
-        """tokens (B, T) -> logits (B, T, V), or, given targets (B, T), {"loss": summed loss}.
-
-        Targets of -100 do not count.
-        """
-        features = self.features(tokens, mask, caches)
-        if targets is None:
-            return self.head(features)
+    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        """features (B, T, C), targets (B, T) -> the cross-entropy, summed"""
         if self.config.n_softmax > 1:
             log_p, targets = self.head(features).flatten(0, -2), targets.flatten()
-            return {"loss": F.nll_loss(log_p, targets, reduction="sum")}
-        features = self.down(features)
-        return {"loss": model.cross_entropy(features, self.output_matrix, targets)[0]}
+            return F.nll_loss(log_p, targets, reduction="sum")
+        return model.cross_entropy(self.down(features), self.output_matrix, targets)[0]
 
     @property
     def output_matrix(self) -> Tensor:
