@@ -17,6 +17,7 @@ import torch
 import bpe
 import decoding
 import model
+import train
 from data.download import GPT2_MERGES, GPT2_VOCABULARY, fetch
 from engine import closing, cpu, kernels
 from engine.logs import draw_curves
@@ -103,6 +104,18 @@ def torchrun(
         timeout=timeout,
         **options,
     )
+
+
+def check_resumed(run: list[str]) -> None:
+    """Trains with these flags into the folder `whole`, and, with a stop after two steps, into
+    `parts`: both must end with the same weights."""
+    train.main([*run, "--out=whole"])
+    train.main([*run, "--out=parts", "--stop_after=2"])
+    train.main(["--resume", "--out=parts"])
+    whole, parts = (
+        torch.load(f"{name}/latest.pt", weights_only=True) for name in ("whole", "parts")
+    )
+    assert all(torch.equal(w, parts["model"][name]) for name, w in whole["model"].items())
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TOY, peer
+from conftest import TOY, check_resumed, peer
 from torch import Tensor
 
 import decoding
 import sample
-import train
 from engine import cpu, kernels
 from engine.graphs import TextSteps
 from engine.hub.peers import hugging_face_llama
@@ -338,13 +337,7 @@ RUN = [*TOY, "--model=llama", "--n_kv_head=1", "--window=5", "--tied=false", "--
 
 
 def test_it_is_trained_resumed_and_sampled_by_the_same_commands(toy, capsys):
-    train.main([*RUN, "--out=whole"])
-    train.main([*RUN, "--out=parts", "--stop_after=2"])
-    train.main(["--resume", "--out=parts"])
-    whole, parts = (
-        torch.load(f"{name}/latest.pt", weights_only=True) for name in ("whole", "parts")
-    )
-    assert all(torch.equal(w, parts["model"][name]) for name, w in whole["model"].items())
+    check_resumed(RUN)
     capsys.readouterr()
     sample.main(["--checkpoint=whole/best.pt", "--prompt=3 times", "--max_new_tokens=30"])
     assert capsys.readouterr().out.startswith("3 times")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TOY, peer
+from conftest import TOY, check_resumed, peer
 from torch import Tensor
 
 import decoding
@@ -320,13 +320,7 @@ RUN = [*TOY, "--model=moe", "--n_expert=4", "--balance=5", "--steps=4"]
 
 
 def test_it_is_trained_resumed_and_sampled_by_the_same_commands(toy, capsys):
-    train.main([*RUN, "--out=whole"])
-    train.main([*RUN, "--out=parts", "--stop_after=2"])
-    train.main(["--resume", "--out=parts"])
-    whole, parts = (
-        torch.load(f"{name}/latest.pt", weights_only=True) for name in ("whole", "parts")
-    )
-    assert all(torch.equal(w, parts["model"][name]) for name, w in whole["model"].items())
+    check_resumed(RUN)
     for record in read_log(Path("whole/log.jsonl")):
         if record["split"] == "train":
             assert sum(record[f"expert_{e}"] for e in range(4)) == pytest.approx(2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TOY, TOY_BERT, peer
+from conftest import TOY, TOY_BERT, check_resumed, peer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -566,13 +566,7 @@ RUN = [*TOY, "--model=sparse_gpt", "--window=3", "--sparse_block=4", "--steps=4"
 
 
 def test_a_run_trains_resumes_evaluates_and_samples_with_windows(toy, capsys):
-    train.main([*RUN, "--out=whole"])
-    train.main([*RUN, "--out=parts", "--stop_after=2"])
-    train.main(["--resume", "--out=parts"])
-    whole, parts = (
-        torch.load(f"{name}/latest.pt", weights_only=True) for name in ("whole", "parts")
-    )
-    assert all(torch.equal(w, parts["model"][name]) for name, w in whole["model"].items())
+    check_resumed(RUN)
     capsys.readouterr()
     sample.main(["--checkpoint=whole/best.pt", "--prompt=3 times", "--max_new_tokens=30"])
     assert capsys.readouterr().out.startswith("3 times")
