@@ -47,12 +47,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import torch
 
 import tasks
 import train
+from data.cores import end_with_parent
 from data.download import replacing
 from data.hashes import known_hashes
 from data.lines import read_lines
@@ -298,6 +300,7 @@ def begin_worker() -> None:
     """What a worker process does before its first job. Ctrl-C reaches it too, but the process that
     began the sweep decides what it means, and asks by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=end_with_parent, daemon=True).start()  # if that is killed, it asks nobody
     torch.set_num_threads(1)
 
 

@@ -106,6 +106,15 @@ def torchrun(
     )
 
 
+def alive(process: int) -> bool:
+    """A zombie, whose exit status its new parent has not read yet, does not count as alive."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state.split()[0] != "Z"
+
+
 def check_resumed(run: list[str]) -> None:
     """Trains with these flags into the folder `whole`, and, with a stop after two steps, into
     `parts`: both must end with the same weights."""

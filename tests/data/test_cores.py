@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, alive
 
 from data import cores
 from data.cores import batched, on_all_cores
@@ -138,12 +137,3 @@ def test_no_worker_outlives_its_parent(tmp_path, sign, method):
         time.sleep(0.02)
     assert not any(map(alive, workers))
     assert (tmp_path / "errors").read_text(encoding="utf-8").count("Traceback") <= 1
-
-
-def alive(process: int) -> bool:
-    """A zombie, whose exit status its new parent has not read yet, does not count as alive."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state.split()[0] != "Z"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOY, TOY_NGRAM, TOYS, write_labelled
+from conftest import ROOT, TOY, TOY_NGRAM, TOYS, alive, write_labelled
 
 import train
 from lab import sweep
@@ -178,10 +178,8 @@ def test_an_error_in_a_process_names_the_row(toy):
         sweep.run_rows(rows, BASE, config(seeds=1, workers=2))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="there a process is ended at once")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_processes_save_when_the_sweep_is_interrupted(toy, number):
+def two_at_work(toy: Path) -> subprocess.Popen:
+    """A sweep whose two processes have begun to train, for longer than any test takes."""
     (toy / "rows.txt").write_text("as it is:\nwide: --n_embd 48\n", encoding="utf-8")
     base = " ".join([*TOY, "--steps=100000", "--eval_interval=100000"])
     command = [sys.executable, "-m", "lab.sweep", "--rows=rows.txt", f"--base={base}"]
@@ -190,11 +188,21 @@ def test_processes_save_when_the_sweep_is_interrupted(toy, number):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         encoding="utf-8",
+        # In the background a shell has it ignored, and what it starts inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    end = time.monotonic() + 120
+    while len(list(toy.glob("out/sweep/*/log.jsonl"))) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process is ended at once")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_save_when_the_sweep_is_interrupted(toy, number):
+    run = two_at_work(toy)
     try:
-        end = time.monotonic() + 120
-        while len(list(toy.glob("out/sweep/*/log.jsonl"))) < 2 and time.monotonic() < end:
-            time.sleep(0.1)
         run.send_signal(number)
         said = run.communicate(timeout=60)[1]
     finally:
@@ -203,6 +211,21 @@ def test_processes_save_when_the_sweep_is_interrupted(toy, number):
     assert len(list(toy.glob("out/sweep/*/latest.pt"))) == 2  # and the third was not begun
     for path in toy.glob("out/sweep/*.txt"):
         assert "stopped after step" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux")
+def test_no_process_outlives_a_sweep_that_is_killed(toy):
+    run = two_at_work(toy)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text(encoding="ascii")
+    children = [int(child) for child in children.split()]
+    assert len(children) >= 2
+    run.kill()
+    run.communicate(timeout=60)
+    end = time.monotonic() + 30
+    while any(map(alive, children)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(alive, children))
 
 
 # ---- runs that cannot be compared ----------------------------------------------------------------
