@@ -24,6 +24,7 @@ def network(base: str, flags: str) -> torch.nn.Module:
     return Network(Network.Config(**{**sizes, "vocab_size": 320}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base, rows", [(DECODER, DECODERS), (ENCODER, ENCODERS)])
 def test_every_row_can_be_trained_and_is_another_one(base, rows):
     jobs = sweep.plan_jobs(rows, base, VariantsConfig(seeds=1))

@@ -85,6 +85,7 @@ def test_it_pays_from_the_length_from_which_on_it_is_always_faster():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--quick"], []])
 def test_the_script_writes_a_table_and_a_picture_and_writes_them_again(tiny, capsys, flags):
     for _ in range(2):

@@ -106,6 +106,7 @@ def test_files_of_other_flags_count_too(toy):
 # ---- interruptions -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_repeats_nothing(toy, trained, monkeypatch, capsys):
     logged, real = train.main, train.Run.train_step
     begun = []
@@ -389,6 +390,7 @@ def test_a_picture_of_few_rows_and_of_many(tmp_path, count):
     )
 
 
+@pytest.mark.slow
 def test_the_command(toy, trained, capsys):
     pytest.importorskip("matplotlib")
     (toy / "rows.txt").write_text("# two\nas it is:\n\nwide : --n_embd 48 \n", encoding="utf-8")

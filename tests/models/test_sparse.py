@@ -156,6 +156,7 @@ def test_dropout_drops_weights_and_keeps_the_mean():
     assert y.mean().item() == pytest.approx(1, abs=0.05) and y.std() > 0.1
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_length_and_not_with_its_square():
     """Twice the length, twice the bytes, of what a step computes and of the kept layout; the matrix
     takes four times as many."""
@@ -565,6 +566,7 @@ def test_settings_that_cannot_be_are_refused(config, settings, message):
 RUN = [*TOY, "--model=sparse_gpt", "--window=3", "--sparse_block=4", "--steps=4"]
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_evaluates_and_samples_with_windows(toy, capsys):
     check_resumed(RUN)
     capsys.readouterr()
